@@ -1,0 +1,37 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "algorithms/unit.h"
+#include "core/artefact.h"
+#include "core/config.h"
+#include "core/json.h"
+
+namespace moraine::algorithms {
+
+class WorkerContext;  // algorithms/worker_context.h: what a worker offers to execute()
+
+/// Exact parameter counts of a recipe on shapes alone: rows of a table, computed in closed form.
+struct ParameterTable {
+  std::vector<std::string> columns;                  // first column names the row
+  std::vector<std::vector<core::Json>> rows;         // strings and integers
+  std::vector<std::string> notes;
+};
+
+/// A whole procedure, transport-free. plan() is pure: the same accepted results give the same plan.
+/// Thread-safe: execute() runs on several worker threads at once on one object.
+class Method {
+ public:
+  virtual ~Method() = default;
+  virtual Plan plan(const RunState& state) const = 0;
+  /// Runs one unit. Throws core::Error; the coordinator retries the unit elsewhere.
+  virtual core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const = 0;
+  /// Tables, curves and pictures of a finished (or unfinished) run as JSON; docs/formats.md, "summary.json".
+  virtual core::Json summary(const RunState& state) const = 0;
+  /// Parameter counts from shapes alone. No weights are read.
+  virtual ParameterTable parameters() const = 0;
+};
+
+}  // namespace moraine::algorithms

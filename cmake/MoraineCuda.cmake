@@ -1,0 +1,21 @@
+# moraine::cuda: the CUDA language and runtime. Needs nvcc, no GPU and no driver. wgmma needs the 90a target.
+find_program(MORAINE_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin)
+if(NOT MORAINE_NVCC)
+  message(FATAL_ERROR "MORAINE_WITH_CUDA=ON but nvcc is not on the PATH: install the CUDA 13 toolkit, or "
+                      "pip install nvidia-cuda-nvcc==13.0.* nvidia-cuda-runtime==13.0.* into .venv and put its bin/ on the PATH")
+endif()
+set(CMAKE_CUDA_COMPILER ${MORAINE_NVCC})
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_ARCHITECTURES OFF)   # the list stands in moraine_cuda_flags: CMake 3.25 cannot spell 90a beside PTX
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(MORAINE_CUDA_ARCHS "80;86;89;90a" CACHE STRING "compute capabilities to compile for")
+set(moraine_cuda_flags "")
+foreach(arch ${MORAINE_CUDA_ARCHS})
+  list(APPEND moraine_cuda_flags "SHELL:-gencode=arch=compute_${arch},code=sm_${arch}")
+endforeach()
+add_library(moraine_cuda INTERFACE)
+add_library(moraine::cuda ALIAS moraine_cuda)
+target_compile_definitions(moraine_cuda INTERFACE MORAINE_WITH_CUDA=1)
+target_compile_options(moraine_cuda INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:${moraine_cuda_flags}>")
+target_link_libraries(moraine_cuda INTERFACE CUDA::cudart_static)

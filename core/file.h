@@ -1,0 +1,38 @@
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace moraine::core {
+
+/// Reads a whole text file. Throws UserError (missing) or IoError.
+std::string read_text(const std::filesystem::path& path);
+
+/// Writes so that a reader sees the old file or the whole new one, also after a crash: temporary file in the same
+/// directory, fdatasync, rename, sync of the directory. Creates parent directories. On failure (disk full, read-only)
+/// throws IoError naming path, bytes and reason, and leaves no temporary file behind.
+void write_atomically(const std::filesystem::path& path, std::span<const std::byte> data);
+void write_atomically(const std::filesystem::path& path, std::string_view text);
+
+/// fsync of a directory, so that renames in it survive a crash.
+void sync_directory(const std::filesystem::path& directory);
+
+/// An exclusive flock on a file; released when destroyed or when the process dies.
+class FileLock {
+ public:
+  /// nullopt when another process holds it. The holder's "pid host" is left in the file for messages.
+  static std::optional<FileLock> try_lock(const std::filesystem::path& path);
+  FileLock(FileLock&& other) noexcept;
+  FileLock& operator=(FileLock&&) = delete;
+  ~FileLock();
+
+ private:
+  explicit FileLock(int fd) : fd_(fd) {}
+  int fd_;
+};
+
+}  // namespace moraine::core

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace moraine::models {
+
+/// linear: one nn.Linear; ffn: a whole gate/up/down triple.
+enum class SlotKind { kLinear, kFfn };
+
+/// A named place of a backbone where one function may sit. `path` is the Hugging Face module path,
+/// "model.layers.3.mlp.down_proj" or "model.layers.3.mlp".
+struct Slot {
+  std::string path;
+  SlotKind kind;
+  int64_t in, out;      // features
+  int64_t inner = 0;    // ffn only: intermediate size
+};
+
+/// The frozen weights at a slot, as stored (Hugging Face orientation [out, in]).
+struct SlotBase {
+  at::Tensor weight, bias;           // linear; bias may be undefined
+  at::Tensor gate, up, down;         // ffn: [h, d], [h, d], [d, h]
+
+  /// The frozen function itself: x W^T (+ b), or down(silu(gate x) * up x).
+  at::Tensor forward(const at::Tensor& x) const;
+};
+
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;   // sorted by name
+
+/// What replaces a slot's function while attached. forward() sees the slot's input [..., in] and the frozen base and
+/// returns [..., out]. Differentiable through ATen's autograd.
+class SlotFunction {
+ public:
+  virtual ~SlotFunction() = default;
+  virtual at::Tensor forward(const at::Tensor& x, const SlotBase& base) = 0;
+  /// Trainable tensors under names relative to the slot ("lora_A.weight").
+  virtual NamedTensors parameters() const = 0;
+};
+
+/// SwiGLU feed-forward: down(silu(gate x) * up x).
+at::Tensor swiglu(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down);
+
+}  // namespace moraine::models
