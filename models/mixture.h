@@ -34,9 +34,13 @@ enum class MixtureForward { kFactored, kPerExpert };
 ///   unless norm_topk_prob)
 ///   factored: h_e = silu(g0 + B_g(A_g x)) * (u0 + B_u(A_u x));  y = W_d (sum p_e h_e) + sum p_e B_d (A_d h_e) + full experts' terms
 ///
-/// Shapes: x [N, d] or [B, T, d], router [E, d], bias [E] (entry 0 is always 0) or undefined.
-/// top_k may be changed between calls. Accumulates routing statistics when asked.
-/// Source: FlexOlmo, section "forward"; FlexMoRE, "Exact factored evaluation". The bias is added before the softmax.
+/// Shapes: x [..., d]; router: blocks of rows [n_i, d] that together are Wr [E, d], so that frozen and trained rows are
+/// different tensors; bias [E - 1] (expert 0 has none) or undefined; experts: 1 .. E - 1.
+/// dtype: computes in x's (float32, bfloat16, float64); tensors of another dtype (float32 masters) are cast at use.
+/// Contributions are added in expert order, so equal input gives equal bits. Gradients flow to whatever requires them.
+/// Throws UserError on a bad top_k or expert shapes that disagree with the base. Not thread-safe (routing statistics).
+/// Source: FlexOlmo (arXiv 2507.07024), forward and training router; FlexMoRE (arXiv 2602.08818), "Exact factored
+/// evaluation" (inferred: the algebra is ours). Ties in top-k go to whichever ATen's topk picks.
 class MixtureFfn : public SlotFunction {
  public:
   struct Options {
@@ -44,24 +48,33 @@ class MixtureFfn : public SlotFunction {
     bool norm_topk_prob = false;
     MixtureForward forward = MixtureForward::kFactored;
   };
-  MixtureFfn(at::Tensor router, at::Tensor bias, std::vector<FfnExpert> experts, Options options);
+  MixtureFfn(std::vector<at::Tensor> router, at::Tensor bias, std::vector<FfnExpert> experts, Options options);
 
   at::Tensor forward(const at::Tensor& x, const SlotBase& base) override;
-  NamedTensors parameters() const override;   // those that require gradients
+  /// Those that require gradients: "router.<first row>", "bias", "experts.<e>.{gate,up,down}_proj[_a|_b].weight".
+  NamedTensors parameters() const override;
 
+  /// 1 <= top_k <= num_experts(), else UserError.
   void set_top_k(int64_t top_k);
-  int64_t num_experts() const;                // public expert included
-  /// Router mass and selections since the last reset: per expert, sum of p_e and number of tokens that selected it.
+  void set_forward(MixtureForward forward) { options_.forward = forward; }
+  int64_t num_experts() const { return static_cast<int64_t>(experts_.size()) + 1; }   // public expert included
+
+  /// Router mass and selections since record_load(true): per expert, sum of p_e and number of tokens that selected it.
   struct Load {
     std::vector<double> probability;
     std::vector<int64_t> selected;
     int64_t tokens = 0;
   };
+  /// Turning it on resets the counts.
   void record_load(bool on);
   const Load& load() const { return load_; }
 
  private:
-  at::Tensor router_, bias_;
+  struct Routing;
+  Routing route(const at::Tensor& x);
+
+  std::vector<at::Tensor> router_;
+  at::Tensor bias_;
   std::vector<FfnExpert> experts_;
   Options options_;
   bool record_ = false;
