@@ -12,10 +12,12 @@ namespace moraine::core {
 std::string sha256(std::span<const std::byte> data);
 std::string sha256(std::string_view text);
 
-/// CRC-32C (Castagnoli), as in protocol frames and journal records.
+/// CRC-32C (Castagnoli), as in protocol frames and journal records. `seed` is the checksum of what came before, so
+/// crc32c(b, crc32c(a)) == crc32c(a followed by b).
 uint32_t crc32c(std::span<const std::byte> data, uint32_t seed = 0);
 
-/// A 64-bit seed derived from a parent seed and a purpose; distinct purposes give unrelated streams.
+/// A 64-bit seed derived from a parent seed and a purpose; distinct purposes give unrelated streams. It is the first
+/// eight bytes, little-endian, of SHA-256("<seed>/<purpose>"): derive_seed(run_seed, "router/german").
 uint64_t derive_seed(uint64_t seed, std::string_view purpose);
 
 }  // namespace moraine::core

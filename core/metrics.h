@@ -22,7 +22,8 @@ class Sink {
   virtual void record(const Record& record) = 0;
 };
 
-/// Appends one JSON object per line; a torn last line after a crash is cut when the file is opened again.
+/// Appends one JSON object per line, {"key","step","unit","value"}, value null when it is not finite; a torn last line
+/// after a crash is cut when the file is opened again. Creates parent directories. Throws IoError when writing fails.
 std::unique_ptr<Sink> open_jsonl(const std::filesystem::path& path);
 
 }  // namespace moraine::core::metrics

@@ -42,6 +42,10 @@ struct TensorView {
 
 /// A parsed safetensors file. Strict: header length, JSON, offsets, overlaps, gaps, sizes and trailing bytes are all
 /// checked before a tensor is handed out. Views stay valid while the object (or a copy of it) lives. Thread-safe to read.
+/// Data of files written elsewhere may be unaligned. Overwriting a file in place while it is mapped is undefined.
+///
+///   const auto file = Safetensors::open("expert.safetensors");
+///   const TensorView* weight = file.find("layers.0.up.lora_A");   // shape, dtype and bytes; nullptr when absent
 class Safetensors {
  public:
   /// Throws UserError naming `origin`, the tensor and the bytes if the file is truncated or malformed.
@@ -61,13 +65,13 @@ class Safetensors {
   std::map<std::string, std::string> metadata_;
 };
 
-/// Serialises canonically: tensors sorted by name, data in that order aligned to 8 bytes, sorted metadata; equal input
-/// gives equal bytes. Throws InternalError on duplicate names or a size that disagrees with shape and dtype.
+/// Serialises canonically: sorted keys, the data 8-byte aligned and without gaps, wide elements first, then by name, so
+/// that every tensor is aligned to its element; equal input in any order gives equal bytes. Throws InternalError on duplicate names or a size that disagrees with shape and dtype.
 std::vector<std::byte> serialize_safetensors(std::span<const TensorView> tensors,
                                              const std::map<std::string, std::string>& metadata);
 
 /// All tensors of a Hugging Face directory: model.safetensors, or the shards of model.safetensors.index.json.
-/// Throws UserError if a shard is missing, a key of the index is in another shard or in none, or a key stands twice.
+/// Throws UserError if a shard is missing or if index and shards disagree about where a tensor is (so none stands twice).
 class ShardedSafetensors {
  public:
   static ShardedSafetensors open(const std::filesystem::path& directory);

@@ -1,0 +1,148 @@
+#include "core/file.h"
+
+#include <cerrno>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "core/error.h"
+
+namespace moraine::core {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  ~Descriptor() { close(); }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  int get() const { return fd_; }
+  bool ok() const { return fd_ >= 0; }
+  bool close() {
+    const int fd = std::exchange(fd_, -1);
+    return fd < 0 || ::close(fd) == 0;
+  }
+
+ private:
+  int fd_;
+};
+
+std::string hint_for(int error) {
+  switch (error) {
+    case ENOSPC:
+    case EDQUOT:
+      return "free space there or choose another directory, then run the same command again; finished work is kept";
+    case EFBIG:
+      return "raise the file size limit (ulimit -f), then run the same command again; finished work is kept";
+    case EACCES:
+    case EPERM:
+    case EROFS:
+      return "choose a directory you can write to, or change its permissions";
+    default:
+      return "check the path and the disk, then run the same command again";
+  }
+}
+
+[[noreturn]] void throw_write_failed(const fs::path& path, size_t bytes, int error) {
+  throw IoError(fmt::format("cannot write {} ({} bytes): {}", path.string(), bytes, std::strerror(error)), hint_for(error));
+}
+
+// Returns 0 or errno.
+int write_all(int fd, std::span<const std::byte> data) {
+  while (!data.empty()) {
+    const ssize_t written = ::write(fd, data.data(), data.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) return errno;
+    data = data.subspan(static_cast<size_t>(written));
+  }
+  return 0;
+}
+
+int write_new_file(const fs::path& path, std::span<const std::byte> data) {
+  Descriptor file(::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+  if (!file.ok()) return errno;
+  if (const int error = write_all(file.get(), data)) return error;
+  if (::fdatasync(file.get()) != 0) return errno;
+  return file.close() ? 0 : errno;
+}
+
+fs::path directory_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
+
+}  // namespace
+
+std::string read_text(const fs::path& path) {
+  Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file.ok() && (errno == ENOENT || errno == ENOTDIR))
+    throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
+  if (!file.ok()) throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(errno)));
+  std::string text;
+  if (struct stat info{}; ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode)) text.reserve(static_cast<size_t>(info.st_size));
+  char buffer[1 << 16];
+  while (true) {
+    const ssize_t count = ::read(file.get(), buffer, sizeof buffer);
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(errno)));
+    if (count == 0) return text;
+    text.append(buffer, static_cast<size_t>(count));
+  }
+}
+
+void write_atomically(const fs::path& path, std::span<const std::byte> data) {
+  const fs::path directory = directory_of(path);
+  std::error_code failed;
+  fs::create_directories(directory, failed);
+  if (failed) throw_write_failed(path, data.size(), failed.value());
+  std::random_device random;   // not the process id: in containers it repeats, and a crash may have left a file behind
+  const fs::path temporary =
+      directory / fmt::format(".{}.{:08x}{:08x}.tmp", path.filename().string(), random(), random());
+  int error = write_new_file(temporary, data);
+  if (error == 0 && ::rename(temporary.c_str(), path.c_str()) != 0) error = errno;
+  if (error != 0) {
+    if (error != EEXIST) ::unlink(temporary.c_str());
+    throw_write_failed(path, data.size(), error);
+  }
+  sync_directory(directory);
+}
+
+void write_atomically(const fs::path& path, std::string_view text) { write_atomically(path, std::as_bytes(std::span(text))); }
+
+void sync_directory(const fs::path& directory) {
+  Descriptor handle(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  // EINVAL: some network file systems cannot sync a directory; the rename itself is then as durable as they make it.
+  if (!handle.ok() || (::fsync(handle.get()) != 0 && errno != EINVAL))
+    throw IoError(fmt::format("cannot sync directory {}: {}", directory.string(), std::strerror(errno)), hint_for(errno));
+}
+
+std::optional<FileLock> FileLock::try_lock(const fs::path& path) {
+  std::error_code ignored;   // open() below reports what is wrong
+  fs::create_directories(directory_of(path), ignored);
+  const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  if (fd < 0) throw IoError(fmt::format("cannot open lock file {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
+  FileLock lock(fd);
+  while (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
+    if (errno == EWOULDBLOCK) return std::nullopt;
+    if (errno != EINTR) throw IoError(fmt::format("cannot lock {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
+  }
+  char host[256] = {};
+  ::gethostname(host, sizeof host - 1);
+  const std::string holder = fmt::format("{} {}\n", ::getpid(), host);
+  if (::ftruncate(fd, 0) != 0 || write_all(fd, std::as_bytes(std::span(holder))) != 0)
+    throw IoError(fmt::format("cannot write lock file {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
+  return lock;
+}
+
+FileLock::FileLock(FileLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+
+FileLock::~FileLock() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+}  // namespace moraine::core
