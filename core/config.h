@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -16,6 +15,12 @@
 
 // YAML -> plain struct, once, at start-up. The only place that reads YAML. A struct's default member initialisers are its
 // defaults; one Schema per struct drives parsing, range checks, `validate`, `--help`, the JSON schema and the docs.
+//
+//   Problems problems;
+//   const ConfigNode node = load_config("recipe.yaml", overrides, problems);
+//   Recipe recipe;
+//   recipe_schema().parse(node, "", recipe, problems);
+//   problems.throw_if_any("recipe.yaml");
 namespace moraine::core {
 
 /// Where a value came from: "recipe.yaml:12:3", "environment MORAINE_SEED", "command line", "default".
@@ -25,11 +30,12 @@ using Origin = std::string;
 struct ConfigNode {
   enum class Kind { kNull, kScalar, kList, kMap };
   Kind kind = Kind::kNull;
-  std::string text;        // scalars
+  std::string text = {};   // scalars
   bool quoted = false;     // a quoted scalar is text, never a number, a bool or null
-  std::vector<ConfigNode> items;
-  std::vector<std::pair<std::string, ConfigNode>> members;  // in file order, keys unique
-  std::vector<Origin> member_origins;                       // of the keys, parallel to members
+  bool broken = false;     // a problem was reported for it already: nobody complains again
+  std::vector<ConfigNode> items = {};
+  std::vector<std::pair<std::string, ConfigNode>> members = {};  // in file order, keys unique
+  std::vector<Origin> member_origins = {};                       // of the keys, parallel to members
   Origin origin = "default";
 
   const ConfigNode* find(const std::string& key) const;
@@ -49,49 +55,30 @@ class Problems {
 };
 
 /// Loads a recipe tree: the `defaults:` files it lists (relative to itself, recursively), the file itself, MORAINE_*
-/// environment (MORAINE_TRAIN__STEPS=5 sets train.steps), then `key.sub=value` and `list.0.key=value` overrides. Then resolves `${key.path}`
-/// and `${env:NAME}` in scalars. Rejects duplicate keys, merge keys, anchors used as merge, octal numbers (010) and cyclic references.
+/// environment (MORAINE_TRAIN__STEPS=5 sets train.steps; empty = not set), then `key.sub=value` and `list.0.key=value`
+/// overrides, whose values are read as YAML. Maps are merged key by key, anything else is replaced.
+/// Then resolves `${key.path}` and `${env:NAME}` in scalars: a scalar that is one reference takes the value as it is, number,
+/// list or map; inside longer text only scalars can stand; `$${` is a literal `${`.
+/// Rejects duplicate keys, merge keys, aliases, tags and cyclic references. MORAINE_LOG, MORAINE_BUILD_DIR,
+/// MORAINE_CMAKE_FLAGS, MORAINE_TORCH_DIR and MORAINE_TEST_* are not recipe keys and are ignored here.
 /// Reports into `problems`; throws UserError only if the file is missing or is not YAML.
 ConfigNode load_config(const std::filesystem::path& recipe, std::span<const std::string> overrides, Problems& problems);
 
 /// One resolved value for `validate`, `resolved.yaml` and reports.
 struct ResolvedValue {
-  std::string path;    // "train.steps"
+  std::string path;    // "train.steps", "domains.0.name"
   std::string value;   // as YAML text
   Origin origin;
 };
 
-namespace config_detail {
+/// The values as one nested YAML document with each origin as a comment; load_config reads it back to the same values.
+std::string resolved_yaml(std::span<const ResolvedValue> values);
 
-struct FieldInfo {
-  std::string name, type, doc, default_text, unit;
-  std::optional<double> min, max;
-  bool min_exclusive = false;
-  std::vector<std::string> choices;
-  bool required = false;
-};
+}  // namespace moraine::core
 
-bool parse_scalar(const ConfigNode& node, bool& out, std::string& why);
-bool parse_scalar(const ConfigNode& node, int64_t& out, std::string& why);
-bool parse_scalar(const ConfigNode& node, double& out, std::string& why);
-bool parse_scalar(const ConfigNode& node, std::string& out, std::string& why);
-std::string to_yaml(bool value);
-std::string to_yaml(int64_t value);
-std::string to_yaml(double value);
-std::string to_yaml(const std::string& value);
-bool in_range(double value, const FieldInfo& info, std::string& why);
-Json range_schema(const FieldInfo& info);
+#include "core/config_table.h"  // field tables without their C++ types
 
-template <typename T>
-struct is_vector : std::false_type {};
-template <typename T>
-struct is_vector<std::vector<T>> : std::true_type {};
-template <typename T>
-struct is_optional : std::false_type {};
-template <typename T>
-struct is_optional<std::optional<T>> : std::true_type {};
-
-}  // namespace config_detail
+namespace moraine::core {
 
 /// The field table of struct C. Supported member types: bool, int64_t, double, std::string, std::optional of these,
 /// std::vector of these, nested structs (object), std::optional of a nested struct (optional_object) and std::vector of nested structs (list).
@@ -101,6 +88,9 @@ struct is_optional<std::optional<T>> : std::true_type {};
 ///       .field("optimizer", &TrainConfig::optimizer).choices({"adamw", "sgd"}).doc("...")
 ///       .object("schedule", &TrainConfig::schedule, schedule_schema()).doc("...")
 ///       .check([](const TrainConfig& c) -> std::optional<std::string> { ... });   // cross-field rule; text = the problem
+///
+/// Numbers are decimal: 010, 0x10, 1e5 for an integer, nan and inf are refused with what to write instead. Booleans are
+/// true and false. Thread-safe once built.
 template <typename C>
 class Schema {
  public:
@@ -122,11 +112,12 @@ class Schema {
   Schema& required();
   Schema& unit(std::string name);
 
+  /// Adds a cross-field rule, run when the struct's own fields are free of problems.
   Schema& check(std::function<std::optional<std::string>(const C&)> rule);
 
   /// Fills `out` (already holding defaults) from a map node; unknown keys, wrong types and ranges go to `problems`.
   void parse(const ConfigNode& node, const std::string& path, C& out, Problems& problems) const;
-  /// Every value with its origin, depth first, in table order.
+  /// Every value with its origin, depth first, in table order. A list of scalars is one value.
   void resolve(const ConfigNode& node, const std::string& path, const C& value, std::vector<ResolvedValue>& out) const;
   /// The struct as JSON (all fields, canonical): what unit hashes are made of.
   Json to_json(const C& value) const;
@@ -134,12 +125,23 @@ class Schema {
   C from_json(const Json& json) const;
   /// JSON schema (draft 2020-12) for editors.
   Json json_schema() const;
-  /// Markdown table rows: key, type, default, range, doc; nested structs indented by path.
+  /// Markdown table rows: key, type, default, range, doc; nested structs by path.
   std::string markdown(const std::string& path = "") const;
 
  private:
-  struct Field;   // type-erased: info + parse/resolve/to_json/from_json/schema/markdown functions
-  std::vector<std::shared_ptr<Field>> fields_;
+  template <typename>
+  friend class Schema;
+
+  // How one field of the table reaches its member.
+  struct Member {
+    std::function<void(const config_detail::FieldInfo&, const ConfigNode&, const std::string& path, C&, Problems&)> parse;
+    std::function<Json(const C&)> get;
+  };
+  Schema& add(config_detail::FieldInfo info, Member member);
+  config_detail::FieldInfo& last();
+
+  config_detail::Table table_;
+  std::vector<Member> members_;   // parallel to table_
   std::vector<std::function<std::optional<std::string>(const C&)>> checks_;
 };
 

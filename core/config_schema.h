@@ -1,1 +1,228 @@
 #pragma once
+
+// Part of core/config.h: the bodies of Schema's templates.
+#include <cmath>
+
+#include "core/error.h"
+
+namespace moraine::core {
+
+namespace config_detail {
+
+template <typename T>
+struct ValueOf {
+  using Element = T;
+  static constexpr bool kList = false, kOptional = false;
+};
+template <typename T>
+struct ValueOf<std::vector<T>> {
+  using Element = T;
+  static constexpr bool kList = true, kOptional = false;
+};
+template <typename T>
+struct ValueOf<std::optional<T>> {
+  using Element = T;
+  static constexpr bool kList = false, kOptional = true;
+};
+
+template <typename Element>
+constexpr ValueType value_type() {
+  if constexpr (std::is_same_v<Element, bool>) return ValueType::kBool;
+  else if constexpr (std::is_same_v<Element, int64_t>) return ValueType::kInteger;
+  else if constexpr (std::is_same_v<Element, double>) return ValueType::kNumber;
+  else {
+    static_assert(std::is_same_v<Element, std::string>, "a field is a bool, int64_t, double or std::string, or an optional or vector of one");
+    return ValueType::kText;
+  }
+}
+
+template <typename T>
+Json to_value(const T& value) {
+  if constexpr (ValueOf<T>::kOptional) return value ? Json(*value) : Json(nullptr);
+  else return Json(value);
+}
+
+template <typename T>
+T from_value(const Json& json) {
+  if constexpr (ValueOf<T>::kOptional) return json.is_null() ? T() : T(json.get<typename ValueOf<T>::Element>());
+  else return json.get<T>();
+}
+
+}  // namespace config_detail
+
+template <typename C>
+Schema<C>& Schema<C>::add(config_detail::FieldInfo info, Member member) {
+  for (const auto& other : table_) MORAINE_CHECK(other.name != info.name, "field '{}' stands twice in a schema", info.name);
+  info.default_value = member.get(C{});
+  table_.push_back(std::move(info));
+  members_.push_back(std::move(member));
+  return *this;
+}
+
+template <typename C>
+template <typename T>
+Schema<C>& Schema<C>::field(std::string name, T C::*member) {
+  using Value = config_detail::ValueOf<T>;
+  config_detail::FieldInfo info{.name = std::move(name),
+                                .type = config_detail::value_type<typename Value::Element>(),
+                                .list = Value::kList,
+                                .optional = Value::kOptional};
+  return add(std::move(info),
+             {.parse =
+                  [member](const config_detail::FieldInfo& field, const ConfigNode& node, const std::string& path, C& out, Problems& problems) {
+                    if (const auto value = config_detail::parse_value(field, node, path, problems))
+                      out.*member = config_detail::from_value<T>(*value);
+                  },
+              .get = [member](const C& value) { return config_detail::to_value(value.*member); }});
+}
+
+template <typename C>
+template <typename S>
+Schema<C>& Schema<C>::object(std::string name, S C::*member, const Schema<S>& schema) {
+  config_detail::FieldInfo info{.name = std::move(name), .type = config_detail::ValueType::kObject};
+  info.nested = std::make_shared<const config_detail::Table>(schema.table_);
+  return add(std::move(info),
+             {.parse = [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path, C& out,
+                                        Problems& problems) { schema.parse(node, path, out.*member, problems); },
+              .get = [member, schema](const C& value) { return schema.to_json(value.*member); }});
+}
+
+template <typename C>
+template <typename S>
+Schema<C>& Schema<C>::optional_object(std::string name, std::optional<S> C::*member, const Schema<S>& schema) {
+  config_detail::FieldInfo info{.name = std::move(name), .type = config_detail::ValueType::kObject, .optional = true};
+  info.nested = std::make_shared<const config_detail::Table>(schema.table_);
+  return add(std::move(info),
+             {.parse =
+                  [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path, C& out, Problems& problems) {
+                    if (node.kind == ConfigNode::Kind::kNull) {
+                      (out.*member).reset();
+                    } else {
+                      if (!(out.*member)) (out.*member).emplace();
+                      schema.parse(node, path, *(out.*member), problems);
+                    }
+                  },
+              .get = [member, schema](const C& value) { return value.*member ? schema.to_json(*(value.*member)) : Json(nullptr); }});
+}
+
+template <typename C>
+template <typename S>
+Schema<C>& Schema<C>::list(std::string name, std::vector<S> C::*member, const Schema<S>& schema) {
+  config_detail::FieldInfo info{.name = std::move(name), .type = config_detail::ValueType::kObject, .list = true};
+  info.nested = std::make_shared<const config_detail::Table>(schema.table_);
+  return add(std::move(info),
+             {.parse =
+                  [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path, C& out, Problems& problems) {
+                    const auto* items = config_detail::parse_items(node, path, problems);
+                    if (items == nullptr) return;
+                    (out.*member).assign(items->size(), S{});
+                    for (size_t i = 0; i < items->size(); ++i)
+                      schema.parse((*items)[i], config_detail::child_path(path, std::to_string(i)), (out.*member)[i], problems);
+                  },
+              .get =
+                  [member, schema](const C& value) {
+                    Json list = Json::array();
+                    for (const auto& item : value.*member) list.push_back(schema.to_json(item));
+                    return list;
+                  }});
+}
+
+template <typename C>
+config_detail::FieldInfo& Schema<C>::last() {
+  MORAINE_CHECK(!table_.empty(), "a schema is refined before it has a field");
+  return table_.back();
+}
+
+template <typename C>
+Schema<C>& Schema<C>::doc(std::string text) {
+  last().doc = std::move(text);
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::min(double value) {
+  last().min = value;
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::above(double value) {
+  last().min = value;
+  last().min_exclusive = true;
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::max(double value) {
+  last().max = value;
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::choices(std::vector<std::string> names) {
+  last().choices = std::move(names);
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::required() {
+  last().required = true;
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::unit(std::string name) {
+  last().unit = std::move(name);
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::check(std::function<std::optional<std::string>(const C&)> rule) {
+  checks_.push_back(std::move(rule));
+  return *this;
+}
+
+template <typename C>
+void Schema<C>::parse(const ConfigNode& node, const std::string& path, C& out, Problems& problems) const {
+  const size_t before = problems.size();
+  if (!config_detail::check_keys(table_, node, path, problems)) return;
+  for (size_t i = 0; i < table_.size(); ++i)
+    if (const ConfigNode* child = node.find(table_[i].name))
+      members_[i].parse(table_[i], *child, config_detail::child_path(path, table_[i].name), out, problems);
+  if (problems.size() > before) return;
+  for (const auto& rule : checks_)
+    if (const auto what = rule(out)) problems.add(node.origin, path, *what);
+}
+
+template <typename C>
+void Schema<C>::resolve(const ConfigNode& node, const std::string& path, const C& value, std::vector<ResolvedValue>& out) const {
+  config_detail::resolve(table_, &node, path, to_json(value), out);
+}
+
+template <typename C>
+Json Schema<C>::to_json(const C& value) const {
+  Json json = Json::object();
+  for (size_t i = 0; i < table_.size(); ++i) json[table_[i].name] = members_[i].get(value);
+  return json;
+}
+
+template <typename C>
+C Schema<C>::from_json(const Json& json) const {
+  Problems problems;
+  C value{};
+  parse(config_detail::complete_node(table_, json, "", problems), "", value, problems);
+  problems.throw_if_any("stored configuration");
+  return value;
+}
+
+template <typename C>
+Json Schema<C>::json_schema() const {
+  return config_detail::json_schema(table_, true);
+}
+
+template <typename C>
+std::string Schema<C>::markdown(const std::string& path) const {
+  return config_detail::markdown(table_, path);
+}
+
+}  // namespace moraine::core

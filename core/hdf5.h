@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -12,25 +11,33 @@
 namespace moraine::core {
 
 /// RAII over the HDF5 C API: numeric datasets and scalar attributes, which is all Moraine stores. HDF5's own error
-/// stack is silenced and its innermost reason goes into the message. HDF5 is not thread-safe in Debian's build: every
+/// stack is silenced and its innermost reason goes into the message. Not every build of HDF5 is thread-safe: every
 /// call takes one process-wide lock inside.
+///
+///   Hdf5File file("german.h5", Hdf5File::Mode::kRead);
+///   std::vector<int32_t> tokens = file.read<int32_t>("train/tokens", first, count);
 class Hdf5File {
  public:
   enum class Mode { kRead, kCreate };
-  /// Throws UserError if the file is missing or is no HDF5 file.
+  /// kCreate replaces a file. Throws UserError if a file to read is missing or is no HDF5 file, IoError if one cannot be made.
   Hdf5File(const std::filesystem::path& path, Mode mode);
+  /// Closes; a failure then can only be logged. Call close() after writing.
   ~Hdf5File();
   Hdf5File(Hdf5File&&) noexcept;
+  /// Writes out and closes. Throws IoError, for instance when the disk is full. Nothing may be called afterwards.
+  void close();
 
   bool has(const std::string& dataset) const;
   /// Shape of a dataset. Throws UserError naming file and dataset when absent.
   std::vector<int64_t> shape(const std::string& dataset) const;
   /// Reads `count` rows from `first` along axis 0, converted to T. T: uint8_t, uint16_t, int32_t, uint32_t, int64_t, uint64_t, float, double.
+  /// Throws UserError when the rows are not there, the dataset is not numeric, or a value does not fit T.
   template <typename T>
   std::vector<T> read(const std::string& dataset, int64_t first, int64_t count) const;
   template <typename T>
   std::vector<T> read_all(const std::string& dataset) const;
-  /// Creates a dataset, chunked and deflated (level 4) when it has more than 4096 elements. Groups in the path are made.
+  /// Creates a dataset, chunked, shuffled and deflated (level 4) when it has more than 4096 elements. Groups in the path are made.
+  /// Throws IoError.
   template <typename T>
   void write(const std::string& dataset, std::span<const T> data, const std::vector<int64_t>& shape);
 

@@ -1,0 +1,349 @@
+#include "core/hdf5.h"
+
+#include <algorithm>
+#include <mutex>
+#include <numeric>
+#include <type_traits>
+#include <utility>
+
+#include <hdf5.h>
+
+#include "core/error.h"
+#include "core/log.h"
+
+namespace moraine::core {
+
+namespace {
+
+constexpr hsize_t kChunkElements = 1 << 16;
+constexpr int64_t kSmallElements = 4096;   // not worth a chunk index
+
+std::mutex& library_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+// Holds the library and keeps it from printing its error stack, which belongs to the thread in thread-safe builds.
+class Library {
+ public:
+  Library() : lock_(library_mutex()) { H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr); }
+
+ private:
+  std::lock_guard<std::mutex> lock_;
+};
+
+// Closes its identifier; negative means that the call which made it failed.
+class Id {
+ public:
+  using Close = herr_t (*)(hid_t);
+  Id(hid_t id, Close close) : id_(id), close_(close) {}
+  ~Id() {
+    if (id_ >= 0) close_(id_);
+  }
+  Id(const Id&) = delete;
+  Id& operator=(const Id&) = delete;
+  Id(Id&& other) noexcept : id_(std::exchange(other.id_, -1)), close_(other.close_) {}
+  operator hid_t() const { return id_; }   // NOLINT(google-explicit-constructor): it is passed to the C API
+  bool ok() const { return id_ >= 0; }
+
+ private:
+  hid_t id_;
+  Close close_;
+};
+
+// What the innermost function of the failed call said.
+std::string last_reason() {
+  std::string reason;
+  const H5E_walk2_t first = [](unsigned, const H5E_error2_t* error, void* out) -> herr_t {
+    auto& text = *static_cast<std::string*>(out);
+    if (text.empty() && error->desc) text = error->desc;
+    return 0;
+  };
+  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, first, &reason);
+  return reason.empty() ? "HDF5 gave no reason" : reason;
+}
+
+template <typename T>
+hid_t memory_type() {
+  if constexpr (std::is_same_v<T, uint8_t>) return H5T_NATIVE_UINT8;
+  else if constexpr (std::is_same_v<T, uint16_t>) return H5T_NATIVE_UINT16;
+  else if constexpr (std::is_same_v<T, int32_t>) return H5T_NATIVE_INT32;
+  else if constexpr (std::is_same_v<T, uint32_t>) return H5T_NATIVE_UINT32;
+  else if constexpr (std::is_same_v<T, int64_t>) return H5T_NATIVE_INT64;
+  else if constexpr (std::is_same_v<T, uint64_t>) return H5T_NATIVE_UINT64;
+  else if constexpr (std::is_same_v<T, float>) return H5T_NATIVE_FLOAT;
+  else {
+    static_assert(std::is_same_v<T, double>);
+    return H5T_NATIVE_DOUBLE;
+  }
+}
+
+// HDF5 clips a value that does not fit; we refuse it.
+H5T_conv_ret_t refuse_lossy(H5T_conv_except_t what, hid_t, hid_t, void*, void*, void* lossy) {
+  if (what == H5T_CONV_EXCEPT_PRECISION) return H5T_CONV_UNHANDLED;   // rounding to a float
+  *static_cast<bool*>(lossy) = true;
+  return H5T_CONV_ABORT;
+}
+
+std::vector<hsize_t> chunk_of(const std::vector<hsize_t>& dims) {
+  std::vector<hsize_t> chunk = dims;
+  const hsize_t row = std::accumulate(dims.begin() + 1, dims.end(), hsize_t{1}, std::multiplies<>());
+  chunk[0] = std::clamp<hsize_t>(kChunkElements / row, 1, dims[0]);
+  return chunk;
+}
+
+}  // namespace
+
+struct Hdf5File::Handle {
+  std::filesystem::path path;
+  hid_t file = -1;
+
+  template <typename... Args>
+  [[noreturn]] void fail_user(fmt::format_string<Args...> text, Args&&... args) const {
+    throw UserError(fmt::format("{}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...)),
+                    "check that this is the file you meant, or make it again");
+  }
+  template <typename... Args>
+  [[noreturn]] void fail_io(fmt::format_string<Args...> text, Args&&... args) const {
+    throw IoError(fmt::format("{}: {}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...), last_reason()),
+                  "check space and permissions there");
+  }
+
+  // H5Lexists wants every group on the way to exist.
+  bool has(const std::string& name) const {
+    for (size_t end = name.find('/', 1);; end = name.find('/', end + 1)) {
+      if (H5Lexists(file, name.substr(0, end).c_str(), H5P_DEFAULT) <= 0) return false;
+      if (end == std::string::npos) return true;
+    }
+  }
+  Id open(const std::string& name) const {
+    if (!has(name)) fail_user("no dataset '{}'", name);
+    Id dataset(H5Dopen2(file, name.c_str(), H5P_DEFAULT), H5Dclose);
+    if (!dataset.ok()) fail_user("'{}' is no dataset: {}", name, last_reason());
+    return dataset;
+  }
+  std::vector<int64_t> shape_of(hid_t dataset) const {
+    const Id space(H5Dget_space(dataset), H5Sclose);
+    const int rank = H5Sget_simple_extent_ndims(space);
+    if (rank < 0) fail_io("cannot read a shape");
+    std::vector<hsize_t> dims(static_cast<size_t>(rank));
+    H5Sget_simple_extent_dims(space, dims.data(), nullptr);
+    return {dims.begin(), dims.end()};
+  }
+
+  // Opens an attribute of the root group that holds one element; nullopt when it is not there.
+  std::optional<Id> attribute(const std::string& name) const {
+    const htri_t exists = H5Aexists(file, name.c_str());
+    if (exists < 0) fail_io("cannot look up attribute '{}'", name);
+    if (exists == 0) return std::nullopt;
+    Id attribute(H5Aopen(file, name.c_str(), H5P_DEFAULT), H5Aclose);
+    if (!attribute.ok()) fail_io("cannot open attribute '{}'", name);
+    const Id space(H5Aget_space(attribute), H5Sclose);
+    if (H5Sget_simple_extent_npoints(space) != 1) fail_user("attribute '{}' does not hold one value", name);
+    return attribute;
+  }
+  void read_number(const std::string& name, bool real, hid_t memory, void* out, hid_t attribute) const {
+    const Id type(H5Aget_type(attribute), H5Tclose);
+    const H5T_class_t kind = H5Tget_class(type);
+    if (kind != H5T_INTEGER && !(real && kind == H5T_FLOAT)) fail_user("attribute '{}' is not {}", name, real ? "a number" : "an integer");
+    if (H5Aread(attribute, memory, out) < 0) fail_io("cannot read attribute '{}'", name);
+  }
+  void write_attribute(const std::string& name, hid_t type, const void* data) const {
+    if (H5Aexists(file, name.c_str()) > 0 && H5Adelete(file, name.c_str()) < 0) fail_io("cannot replace attribute '{}'", name);
+    const Id space(H5Screate(H5S_SCALAR), H5Sclose);
+    const Id attribute(H5Acreate2(file, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+    if (!attribute.ok() || H5Awrite(attribute, type, data) < 0) fail_io("cannot write attribute '{}'", name);
+  }
+
+  void read_rows(const std::string& name, hid_t memory, int64_t first, int64_t count, void* out) const;
+  void write(const std::string& name, hid_t memory, const void* data, size_t size, const std::vector<int64_t>& shape) const;
+};
+
+void Hdf5File::Handle::read_rows(const std::string& name, hid_t memory, int64_t first, int64_t count, void* out) const {
+  const Id dataset = open(name);
+  const Id type(H5Dget_type(dataset), H5Tclose);
+  if (const H5T_class_t kind = H5Tget_class(type); kind != H5T_INTEGER && kind != H5T_FLOAT) fail_user("'{}' does not hold numbers", name);
+  const auto shape = shape_of(dataset);
+  const int64_t rows = shape.empty() ? 1 : shape[0];
+  if (first < 0 || count < 0 || first > rows - count) fail_user("'{}' has {} rows, asked for {} from row {}", name, rows, count, first);
+  std::vector<hsize_t> start(shape.size(), 0), extent(shape.begin(), shape.end());
+  if (std::find(extent.begin(), extent.end(), hsize_t{0}) != extent.end() || count == 0) return;
+  const Id space(H5Dget_space(dataset), H5Sclose);
+  if (!shape.empty()) {
+    start[0] = static_cast<hsize_t>(first);
+    extent[0] = static_cast<hsize_t>(count);
+    H5Sselect_hyperslab(space, H5S_SELECT_SET, start.data(), nullptr, extent.data(), nullptr);
+  }
+  const Id target(shape.empty() ? H5Screate(H5S_SCALAR) : H5Screate_simple(static_cast<int>(extent.size()), extent.data(), nullptr), H5Sclose);
+  const Id transfer(H5Pcreate(H5P_DATASET_XFER), H5Pclose);
+  bool lossy = false;
+  H5Pset_type_conv_cb(transfer, refuse_lossy, &lossy);
+  if (H5Dread(dataset, memory, target, space, transfer, out) >= 0) return;
+  if (lossy) fail_user("'{}' holds a value that does not fit the type it is read as", name);
+  fail_user("'{}' cannot be read: {}", name, last_reason());
+}
+
+void Hdf5File::Handle::write(const std::string& name, hid_t memory, const void* data, size_t size,
+                             const std::vector<int64_t>& shape) const {
+  const int64_t elements = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+  MORAINE_CHECK_EQ(static_cast<int64_t>(size), elements);
+  const std::vector<hsize_t> dims(shape.begin(), shape.end());
+  const Id space(H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr), H5Sclose);
+  const Id links(H5Pcreate(H5P_LINK_CREATE), H5Pclose);
+  H5Pset_create_intermediate_group(links, 1);
+  const Id layout(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
+  if (elements > kSmallElements) {
+    H5Pset_chunk(layout, static_cast<int>(dims.size()), chunk_of(dims).data());
+    H5Pset_shuffle(layout);
+    H5Pset_deflate(layout, 4);
+  }
+  const Id dataset(H5Dcreate2(file, name.c_str(), memory, space, links, layout, H5P_DEFAULT), H5Dclose);
+  if (!dataset.ok() || H5Dwrite(dataset, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0) fail_io("cannot write dataset '{}'", name);
+}
+
+Hdf5File::Hdf5File(const std::filesystem::path& path, Mode mode) : handle_(std::make_unique<Handle>()) {
+  const Library library;
+  handle_->path = path;
+  if (mode == Mode::kCreate) {
+    std::error_code ignored;   // H5Fcreate reports what is wrong
+    if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path(), ignored);
+    handle_->file = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    if (handle_->file < 0) handle_->fail_io("cannot create the file");
+    return;
+  }
+  if (!std::filesystem::exists(path)) throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
+  if (H5Fis_hdf5(path.c_str()) == 0) handle_->fail_user("is no HDF5 file");
+  handle_->file = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
+  if (handle_->file < 0) handle_->fail_user("cannot be opened: {}", last_reason());
+}
+
+Hdf5File::~Hdf5File() {
+  try {
+    if (handle_) close();
+  } catch (const Error& error) {
+    log::error("closing a file failed: {}", error.what());
+  }
+}
+
+Hdf5File::Hdf5File(Hdf5File&&) noexcept = default;
+
+void Hdf5File::close() {
+  const Library library;
+  const hid_t file = std::exchange(handle_->file, -1);
+  if (file < 0) return;
+  const bool flushed = H5Fflush(file, H5F_SCOPE_LOCAL) >= 0;
+  const std::string reason = flushed ? "" : last_reason();
+  const bool closed = H5Fclose(file) >= 0;
+  if (!flushed || !closed)
+    throw IoError(fmt::format("{}: cannot write the file out: {}", handle_->path.string(), flushed ? last_reason() : reason),
+                  "check space and permissions there");
+}
+
+bool Hdf5File::has(const std::string& dataset) const {
+  const Library library;
+  return handle_->has(dataset);
+}
+
+std::vector<int64_t> Hdf5File::shape(const std::string& dataset) const {
+  const Library library;
+  return handle_->shape_of(handle_->open(dataset));
+}
+
+template <typename T>
+std::vector<T> Hdf5File::read(const std::string& dataset, int64_t first, int64_t count) const {
+  const auto dims = shape(dataset);
+  int64_t row = 1;
+  for (size_t axis = 1; axis < dims.size(); ++axis) row *= dims[axis];
+  const Library library;
+  // Rows that are not there are refused by read_rows; nothing is allocated for them.
+  const bool present = first >= 0 && count >= 0 && first <= (dims.empty() ? 1 : dims[0]) - count;
+  std::vector<T> values(present ? static_cast<size_t>(count * row) : 0);
+  handle_->read_rows(dataset, memory_type<T>(), first, count, values.data());
+  return values;
+}
+
+template <typename T>
+std::vector<T> Hdf5File::read_all(const std::string& dataset) const {
+  const auto dims = shape(dataset);
+  return read<T>(dataset, 0, dims.empty() ? 1 : dims[0]);
+}
+
+template <typename T>
+void Hdf5File::write(const std::string& dataset, std::span<const T> data, const std::vector<int64_t>& shape) {
+  const Library library;
+  handle_->write(dataset, memory_type<T>(), data.data(), data.size(), shape);
+}
+
+#define MORAINE_INSTANTIATE(T)                                                                         \
+  template std::vector<T> Hdf5File::read<T>(const std::string&, int64_t, int64_t) const;               \
+  template std::vector<T> Hdf5File::read_all<T>(const std::string&) const;                             \
+  template void Hdf5File::write<T>(const std::string&, std::span<const T>, const std::vector<int64_t>&);
+MORAINE_INSTANTIATE(uint8_t)
+MORAINE_INSTANTIATE(uint16_t)
+MORAINE_INSTANTIATE(int32_t)
+MORAINE_INSTANTIATE(uint32_t)
+MORAINE_INSTANTIATE(int64_t)
+MORAINE_INSTANTIATE(uint64_t)
+MORAINE_INSTANTIATE(float)
+MORAINE_INSTANTIATE(double)
+#undef MORAINE_INSTANTIATE
+
+std::optional<std::string> Hdf5File::text_attribute(const std::string& name) const {
+  const Library library;
+  const auto attribute = handle_->attribute(name);
+  if (!attribute) return std::nullopt;
+  const Id type(H5Aget_type(*attribute), H5Tclose);
+  if (H5Tget_class(type) != H5T_STRING) handle_->fail_user("attribute '{}' is not text", name);
+  if (H5Tis_variable_str(type) > 0) {
+    char* text = nullptr;
+    if (H5Aread(*attribute, type, &text) < 0) handle_->fail_io("cannot read attribute '{}'", name);
+    std::string value = text ? text : "";
+    H5free_memory(text);
+    return value;
+  }
+  std::string value(H5Tget_size(type), '\0');
+  if (H5Aread(*attribute, type, value.data()) < 0) handle_->fail_io("cannot read attribute '{}'", name);
+  value.resize(std::min(value.size(), value.find('\0')));   // fixed-length text is padded
+  return value;
+}
+
+std::optional<int64_t> Hdf5File::int_attribute(const std::string& name) const {
+  const Library library;
+  const auto attribute = handle_->attribute(name);
+  if (!attribute) return std::nullopt;
+  int64_t value = 0;
+  handle_->read_number(name, false, H5T_NATIVE_INT64, &value, *attribute);
+  return value;
+}
+
+std::optional<double> Hdf5File::real_attribute(const std::string& name) const {
+  const Library library;
+  const auto attribute = handle_->attribute(name);
+  if (!attribute) return std::nullopt;
+  double value = 0;
+  handle_->read_number(name, true, H5T_NATIVE_DOUBLE, &value, *attribute);
+  return value;
+}
+
+void Hdf5File::set_attribute(const std::string& name, const std::string& value) {
+  const Library library;
+  const Id type(H5Tcopy(H5T_C_S1), H5Tclose);
+  H5Tset_size(type, H5T_VARIABLE);
+  H5Tset_cset(type, H5T_CSET_UTF8);
+  const char* text = value.c_str();
+  handle_->write_attribute(name, type, &text);
+}
+
+void Hdf5File::set_attribute(const std::string& name, int64_t value) {
+  const Library library;
+  handle_->write_attribute(name, H5T_NATIVE_INT64, &value);
+}
+
+void Hdf5File::set_attribute(const std::string& name, double value) {
+  const Library library;
+  handle_->write_attribute(name, H5T_NATIVE_DOUBLE, &value);
+}
+
+const std::filesystem::path& Hdf5File::path() const { return handle_->path; }
+
+}  // namespace moraine::core
