@@ -1,5 +1,6 @@
 #pragma once
 
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,11 +26,16 @@ struct ParameterTable {
 class Method {
  public:
   virtual ~Method() = default;
+  /// Looks at the files the recipe names: fingerprints of data, identity of the model. Called once, before plan(); never
+  /// for parameters(). Throws UserError naming file and key.
+  virtual void open_inputs() = 0;
   virtual Plan plan(const RunState& state) const = 0;
   /// Runs one unit. Throws core::Error; the coordinator retries the unit elsewhere.
   virtual core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const = 0;
   /// Tables, curves and pictures of a finished (or unfinished) run as JSON; docs/formats.md, "summary.json".
   virtual core::Json summary(const RunState& state) const = 0;
+  /// Writes what other tools read (a Hugging Face directory, PEFT directories) into the run directory of a finished run.
+  virtual void publish(const RunState& state, const std::filesystem::path& run_directory) const = 0;
   /// Parameter counts from shapes alone. No weights are read.
   virtual ParameterTable parameters() const = 0;
 };

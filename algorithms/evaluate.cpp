@@ -1,0 +1,47 @@
+#include "algorithms/evaluate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/from_blob.h>
+
+#include "core/error.h"
+
+namespace moraine::algorithms {
+
+double Evaluation::bits_per_byte() const { return nats / std::numbers::ln2 / static_cast<double>(bytes); }
+
+core::Json Evaluation::to_json() const {
+  return {{"nats", nats}, {"tokens", tokens}, {"bytes", bytes}, {"correct", correct}};
+}
+
+Evaluation Evaluation::from_json(const core::Json& json) {
+  return {json.at("nats").get<double>(), json.at("tokens").get<int64_t>(), json.at("bytes").get<int64_t>(), json.at("correct").get<int64_t>()};
+}
+
+Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
+                    WorkerContext& context) {
+  const at::NoGradGuard no_grad;
+  const int64_t available = dataset.num_eval_sequences();
+  const int64_t total = sequences ? std::min(sequences, available) : available;
+  Evaluation out;
+  for (int64_t first = 0; first < total; first += batch_size) {
+    const int64_t count = std::min(batch_size, total - first);
+    std::vector<int64_t> rows = dataset.eval_batch(first, count);
+    const at::Tensor batch = at::from_blob(rows.data(), {count, dataset.seq_len() + 1}, at::kLong).to(context.device());
+    const models::Decoder::Loss loss = model.loss(batch, /*count_correct=*/true);
+    out.nats += loss.sum.item<double>();
+    out.tokens += loss.count;
+    out.correct += loss.correct;
+    out.bytes += dataset.eval_bytes(first, count);
+    context.progress(static_cast<double>(first + count), static_cast<double>(total));
+  }
+  if (!std::isfinite(out.nats))
+    throw core::NumericError(fmt::format("algorithms: evaluation loss is not finite on '{}'", dataset.info().name),
+                             "the evaluated model holds NaN or Inf; look at its training curve");
+  return out;
+}
+
+}  // namespace moraine::algorithms

@@ -1,0 +1,92 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "algorithms/run_config.h"
+#include "algorithms/worker_context.h"
+#include "core/config.h"
+#include "models/decoder.h"
+
+namespace moraine::algorithms::flexmore {
+
+/// Shapes of a public OLMo2 model that is built from a seed instead of loaded. (Pre-norm families do not fit: without a
+/// norm after the FFN nothing absorbs the gates' scale.)
+struct ArchitectureConfig {
+  int64_t vocab_size = 264;            // 257 byte tokens padded to a multiple of 8
+  int64_t hidden_size = 128;
+  int64_t intermediate_size = 352;
+  int64_t num_layers = 4;
+  int64_t num_heads = 4;
+  int64_t num_kv_heads = 0;            // 0 = num_heads
+  int64_t max_position_embeddings = 256;
+  double rope_theta = 10000;
+  double rms_norm_eps = 1e-6;
+  double initializer_range = 0.02;
+  bool tie_word_embeddings = false;
+};
+
+/// The frozen public model every expert is trained against: a Hugging Face directory, or shapes + training on public text.
+struct PublicModelConfig {
+  std::string path;                                  // Hugging Face directory; exclusive with `architecture`
+  std::optional<ArchitectureConfig> architecture;
+  std::optional<TrainConfig> train;                  // needed to run when built from `architecture`
+  std::string save_dtype = "float32";                // a trained public model is rounded to this once, before any expert sees it
+};
+
+/// One data owner.
+struct DomainConfig {
+  std::string name;
+  std::string path;                    // prepared HDF5 file; may be empty for `moraine params`
+  std::string rank = "auto";           // auto = chosen on validation | full | a number
+  std::string train = "full";          // full = full-size expert, low rank by PHLoRA | direct = A and B are trained
+};
+
+/// Router of the mixture.
+struct RouterConfig {
+  std::string init = "centered";       // embedding | centered | random
+  double init_norm = 0.5;              // norm of each domain row at the start; FlexOlmo's released rows have .41-.55
+  std::string bias = "none";           // none | constant | learned
+  double bias_value = -0.01;           // constant: on every expert but the public one; learned: start
+  int64_t embedding_sequences = 64;    // sequences averaged into one embedding
+};
+
+/// Which rank each expert gets in the heterogeneous mixture.
+struct RankConfig {
+  std::vector<int64_t> candidates = {4, 8, 16, 32, 64};
+  double budget = 0.33;                // share of the full-size mixture's added parameters
+};
+
+struct EvaluationConfig {
+  int64_t sequences = 128;             // per split and domain; 0 = all
+  int64_t validation_sequences = 64;   // for choosing ranks
+  int64_t batch_size = 16;
+};
+
+struct FlexMoreConfig : RunConfig {
+  PublicModelConfig model;
+  std::string public_data;             // prepared HDF5 file of public text
+  std::vector<DomainConfig> domains;
+  int64_t seq_len = 256;
+  std::string tokenizer = "bytes-v1";
+  TrainConfig train;                   // of the experts
+  RouterConfig router;
+  RankConfig ranks;
+  int64_t top_k = 2;
+  bool norm_topk_prob = false;
+  std::string forward = "factored";    // factored | per_expert
+  std::vector<std::string> leave_out;  // experts left out of the mixtures
+  EvaluationConfig evaluation;
+};
+
+const core::Schema<FlexMoreConfig>& flexmore_schema();
+
+/// Architecture of the public model. Reads config.json when the model is a directory. Throws UserError.
+models::DecoderConfig public_architecture(const PublicModelConfig& model, const std::filesystem::path& directory);
+
+/// "auto" and "full" are nullopt; a number is itself.
+std::optional<int64_t> fixed_rank(const DomainConfig& domain);
+
+}  // namespace moraine::algorithms::flexmore

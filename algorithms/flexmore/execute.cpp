@@ -1,0 +1,328 @@
+// What a worker does for FlexMoRE: trains, extracts, evaluates. Merges run on the coordinator through the same door.
+#include <algorithm>
+#include <cmath>
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/stack.h>
+
+#include "algorithms/evaluate.h"
+#include "algorithms/flexmore/experts.h"
+#include "algorithms/flexmore/flexmore.h"
+#include "algorithms/flexmore/phlora.h"
+#include "core/error.h"
+#include "core/hash.h"
+#include "data/text_dataset.h"
+#include "models/tensor_io.h"
+
+namespace moraine::algorithms::flexmore {
+namespace {
+
+at::Tensor batch_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size, int64_t first, int64_t count,
+                      at::Device device) {
+  std::vector<int64_t> rows = dataset.training_batch(seed, step, batch_size);
+  const int64_t width = dataset.seq_len() + 1;
+  return at::from_blob(rows.data() + first * width, {count, width}, at::kLong).to(device, /*non_blocking=*/false, /*copy=*/true);
+}
+
+// Loss of a decoder on the training batches of a data set.
+auto language_model_loss(models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size, at::Device device) {
+  return [&model, dataset = std::move(dataset), seed, batch_size, device](int64_t step, int64_t first, int64_t count) {
+    const auto loss = model.loss(batch_rows(*dataset, seed, step, batch_size, first, count, device));
+    return TrainJob::MicroLoss{loss.sum, loss.count};
+  };
+}
+
+// Mean FFN input per layer over the first training sequences: L x [d], float32.
+std::vector<at::Tensor> domain_embedding(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, WorkerContext& context) {
+  const at::NoGradGuard no_grad;
+  constexpr int64_t kBatch = 16;
+  std::vector<at::Tensor> sums;
+  int64_t tokens = 0;
+  for (int64_t first = 0; first < sequences; first += kBatch) {
+    const int64_t count = std::min(kBatch, sequences - first);
+    const at::Tensor batch = batch_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, context.device());
+    const auto inputs = model.ffn_inputs(batch.narrow(1, 0, dataset.seq_len()).contiguous());
+    if (sums.empty()) sums.assign(inputs.size(), at::Tensor());
+    for (size_t l = 0; l < inputs.size(); ++l) {
+      const at::Tensor sum = inputs[l].to(at::kDouble).flatten(0, 1).sum(0);
+      sums[l] = sums[l].defined() ? sums[l] + sum : sum;
+    }
+    tokens += count * dataset.seq_len();
+  }
+  for (auto& sum : sums) sum = (sum / static_cast<double>(tokens)).to(at::kFloat);
+  return sums;
+}
+
+at::Tensor unit_norm(const at::Tensor& row, double norm) {
+  const double length = row.to(at::kDouble).norm().item<double>();
+  if (length == 0) throw core::NumericError("algorithms/flexmore: a domain embedding is zero", "use router.init: random");
+  return row * (norm / length);
+}
+
+// Rows of a router without embeddings: normal(0, 0.002) clipped to [-0.006, 0], as FlexOlmo initialises them.
+at::Tensor random_row(int64_t width, uint64_t seed) {
+  auto generator = at::detail::createCPUGenerator(seed);
+  return at::empty({width}, at::kFloat).normal_(0, 0.002, generator).clamp_(-0.006, 0);
+}
+
+at::Tensor trainable(const at::Tensor& tensor) { return tensor.detach().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous().set_requires_grad(true); }
+
+// A fresh low-rank correction for direct training: A uniform(+-1/sqrt(in)), B zero, as LoRA (inferred: the paper extracts only).
+models::LowRank fresh_low_rank(int64_t in, int64_t out, int64_t rank, uint64_t seed, at::Device device) {
+  if (rank > std::min(in, out))
+    throw core::UserError(fmt::format("algorithms/flexmore: rank {} is above {}, the smallest side of a [{}, {}] matrix", rank, std::min(in, out), out, in),
+                          "choose a smaller rank");
+  auto generator = at::detail::createCPUGenerator(seed);
+  const double bound = 1 / std::sqrt(static_cast<double>(in));
+  return {trainable(at::empty({rank, in}, at::kFloat).uniform_(-bound, bound, generator).to(device)),
+          trainable(at::zeros({out, rank}, at::TensorOptions().dtype(at::kFloat).device(device)))};
+}
+
+core::Json curve_json(const TrainOutcome& outcome) {
+  core::Json curve = core::Json::array();
+  for (const auto& [step, loss] : outcome.curve) curve.push_back({step, loss});
+  return curve;
+}
+
+}  // namespace
+
+at::ScalarType FlexMore::compute_dtype() const { return config_.train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }
+
+core::ArtefactPtr FlexMore::execute(const Unit& unit, WorkerContext& context) const {
+  using Step = core::ArtefactPtr (FlexMore::*)(const Unit&, WorkerContext&) const;
+  static const std::map<std::string, Step> steps = {
+      {"train_base", &FlexMore::train_base}, {"embed_public", &FlexMore::embed_public}, {"train_expert", &FlexMore::train_expert},
+      {"extract", &FlexMore::extract},       {"evaluate", &FlexMore::evaluate_unit},    {"merge", &FlexMore::merge_experts},
+      {"soup", &FlexMore::make_soup},
+  };
+  const auto step = steps.find(unit.kind);
+  MORAINE_CHECK(step != steps.end(), "flexmore has no unit kind '{}'", unit.kind);
+  return (this->*step->second)(unit, context);
+}
+
+std::shared_ptr<models::Decoder> FlexMore::load_base(const Unit& unit, WorkerContext& context) const {
+  const std::string id = unit.spec.at("base").get<std::string>();
+  const auto make = [&]() -> std::shared_ptr<void> {
+    if (id.starts_with("dir:")) {
+      if (id != model_id_)
+        throw core::UserError(fmt::format("algorithms/flexmore: the public model in {} differs from the coordinator's", config_.model.path),
+                              "every site must use a byte-identical public model");
+      return std::make_shared<models::Decoder>(models::Decoder::from_directory(resolve_path(directory_, config_.model.path), compute_dtype()));
+    }
+    const auto artefact = context.artefact(id);
+    const auto config = models::DecoderConfig::from_json(artefact->meta().at("config"), artefact->file().origin());
+    return std::make_shared<models::Decoder>(models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(), compute_dtype()));
+  };
+  return std::static_pointer_cast<models::Decoder>(context.cached("base/" + id, make));
+}
+
+std::shared_ptr<data::TextDataset> FlexMore::load_data(const core::Json& spec, WorkerContext& context) const {
+  const auto name = spec.at("name").get<std::string>();
+  const auto split = spec.at("split").get<std::string>();
+  const auto make = [&]() -> std::shared_ptr<void> {
+    auto dataset = std::make_shared<data::TextDataset>(
+        data::TextDataset::open(data_path(name), split, spec.at("seq_len").get<int64_t>(), spec.at("tokenizer").get<std::string>()));
+    if (dataset->info().fingerprint != spec.at("fingerprint"))
+      throw core::UserError(fmt::format("algorithms/flexmore: {} changed since the run was planned", data_path(name).string()),
+                            "every worker must see the same prepared file; start again after copying it");
+    return dataset;
+  };
+  return std::static_pointer_cast<data::TextDataset>(context.cached(fmt::format("data/{}/{}", name, split), make));
+}
+
+std::vector<at::Tensor> FlexMore::public_rows(const core::Artefact& embedding) const {
+  const at::Tensor rows = models::copy_of(*embedding.file().find("embedding"));
+  std::vector<at::Tensor> out;
+  for (int64_t l = 0; l < rows.size(0); ++l) {
+    if (config_.router.init == "embedding") {
+      out.push_back(unit_norm(rows[l], config_.router.init_norm).contiguous());
+    } else if (config_.router.init == "centered") {
+      out.push_back(at::zeros({rows.size(1)}, at::kFloat));
+    } else {
+      out.push_back(random_row(rows.size(1), core::derive_seed(static_cast<uint64_t>(config_.seed), fmt::format("router/public/{}", l))));
+    }
+  }
+  return out;
+}
+
+core::ArtefactPtr FlexMore::train_base(const Unit& unit, WorkerContext& context) const {
+  const auto dataset = load_data(unit.spec.at("data"), context);
+  const auto seed = unit.spec.at("seed").get<uint64_t>();
+  const TrainConfig& train = *config_.model.train;
+  auto model = models::Decoder::from_config(architecture_, seed, at::kFloat);
+  TrainJob job{train, model.make_trainable(), language_model_loss(model, dataset, seed, train.batch_size, context.device()), config_.seq_len};
+  const TrainOutcome outcome = context.train(std::move(job));
+  const auto dtype = config_.model.save_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+  models::NamedTensors tensors;
+  for (const auto& [name, weight] : model.weights()) tensors.emplace_back(name, weight.detach().to(dtype));
+  std::vector<at::Tensor> keep;
+  return core::Artefact::create("base", {{"config", architecture_.to_json()}, {"curve", curve_json(outcome)}}, models::views_of(tensors, keep));
+}
+
+core::ArtefactPtr FlexMore::embed_public(const Unit& unit, WorkerContext& context) const {
+  auto model = load_base(unit, context)->share();
+  const auto dataset = load_data(unit.spec.at("data"), context);
+  std::vector<at::Tensor> keep;
+  const at::Tensor rows = at::stack(domain_embedding(model, *dataset, unit.spec.at("sequences").get<int64_t>(), context)).cpu();
+  return core::Artefact::create("embedding", core::Json::object(), models::views_of({{"embedding", rows}}, keep));
+}
+
+core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& context) const {
+  auto model = load_base(unit, context)->share();
+  const auto dataset = load_data(unit.spec.at("data"), context);
+  const auto seed = unit.spec.at("seed").get<uint64_t>();
+  const auto rank = unit.spec.at("rank").get<int64_t>();
+  const auto embedding = context.artefact(unit.inputs.at(0));
+  const at::Tensor public_embedding = models::copy_of(*embedding->file().find("embedding"));
+  const auto own_embedding = domain_embedding(model, *dataset, config_.router.embedding_sequences, context);
+
+  Mixture mixture{public_rows(*embedding), {}};
+  const core::Json base_fingerprint = fingerprint_of_base(model, mixture.public_rows);
+  Expert expert{unit.spec.at("name").get<std::string>(), {}, {}, {}};
+  TrainJob job{config_.train, {}, nullptr, config_.seq_len};
+  const auto own = [&](const std::string& name, at::Tensor tensor) {
+    job.parameters.emplace_back(name, tensor);
+    return tensor;
+  };
+  for (size_t l = 0; l < own_embedding.size(); ++l) {
+    const models::SlotBase& base = model.base(ffn_slot(l));
+    const std::string prefix = fmt::format("layers.{:03}.", l);
+    models::FfnExpert ffn;
+    if (rank == 0) {
+      ffn.gate = own(prefix + "gate", trainable(base.gate));
+      ffn.up = own(prefix + "up", trainable(base.up));
+      ffn.down = own(prefix + "down", trainable(base.down));
+    } else {
+      const auto fresh = [&](const std::string& name, const at::Tensor& weight) {
+        models::LowRank pair = fresh_low_rank(weight.size(1), weight.size(0), rank, core::derive_seed(seed, prefix + name), context.device());
+        own(prefix + name + ".a", pair.a);
+        own(prefix + name + ".b", pair.b);
+        return pair;
+      };
+      ffn.gate_delta = fresh("gate", base.gate);
+      ffn.up_delta = fresh("up", base.up);
+      ffn.down_delta = fresh("down", base.down);
+    }
+    expert.layers.push_back(ffn);
+    at::Tensor row;
+    if (config_.router.init == "random") {
+      row = random_row(own_embedding[l].size(0), core::derive_seed(seed, fmt::format("router/{}", l)));
+    } else {
+      const at::Tensor center = config_.router.init == "centered" ? public_embedding[static_cast<int64_t>(l)] : at::zeros_like(own_embedding[l]);
+      row = unit_norm(own_embedding[l].cpu() - center, config_.router.init_norm);
+    }
+    expert.router_rows.push_back(own(prefix + "router", trainable(row.to(context.device()))));
+    if (config_.router.bias != "none") {
+      const at::Tensor bias = at::full({1}, config_.router.bias_value, at::TensorOptions().dtype(at::kFloat).device(context.device()));
+      expert.biases.push_back(config_.router.bias == "learned" ? own(prefix + "router_bias", trainable(bias)) : bias);
+    }
+  }
+  std::sort(job.parameters.begin(), job.parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  mixture.experts = {expert};
+  for (auto& row : mixture.public_rows) row = row.to(context.device());
+  attach(model, mixture, {.top_k = 2, .norm_topk_prob = config_.norm_topk_prob}, {});
+  job.loss = language_model_loss(model, dataset, seed, config_.train.batch_size, context.device());
+  const TrainOutcome outcome = context.train(std::move(job));
+  return write_expert(expert, {{"base", unit.spec.at("base")}, {"base_tensors", base_fingerprint}, {"curve", curve_json(outcome)},
+                               {"data", unit.spec.at("data")}});
+}
+
+core::ArtefactPtr FlexMore::extract(const Unit& unit, WorkerContext& context) const {
+  const at::NoGradGuard no_grad;
+  const auto model = load_base(unit, context);
+  const auto artefact = context.artefact(unit.inputs.at(0));
+  const auto rank = unit.spec.at("rank").get<int64_t>();
+  Expert expert = read_expert(*artefact, 0);
+  models::NamedTensors spectra;
+  for (size_t l = 0; l < expert.layers.size(); ++l) {
+    models::FfnExpert& ffn = expert.layers[l];
+    const models::SlotBase& base = model->base(ffn_slot(l));
+    const auto cut = [&](const char* name, const at::Tensor& tuned, const at::Tensor& frozen) {
+      const Spectrum spectrum = spectrum_of_difference(tuned, frozen.cpu());
+      spectra.emplace_back(fmt::format("spectrum.{}.{}", l, name), spectrum.s);
+      return low_rank_of(spectrum, rank);
+    };
+    ffn.gate_delta = cut("gate_proj", ffn.gate, base.gate);
+    ffn.up_delta = cut("up_proj", ffn.up, base.up);
+    ffn.down_delta = cut("down_proj", ffn.down, base.down);
+    ffn.gate = ffn.up = ffn.down = at::Tensor();
+    context.progress(static_cast<double>(l + 1), static_cast<double>(expert.layers.size()));
+  }
+  return write_expert(expert, {{"base", unit.spec.at("base")}, {"base_tensors", artefact->meta().at("base_tensors")},
+                               {"extracted_from", unit.inputs.at(0)}}, std::move(spectra));
+}
+
+core::ArtefactPtr FlexMore::evaluate_unit(const Unit& unit, WorkerContext& context) const {
+  auto model = load_base(unit, context)->share();
+  const auto dataset = load_data(unit.spec.at("data"), context);
+  const auto what = unit.spec.at("what").get<std::string>();
+  std::vector<std::shared_ptr<models::MixtureFfn>> layers;
+  std::vector<std::string> names = {"public"};
+  if (what == "expert" || what == "mixture") {
+    const core::Json& options = unit.spec.at("mixture");
+    Mixture mixture;
+    if (what == "expert") {
+      mixture.public_rows = public_rows(*context.artefact(unit.inputs.at(0)));
+      mixture.experts = {read_expert(*context.artefact(unit.inputs.at(1)), unit.spec.at("rank").get<int64_t>())};
+    } else {
+      mixture = read_mixture(*context.artefact(unit.inputs.at(0)));
+    }
+    const auto forward = options.at("forward") == "per_expert" ? models::MixtureForward::kPerExpert : models::MixtureForward::kFactored;
+    const auto leave_out = options.at("leave_out").get<std::vector<std::string>>();
+    layers = attach(model, mixture, {options.at("top_k").get<int64_t>(), options.at("norm_topk_prob").get<bool>(), forward}, leave_out);
+    for (const auto& expert : mixture.experts)
+      if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) names.push_back(expert.name);
+  } else if (what == "soup") {
+    attach_dense(model, read_expert(*context.artefact(unit.inputs.at(0)), 0).layers);
+  }
+  for (auto& layer : layers) layer->record_load(true);
+  const Evaluation result = evaluate(model, *dataset, unit.spec.at("sequences").get<int64_t>(), unit.spec.at("batch_size").get<int64_t>(), context);
+  core::Json meta = {{"result", result.to_json()}};
+  if (!layers.empty()) {
+    core::Json selected = core::Json::array(), probability = core::Json::array();
+    for (const auto& layer : layers) {
+      const auto& load = layer->load();
+      core::Json share = core::Json::array(), mass = core::Json::array();
+      for (size_t e = 0; e < names.size(); ++e) {
+        share.push_back(static_cast<double>(load.selected[e]) / static_cast<double>(load.tokens));
+        mass.push_back(load.probability[e] / static_cast<double>(load.tokens));
+      }
+      selected.push_back(share);
+      probability.push_back(mass);
+    }
+    meta["load"] = {{"experts", names}, {"selected", selected}, {"probability", probability}};
+  }
+  return core::Artefact::create("evaluation", std::move(meta), {});
+}
+
+core::ArtefactPtr FlexMore::merge_experts(const Unit& unit, WorkerContext& context) const {
+  const at::NoGradGuard no_grad;
+  const auto model = load_base(unit, context);
+  const auto rows = public_rows(*context.artefact(unit.inputs.at(0)));
+  const auto ranks = unit.spec.at("ranks").get<std::vector<int64_t>>();
+  std::vector<core::ArtefactPtr> experts;
+  for (size_t i = 0; i < ranks.size(); ++i) experts.push_back(context.artefact(unit.inputs.at(i + 1)));
+  const core::Json base_fingerprint = fingerprint_of_base(*model, rows);
+  return write_mixture(merge(experts, ranks, rows, base_fingerprint), {{"base", unit.spec.at("base")}});
+}
+
+core::ArtefactPtr FlexMore::make_soup(const Unit& unit, WorkerContext& context) const {
+  const at::NoGradGuard no_grad;
+  std::vector<Expert> experts;
+  for (const auto& id : unit.inputs)
+    if (id != unit.spec.at("base")) experts.push_back(read_expert(*context.artefact(id), 0));
+  std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
+  Expert mean = experts.front();
+  mean.name = "soup";
+  mean.layers = soup(experts);
+  return write_expert(mean, {{"base", unit.spec.at("base")}, {"of", experts.size()}});
+}
+
+}  // namespace moraine::algorithms::flexmore

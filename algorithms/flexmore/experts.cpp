@@ -1,0 +1,270 @@
+#include "algorithms/flexmore/experts.h"
+
+#include <algorithm>
+#include <functional>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/stack.h>
+
+#include "algorithms/flexmore/phlora.h"
+#include "core/error.h"
+#include "core/hash.h"
+#include "core/registry.h"
+#include "models/tensor_io.h"
+
+namespace moraine::algorithms::flexmore {
+namespace {
+
+// Calls visit(name, tensor reference) for every tensor of one expert's FFN in one layer.
+template <typename Ffn, typename Visit>
+void visit_ffn(Ffn& ffn, bool full, const std::string& prefix, Visit&& visit) {
+  if (full) {
+    visit(prefix + "gate_proj.weight", ffn.gate);
+    visit(prefix + "up_proj.weight", ffn.up);
+    visit(prefix + "down_proj.weight", ffn.down);
+    return;
+  }
+  visit(prefix + "gate_proj_a.weight", ffn.gate_delta.a);
+  visit(prefix + "gate_proj_b.weight", ffn.gate_delta.b);
+  visit(prefix + "up_proj_a.weight", ffn.up_delta.a);
+  visit(prefix + "up_proj_b.weight", ffn.up_delta.b);
+  visit(prefix + "down_proj_a.weight", ffn.down_delta.a);
+  visit(prefix + "down_proj_b.weight", ffn.down_delta.b);
+}
+
+at::Tensor load(const core::Artefact& artefact, const std::string& name) {
+  const core::TensorView* view = artefact.file().find(name);
+  if (!view)
+    throw core::UserError(fmt::format("algorithms/flexmore: {} has no tensor '{}'", artefact.file().origin(), name),
+                          "the artefact is not of this recipe; remove it to have it made again");
+  return models::copy_of(*view);
+}
+
+void expect_kind(const core::Artefact& artefact, const std::string& kind) {
+  if (artefact.kind() != kind)
+    throw core::UserError(fmt::format("algorithms/flexmore: {} is of kind '{}', expected '{}'", artefact.file().origin(), artefact.kind(), kind));
+}
+
+core::ArtefactPtr to_artefact(const std::string& kind, core::Json meta, models::NamedTensors tensors) {
+  std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<at::Tensor> keep;
+  for (auto& [name, tensor] : tensors) tensor = tensor.detach();
+  return core::Artefact::create(kind, std::move(meta), models::views_of(tensors, keep));
+}
+
+std::string layer_prefix(size_t layer) { return fmt::format("model.layers.{}.mlp.", layer); }
+
+}  // namespace
+
+std::string ffn_slot(size_t layer) { return fmt::format("model.layers.{}.mlp", layer); }
+
+int64_t Expert::parameters() const {
+  int64_t total = 0;
+  for (auto ffn : layers) visit_ffn(ffn, ffn.full(), "", [&](const std::string&, const at::Tensor& t) { total += t.numel(); });
+  for (const auto& row : router_rows) total += row.numel();
+  for (const auto& bias : biases) total += bias.numel();
+  return total;
+}
+
+core::Json fingerprint_of_base(const models::Decoder& base, const std::vector<at::Tensor>& public_rows) {
+  core::Json out = core::Json::object();
+  const auto add = [&out](const std::string& name, const at::Tensor& tensor) {
+    std::vector<at::Tensor> keep;
+    const auto views = models::views_of({{name, tensor}}, keep);
+    out[name] = core::sha256(views.front().data);
+  };
+  for (const auto& [name, tensor] : base.weights()) add(name, tensor);
+  for (size_t l = 0; l < public_rows.size(); ++l) add(layer_prefix(l) + "gate.weight[0]", public_rows[l]);
+  return out;
+}
+
+core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::NamedTensors extra) {
+  models::NamedTensors tensors = std::move(extra);
+  for (size_t l = 0; l < expert.layers.size(); ++l) {
+    const std::string prefix = layer_prefix(l);
+    auto ffn = expert.layers[l];
+    visit_ffn(ffn, ffn.full(), prefix, [&](const std::string& name, const at::Tensor& t) { tensors.emplace_back(name, t); });
+    tensors.emplace_back(prefix + "gate.weight", expert.router_rows[l]);
+    if (!expert.biases.empty()) tensors.emplace_back(prefix + "gate.bias", expert.biases[l]);
+  }
+  meta["name"] = expert.name;
+  meta["rank"] = expert.rank();
+  meta["layers"] = expert.layers.size();
+  meta["parameters"] = expert.parameters();
+  return to_artefact("expert", std::move(meta), std::move(tensors));
+}
+
+Expert read_expert(const core::Artefact& artefact, int64_t rank) {
+  expect_kind(artefact, "expert");
+  Expert expert;
+  expert.name = artefact.meta().at("name").get<std::string>();
+  const int64_t stored = artefact.meta().at("rank").get<int64_t>();
+  if (rank < 0 || (rank > 0 && stored == 0))
+    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' cannot be used at rank {}: it was shipped full-size", expert.name, rank),
+                          "extract a low-rank expert from it first");
+  const auto layers = artefact.meta().at("layers").get<size_t>();
+  for (size_t l = 0; l < layers; ++l) {
+    const std::string prefix = layer_prefix(l);
+    models::FfnExpert ffn;
+    visit_ffn(ffn, stored == 0, prefix, [&](const std::string& name, at::Tensor& t) { t = load(artefact, name); });
+    if (rank > 0 && rank != stored)
+      for (auto* delta : {&ffn.gate_delta, &ffn.up_delta, &ffn.down_delta}) *delta = slice(*delta, rank);
+    expert.layers.push_back(std::move(ffn));
+    expert.router_rows.push_back(load(artefact, prefix + "gate.weight"));
+    if (artefact.file().find(prefix + "gate.bias")) expert.biases.push_back(load(artefact, prefix + "gate.bias"));
+  }
+  return expert;
+}
+
+Mixture merge(const std::vector<core::ArtefactPtr>& artefacts, const std::vector<int64_t>& ranks,
+              const std::vector<at::Tensor>& public_rows, const core::Json& base_fingerprint) {
+  MORAINE_CHECK_EQ(artefacts.size(), ranks.size());
+  Mixture mixture{public_rows, {}};
+  for (size_t i = 0; i < artefacts.size(); ++i) {
+    Expert expert = read_expert(*artefacts[i], ranks[i]);
+    const core::Json& trained_against = artefacts[i]->meta().at("base_tensors");
+    std::vector<std::string> differing;
+    for (const auto& [name, digest] : base_fingerprint.items())
+      if (!trained_against.contains(name) || trained_against.at(name) != digest) differing.push_back(name);
+    for (const auto& [name, digest] : trained_against.items())
+      if (!base_fingerprint.contains(name)) differing.push_back(name);
+    if (!differing.empty())
+      throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' was trained against another public model; {} tensors differ: {}",
+                                        expert.name, differing.size(), fmt::join(differing, ", ")),
+                            "every site must use a byte-identical public model; re-saving it in another dtype is enough to break this");
+    mixture.experts.push_back(std::move(expert));
+  }
+  std::sort(mixture.experts.begin(), mixture.experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
+  for (size_t i = 1; i < mixture.experts.size(); ++i)
+    if (mixture.experts[i].name == mixture.experts[i - 1].name)
+      throw core::UserError(fmt::format("algorithms/flexmore: two experts are named '{}'", mixture.experts[i].name), "rename one");
+  return mixture;
+}
+
+core::ArtefactPtr write_mixture(const Mixture& mixture, core::Json meta) {
+  models::NamedTensors tensors;
+  core::Json names = core::Json::array(), ranks = core::Json::array({0});
+  int64_t added = 0;
+  for (const auto& expert : mixture.experts) {
+    names.push_back(expert.name);
+    ranks.push_back(expert.rank());
+    added += expert.parameters();
+  }
+  for (size_t l = 0; l < mixture.public_rows.size(); ++l) {
+    std::vector<at::Tensor> rows = {mixture.public_rows[l]}, biases;
+    for (size_t e = 0; e < mixture.experts.size(); ++e) {
+      const Expert& expert = mixture.experts[e];
+      auto ffn = expert.layers[l];
+      visit_ffn(ffn, ffn.full(), layer_prefix(l) + fmt::format("experts.{}.", e + 1),
+                [&](const std::string& name, const at::Tensor& t) { tensors.emplace_back(name, t); });
+      rows.push_back(expert.router_rows[l]);
+      if (!expert.biases.empty()) biases.push_back(expert.biases[l]);
+    }
+    tensors.emplace_back(layer_prefix(l) + "gate.weight", at::stack(rows));
+    if (!biases.empty()) {
+      if (biases.size() != mixture.experts.size())
+        throw core::UserError("algorithms/flexmore: some experts carry a router bias and some do not", "train all with one router.bias");
+      tensors.emplace_back(layer_prefix(l) + "gate.bias", at::cat(biases));
+    }
+  }
+  meta["experts"] = names;
+  meta["expert_ranks"] = ranks;
+  meta["layers"] = mixture.public_rows.size();
+  meta["added_parameters"] = added;
+  return to_artefact("mixture", std::move(meta), std::move(tensors));
+}
+
+Mixture read_mixture(const core::Artefact& artefact) {
+  expect_kind(artefact, "mixture");
+  Mixture mixture;
+  const auto layers = artefact.meta().at("layers").get<size_t>();
+  const auto names = artefact.meta().at("experts").get<std::vector<std::string>>();
+  const auto ranks = artefact.meta().at("expert_ranks").get<std::vector<int64_t>>();
+  for (const auto& name : names) mixture.experts.push_back({name, {}, {}, {}});
+  for (size_t l = 0; l < layers; ++l) {
+    const at::Tensor rows = load(artefact, layer_prefix(l) + "gate.weight");
+    const bool has_bias = artefact.file().find(layer_prefix(l) + "gate.bias") != nullptr;
+    const at::Tensor bias = has_bias ? load(artefact, layer_prefix(l) + "gate.bias") : at::Tensor();
+    mixture.public_rows.push_back(rows[0].contiguous());
+    for (size_t e = 0; e < names.size(); ++e) {
+      const auto index = static_cast<int64_t>(e);
+      models::FfnExpert ffn;
+      visit_ffn(ffn, ranks[e + 1] == 0, layer_prefix(l) + fmt::format("experts.{}.", e + 1),
+                [&](const std::string& name, at::Tensor& t) { t = load(artefact, name); });
+      mixture.experts[e].layers.push_back(std::move(ffn));
+      mixture.experts[e].router_rows.push_back(rows[index + 1].contiguous());
+      if (has_bias) mixture.experts[e].biases.push_back(bias.narrow(0, index, 1).contiguous());
+    }
+  }
+  return mixture;
+}
+
+std::vector<models::FfnExpert> soup(const std::vector<Expert>& experts) {
+  MORAINE_CHECK(!experts.empty(), "a soup needs experts");
+  std::vector<models::FfnExpert> layers(experts.front().layers.size());
+  for (const auto& expert : experts)
+    if (expert.rank() != 0)
+      throw core::UserError(fmt::format("algorithms/flexmore: weight soup needs full-size experts, '{}' has rank {}", expert.name, expert.rank()));
+  const auto count = static_cast<double>(experts.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const auto mean = [&](at::Tensor models::FfnExpert::*member) {
+      at::Tensor sum = (experts.front().layers[l].*member).to(at::kDouble);
+      for (size_t e = 1; e < experts.size(); ++e) sum = sum + (experts[e].layers[l].*member).to(at::kDouble);
+      return (sum / count).to((experts.front().layers[l].*member).scalar_type());
+    };
+    layers[l].gate = mean(&models::FfnExpert::gate);
+    layers[l].up = mean(&models::FfnExpert::up);
+    layers[l].down = mean(&models::FfnExpert::down);
+  }
+  return layers;
+}
+
+std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder, const Mixture& mixture,
+                                                        models::MixtureFfn::Options options,
+                                                        const std::vector<std::string>& leave_out) {
+  std::vector<std::string> names;
+  for (const auto& expert : mixture.experts) names.push_back(expert.name);
+  for (const auto& name : leave_out)
+    if (std::find(names.begin(), names.end(), name) == names.end())
+      throw core::UserError(fmt::format("algorithms/flexmore: leave_out: no expert '{}'", name), core::name_hint(name, names));
+  std::vector<const Expert*> kept;
+  for (const auto& expert : mixture.experts)
+    if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) kept.push_back(&expert);
+  std::vector<std::shared_ptr<models::MixtureFfn>> attached;
+  for (size_t l = 0; l < mixture.public_rows.size(); ++l) {
+    std::vector<at::Tensor> rows = {mixture.public_rows[l].unsqueeze(0)}, biases;
+    std::vector<models::FfnExpert> ffns;
+    for (const Expert* expert : kept) {
+      rows.push_back(expert->router_rows[l].unsqueeze(0));
+      if (!expert->biases.empty()) biases.push_back(expert->biases[l]);
+      ffns.push_back(expert->layers[l]);
+    }
+    attached.push_back(std::make_shared<models::MixtureFfn>(std::move(rows), biases.empty() ? at::Tensor() : at::cat(biases), std::move(ffns), options));
+    decoder.attach(ffn_slot(l), attached.back());
+  }
+  return attached;
+}
+
+namespace {
+
+// A plain dense FFN in place of the public one.
+class DenseFfn : public models::SlotFunction {
+ public:
+  explicit DenseFfn(models::FfnExpert ffn) : ffn_(std::move(ffn)) {}
+  at::Tensor forward(const at::Tensor& x, const models::SlotBase&) override {
+    return models::swiglu(x, ffn_.gate.to(x.scalar_type()), ffn_.up.to(x.scalar_type()), ffn_.down.to(x.scalar_type()));
+  }
+  models::NamedTensors parameters() const override { return {}; }
+
+ private:
+  models::FfnExpert ffn_;
+};
+
+}  // namespace
+
+void attach_dense(models::Decoder& decoder, const std::vector<models::FfnExpert>& layers) {
+  for (size_t l = 0; l < layers.size(); ++l) decoder.attach(ffn_slot(l), std::make_shared<DenseFfn>(layers[l]));
+}
+
+}  // namespace moraine::algorithms::flexmore

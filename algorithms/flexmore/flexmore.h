@@ -1,0 +1,92 @@
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "algorithms/flexmore/config.h"
+#include "algorithms/method.h"
+#include "algorithms/register.h"
+
+namespace moraine::models {
+class Decoder;
+}
+namespace moraine::data {
+class TextDataset;
+}
+
+namespace moraine::algorithms::flexmore {
+
+/// FlexMoRE: one frozen public model, one independently trained FFN expert per data owner next to it, each cut to the rank
+/// that suits it, merged behind a softmax router without further training.
+///
+/// Trained: each expert's FFN (full-size, or A and B directly) and its router row per layer. Frozen: everything else.
+/// A worker sends r * 3 (d + h) L numbers (low rank) or 3 d h L (full size) plus L d router numbers.
+/// Seeds: `seed` derives data order and initial values per domain, by name.
+/// Source: FlexMoRE (arXiv 2602.08818) and FlexOlmo (arXiv 2507.07024); what embeds a domain is our choice (inferred): the
+/// public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width.
+class FlexMore final : public Method {
+ public:
+  FlexMore(FlexMoreConfig config, std::filesystem::path directory);
+
+  void open_inputs() override;
+  Plan plan(const RunState& state) const override;
+  core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
+  core::Json summary(const RunState& state) const override;
+  void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
+  ParameterTable parameters() const override;
+
+ private:
+  /// Everything the procedure has got hold of so far; filled in order by walk().
+  struct Stages {
+    std::optional<std::string> base;                                        // "dir:<hash>" or an artefact id
+    std::optional<std::string> public_embedding;
+    std::map<std::string, std::string> experts;                             // by domain: as trained
+    std::map<std::string, std::string> low_rank;                            // by domain: extracted (or trained) at its largest rank
+    std::map<std::string, std::map<int64_t, std::string>> validation;       // domain -> rank -> evaluation
+    std::map<std::string, int64_t> ranks;                                   // chosen; 0 = full-size. Empty until all are known
+    std::optional<std::string> mixture, full_mixture, soup;
+    std::map<std::string, std::map<std::string, std::string>> tests;        // method -> domain -> evaluation
+  };
+  Stages walk(PlanBuilder& plan) const;
+  std::map<std::string, int64_t> choose_ranks(const Stages& stages, const RunState& state) const;
+
+  // plan.cpp: the units
+  Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
+                 double cost, const Stages& stages) const;
+  Unit evaluation_unit(const std::string& label, const std::string& what, const std::string& domain, const std::string& split,
+                       std::vector<std::string> inputs, int64_t rank, const Stages& stages) const;
+  Unit merge_unit(const std::string& label, bool full, const Stages& stages) const;
+  core::Json data_spec(const std::string& domain, const std::string& split) const;
+  std::vector<std::string> evaluated_domains() const;
+  int64_t max_rank(const DomainConfig& domain) const;
+
+  // execute.cpp: what workers do
+  core::ArtefactPtr train_base(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr embed_public(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr train_expert(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr extract(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr merge_experts(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr make_soup(const Unit& unit, WorkerContext& context) const;
+  std::shared_ptr<models::Decoder> load_base(const Unit& unit, WorkerContext& context) const;
+  std::shared_ptr<data::TextDataset> load_data(const core::Json& spec, WorkerContext& context) const;
+  std::vector<at::Tensor> public_rows(const core::Artefact& embedding) const;
+  at::ScalarType compute_dtype() const;
+
+  std::filesystem::path data_path(const std::string& domain) const;
+  const DomainConfig& domain(const std::string& name) const;
+
+  FlexMoreConfig config_;
+  std::filesystem::path directory_;
+  models::DecoderConfig architecture_;
+  std::map<std::string, std::string> fingerprints_;   // data, by domain; "public" for public text
+  std::string model_id_;                              // of a model that is loaded: "dir:<hash>"
+};
+
+MethodEntry method_entry();
+
+}  // namespace moraine::algorithms::flexmore

@@ -1,0 +1,43 @@
+// Exact parameter counts from shapes alone; no weight is read. Source: FlexMoRE (arXiv 2602.08818), "Parameter counts".
+#include <algorithm>
+
+#include "algorithms/flexmore/flexmore.h"
+
+namespace moraine::algorithms::flexmore {
+
+ParameterTable FlexMore::parameters() const {
+  const auto& a = architecture_;
+  const auto experts = static_cast<int64_t>(config_.domains.size());
+  const int64_t shared = a.shared_parameters(), ffn = a.ffn_parameters();
+  const int64_t dense = shared + ffn;
+  const auto mixture = [&](int64_t count, int64_t each) { return dense + a.router_parameters(count + 1) + count * each; };
+  const auto share = [&](int64_t parameters) { return 100.0 * static_cast<double>(parameters) / static_cast<double>(ffn); };
+
+  ParameterTable table;
+  table.columns = {"model", "rank", "expert parameters", "% of a full expert", "2-expert total", fmt::format("{}-expert total", experts + 1)};
+  const auto row = [&](const std::string& name, core::Json rank, int64_t each) {
+    table.rows.push_back({name, std::move(rank), each, share(each), mixture(1, each), mixture(experts, each)});
+  };
+  table.rows.push_back({"public model", nullptr, 0, 0.0, dense, dense});
+  const int64_t smallest = std::min(a.hidden_size, a.intermediate_size);
+  for (int64_t rank = 1; rank <= smallest; rank *= 2) row("low-rank experts", rank, a.low_rank_parameters(rank));
+  row("full-size experts", "full", ffn);
+
+  // The recipe's own experts, as far as their ranks are fixed.
+  int64_t own = dense + a.router_parameters(experts + 1);
+  bool open = false;
+  for (const auto& d : config_.domains) {
+    const auto rank = fixed_rank(d);
+    open |= d.rank == "auto";
+    own += rank ? a.low_rank_parameters(*rank) : ffn;
+  }
+  if (!config_.domains.empty())
+    table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as full)" : ""), nullptr, nullptr, nullptr, nullptr, own});
+  const double d = static_cast<double>(a.hidden_size), h = static_cast<double>(a.intermediate_size);
+  table.notes = {fmt::format("shared (embeddings, attention, norms, head): {}; one full FFN: {}; router: {} per expert; one unit of rank: {}",
+                             shared, ffn, a.router_parameters(1), a.low_rank_parameters(1)),
+                 fmt::format("break-even rank d h / (d + h) = {:.1f}: above it a factored expert is larger than a full-size one", d * h / (d + h))};
+  return table;
+}
+
+}  // namespace moraine::algorithms::flexmore

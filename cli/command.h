@@ -1,0 +1,35 @@
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+namespace CLI {
+class App;
+}
+
+namespace moraine::cli {
+
+/// Number of SIGINT/SIGTERM received so far. One asks for a checkpoint and exit 75; a second SIGINT ends at once with 130.
+extern std::atomic<int> g_signals;
+void install_signal_handlers();
+
+/// What several sub-commands share: the recipe and `key.sub=value` overrides.
+struct RecipeArguments {
+  std::string recipe;
+  std::vector<std::string> overrides;
+};
+void add_recipe_arguments(CLI::App& command, RecipeArguments& arguments);
+
+/// `--format text|json` of commands that list.
+void add_format_option(CLI::App& command, std::string& format);
+
+// Each registers one sub-command; its callback returns through `exit_code` or throws core::Error.
+void add_run(CLI::App& app, int& exit_code);
+void add_validate(CLI::App& app, int& exit_code);
+void add_params(CLI::App& app, int& exit_code);
+void add_report(CLI::App& app, int& exit_code);
+void add_ls(CLI::App& app, int& exit_code);
+void add_env(CLI::App& app, int& exit_code);
+
+}  // namespace moraine::cli

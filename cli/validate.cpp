@@ -1,0 +1,45 @@
+#include <cstdio>
+
+#include <CLI/CLI.hpp>
+
+#include "algorithms/register.h"
+#include "cli/command.h"
+#include "coordinator/report/table.h"
+
+namespace moraine::cli {
+namespace {
+
+void validate(const RecipeArguments& arguments, const std::string& format, bool schema_only) {
+  auto recipe = algorithms::load_recipe(arguments.recipe, arguments.overrides);
+  if (!schema_only) recipe.method->open_inputs();
+  core::Json rows = core::Json::array();
+  for (const auto& value : recipe.resolved) rows.push_back({{"key", value.path}, {"value", value.value}, {"origin", value.origin}});
+  if (format == "json") {
+    std::fputs((rows.dump(2) + "\n").c_str(), stdout);
+    return;
+  }
+  core::Json columns = core::Json::array();
+  for (const char* key : {"key", "value", "origin"}) columns.push_back({{"key", key}, {"label", key}});
+  const core::Json table = {{"title", arguments.recipe}, {"columns", columns}, {"rows", rows}, {"notes", core::Json::array()}};
+  std::fputs(report::render_table(table, {}).c_str(), stdout);
+  std::fputs(schema_only ? "valid: keys, types and ranges\n" : "valid: keys, types, ranges, model and data files\n", stdout);
+}
+
+}  // namespace
+
+void add_validate(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("validate", "Check a recipe and print every value with where it came from");
+  auto arguments = std::make_shared<RecipeArguments>();
+  auto format = std::make_shared<std::string>("text");
+  auto schema_only = std::make_shared<bool>(false);
+  add_recipe_arguments(*command, *arguments);
+  add_format_option(*command, *format);
+  command->add_flag("--schema-only", *schema_only, "Do not look at the files the recipe names");
+  command->footer("Example: moraine validate recipes/quickstart.yaml train.steps=20");
+  command->callback([=, &exit_code] {
+    validate(*arguments, *format, *schema_only);
+    exit_code = 0;
+  });
+}
+
+}  // namespace moraine::cli
