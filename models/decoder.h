@@ -10,65 +10,41 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "core/json.h"
 #include "core/safetensors.h"
+#include "models/decoder_config.h"
 #include "models/slot.h"
 
 namespace moraine::models {
 
-/// Architecture of a decoder, as in a Hugging Face config.json. Unknown model types and options we do not implement are errors.
-struct DecoderConfig {
-  enum class Family { kLlama, kOlmo2, kFlexOlmo, kFlexMore };
-  Family family = Family::kOlmo2;
-  int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0, num_layers = 0;
-  int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int64_t max_position_embeddings = 2048;
-  double rms_norm_eps = 1e-6, rope_theta = 10000, initializer_range = 0.02;
-  bool tie_word_embeddings = false;
-  bool attention_bias = false, mlp_bias = false;              // llama only
-  // Mixtures.
-  int64_t num_experts = 1, num_experts_per_tok = 1;
-  bool norm_topk_prob = false;
-  std::vector<int64_t> expert_ranks;                          // flexmore: 0 = full-size; entry 0 is the public expert
-
-  /// Throws UserError naming `origin` and the key that is missing, of the wrong type or not implemented (rope scaling, ...).
-  static DecoderConfig from_json(const core::Json& json, const std::string& origin);
-  core::Json to_json() const;
-
-  bool is_mixture() const { return family == Family::kFlexOlmo || family == Family::kFlexMore; }
-  /// Post-norm blocks with q/k norms (OLMo2, FlexOlmo, FlexMoRE) or pre-norm blocks (Llama).
-  bool post_norm() const { return family != Family::kLlama; }
-
-  // Closed-form parameter counts (specs: S, F, router). Nothing is allocated.
-  int64_t shared_parameters() const;              // everything but FFNs and router
-  int64_t ffn_parameters() const;                 // one full FFN over all layers: 3 d h L
-  int64_t low_rank_parameters(int64_t rank) const;   // rank * 3 (d + h) L
-  int64_t router_parameters(int64_t experts) const;  // experts * L * d
-  int64_t total_parameters() const;
-};
-
-/// Expected tensor names and shapes of a checkpoint of this config, sorted by name; mixtures list every expert.
-std::vector<std::pair<std::string, std::vector<int64_t>>> expected_tensors(const DecoderConfig& config);
-
 /// A causal language model whose weights are frozen and whose slots can be taken over. Weights never change; training
-/// touches only what attached slot functions own (or trainable_copy()). Not thread-safe while slots change; forward() of
-/// distinct Decoders that share weights may run concurrently.
+/// touches only what attached slot functions own, or everything after make_trainable(). Not thread-safe while slots change
+/// nor for two forward passes at once; forward() of distinct Decoders that share weights may run concurrently.
+///
+/// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A mixture
+/// has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the start.
+/// Sources: transformers 4.57 (llama, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
 class Decoder {
  public:
-  /// Random weights: normal(0, initializer_range), norms 1, from `seed` alone (independent of thread count).
+  /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
   static Decoder from_config(const DecoderConfig& config, uint64_t seed, at::ScalarType dtype);
   /// config.json + safetensors (mmap, possibly sharded). Missing, left-over and mis-shaped keys are all listed in one UserError.
-  /// `dtype` converts on load; nullopt keeps the file's.
+  /// `dtype` (float32, bfloat16, float64) converts on load; nullopt keeps the file's, without a copy.
   static Decoder from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype);
-  /// From named tensors that somebody else loaded (an artefact). Same checks; `origin` names the source in messages.
-  static Decoder from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
-                              const std::string& origin, std::optional<at::ScalarType> dtype);
-  /// Shares this model's frozen weights; slots start empty (mixture configs: with their mixture attached).
+  /// From named tensors that somebody else loaded. Same checks; `origin` names the source in messages. The weights borrow
+  /// the bytes when an `owner` is given that keeps them alive (an ArtefactPtr), else they are copied.
+  static Decoder from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors, const std::string& origin,
+                              std::optional<at::ScalarType> dtype, std::shared_ptr<const void> owner = nullptr);
+  /// Shares this model's weights, frozen; slots start empty (mixture configs: with a fresh mixture attached).
   Decoder share() const;
 
-  /// tokens [B, T] int64 -> logits [B, T, vocab].
+  Decoder(Decoder&&) = default;
+  Decoder& operator=(Decoder&&) = default;
+  Decoder(const Decoder&) = delete;   // two models would train one set of slot functions: share() instead
+  Decoder& operator=(const Decoder&) = delete;
+
+  /// tokens [B, T] int64 -> logits [B, T, vocab]. Throws UserError on a token outside the vocabulary.
   at::Tensor forward(const at::Tensor& tokens);
-  /// Final hidden states after the last norm, [B, T, d]; forward() = these times lm_head.
+  /// Final hidden states after the last norm, [B, T, d]; forward() = lm_head of these.
   at::Tensor hidden_states(const at::Tensor& tokens);
   /// Inputs of every FFN slot (what a router sees), L tensors [B, T, d], without gradients.
   std::vector<at::Tensor> ffn_inputs(const at::Tensor& tokens);
@@ -84,26 +60,52 @@ class Decoder {
 
   const DecoderConfig& config() const { return config_; }
   const std::vector<Slot>& slots() const { return slots_; }
-  /// Throws UserError listing the nearest slot paths if `path` is no slot.
-  const SlotBase& base(const std::string& path) const;
-  /// At most one function per slot. Throws UserError on an unknown path, InternalError if the slot is taken.
+  /// Throws UserError with the nearest slot paths if `path` is no slot.
+  const SlotBase& base(const std::string& path) const { return bases_[slot_index(path)]; }
+  /// At most one function per slot. Throws UserError on an unknown path or when an FFN and a matrix inside it would both be
+  /// taken, InternalError if the slot is taken.
   void attach(const std::string& path, std::shared_ptr<SlotFunction> function);
-  /// Restores the frozen function bit-exactly.
+  /// Restores the frozen function bit-exactly (a mixture's mlp slot: expert 0 alone). No effect on an empty slot.
   void detach(const std::string& path);
-  std::shared_ptr<SlotFunction> attached(const std::string& path) const;   // nullptr when empty
+  std::shared_ptr<SlotFunction> attached(const std::string& path) const { return functions_[slot_index(path)]; }   // nullptr when empty
 
-  /// Makes every weight a trainable leaf of its own (base pre-training, joint training); returns them by name.
+  /// Makes every weight a trainable leaf of its own (base pre-training, joint training) and returns them by name. Leaves of a
+  /// bfloat16 model are float32 masters, cast at use. A mixture's own functions are rebuilt over the leaves.
   NamedTensors make_trainable();
-  /// Frozen weights by Hugging Face name, sorted.
+  /// Weights by Hugging Face name, sorted.
   const std::map<std::string, at::Tensor>& weights() const { return weights_; }
-  at::ScalarType dtype() const;
+  /// What the model computes in.
+  at::ScalarType dtype() const { return dtype_; }
 
  private:
+  struct Block {
+    at::Tensor input_norm, post_attention_norm, post_ffn_norm, q_norm, k_norm;   // as the family has them
+    size_t first_slot = 0;
+  };
+
+  Decoder(DecoderConfig config, std::map<std::string, at::Tensor> weights, at::ScalarType dtype);
+  void add_slots();
+  void refer_to_weights();
+  void attach_mixture(int64_t layer);
+
+  size_t slot_index(const std::string& path) const;
+  at::Tensor apply(size_t slot, const at::Tensor& x);
+  at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const;
+  at::Tensor attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length);
+  at::Tensor ffn(const Block& block, const at::Tensor& x);
+  at::Tensor trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs);
+  void extend_rotation(int64_t length);
+
   DecoderConfig config_;
   std::map<std::string, at::Tensor> weights_;
-  std::vector<Slot> slots_;
-  std::map<std::string, SlotBase> bases_;
-  std::map<std::string, std::shared_ptr<SlotFunction>> functions_;
+  at::ScalarType dtype_;
+  std::vector<Slot> slots_;                                // parallel: slots_, bases_, functions_
+  std::vector<SlotBase> bases_;
+  std::vector<std::shared_ptr<SlotFunction>> functions_;
+  std::map<std::string, size_t> index_;
+  std::vector<Block> blocks_;
+  at::Tensor embedding_, final_norm_;
+  at::Tensor cos_, sin_;                                   // [positions, head_dim / 2] float32
 };
 
 }  // namespace moraine::models

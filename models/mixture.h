@@ -72,6 +72,8 @@ class MixtureFfn : public SlotFunction {
  private:
   struct Routing;
   Routing route(const at::Tensor& x);
+  at::Tensor factored(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
+  at::Tensor per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
 
   std::vector<at::Tensor> router_;
   at::Tensor bias_;

@@ -44,7 +44,13 @@ class SlotFunction {
   virtual NamedTensors parameters() const = 0;
 };
 
-/// SwiGLU feed-forward: down(silu(gate x) * up x).
+/// `weight` in x's dtype: trained float32 masters inside a bfloat16 model are cast at use. Undefined stays undefined.
+at::Tensor as_type_of(const at::Tensor& weight, const at::Tensor& x);
+
+/// x W^T (+ bias), weights cast to x's dtype at use.
+at::Tensor apply_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
+
+/// SwiGLU feed-forward: down(silu(gate x) * up x), weights cast to x's dtype at use.
 at::Tensor swiglu(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down);
 
 }  // namespace moraine::models

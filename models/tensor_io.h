@@ -1,6 +1,6 @@
 #pragma once
 
-#include <string>
+#include <memory>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -11,11 +11,14 @@
 
 namespace moraine::models {
 
+/// Throws InternalError for a type that has no stored form (complex, quantised).
 core::DType dtype_of(const at::Tensor& tensor);
 at::ScalarType scalar_type_of(core::DType dtype);
 
-/// A tensor over somebody else's bytes, without a copy. The bytes must outlive it and must not be written to.
-at::Tensor borrow(const core::TensorView& view);
+/// A tensor over somebody else's bytes, without a copy; they must not be written to. `owner` is kept alive with the
+/// tensor's storage; without one the caller sees to it that the bytes outlive the tensor. Bytes that are not aligned to
+/// their element are copied.
+at::Tensor borrow(const core::TensorView& view, std::shared_ptr<const void> owner = nullptr);
 /// A copy that owns its memory.
 at::Tensor copy_of(const core::TensorView& view);
 /// Views over contiguous CPU tensors for serialisation. `keep` receives the contiguous copies that had to be made.

@@ -1,0 +1,250 @@
+#include "models/decoder.h"
+
+#include <algorithm>
+#include <utility>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/outer.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/silu.h>
+
+#include "core/error.h"
+#include "core/registry.h"
+#include "models/fused_ops.h"
+#include "models/mixture.h"
+
+namespace moraine::models {
+namespace {
+
+// Slots of one layer, in this order; a mixture stops after the FFN.
+enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kFfnSlot, kGate, kUp, kDown, kLayerSlots };
+constexpr size_t kMixtureLayerSlots = kFfnSlot + 1;
+
+// Logits held at once by loss(): 64 MB of float32, so that a large vocabulary does not need [tokens, vocab] in one piece.
+constexpr int64_t kLogitsPerPiece = int64_t{1} << 24;
+
+std::string expert_path(int64_t layer, int64_t expert) { return fmt::format("{}.mlp.experts.{}", layer_path(layer), expert); }
+
+}  // namespace
+
+Decoder::Decoder(DecoderConfig config, std::map<std::string, at::Tensor> weights, at::ScalarType dtype)
+    : config_(std::move(config)), weights_(std::move(weights)), dtype_(dtype) {
+  MORAINE_CHECK(dtype_ == at::kFloat || dtype_ == at::kBFloat16 || dtype_ == at::kDouble, "models compute in float32, bfloat16 or float64");
+  add_slots();
+  refer_to_weights();
+}
+
+void Decoder::add_slots() {
+  const int64_t d = config_.hidden_size, h = config_.intermediate_size;
+  const int64_t q = config_.num_heads * config_.head_dim, kv = config_.num_kv_heads * config_.head_dim;
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    const std::string path = layer_path(layer);
+    const Slot all[kLayerSlots] = {{path + ".self_attn.q_proj", SlotKind::kLinear, d, q},
+                                   {path + ".self_attn.k_proj", SlotKind::kLinear, d, kv},
+                                   {path + ".self_attn.v_proj", SlotKind::kLinear, d, kv},
+                                   {path + ".self_attn.o_proj", SlotKind::kLinear, q, d},
+                                   {path + ".mlp", SlotKind::kFfn, d, d, h},
+                                   {path + ".mlp.gate_proj", SlotKind::kLinear, d, h},
+                                   {path + ".mlp.up_proj", SlotKind::kLinear, d, h},
+                                   {path + ".mlp.down_proj", SlotKind::kLinear, h, d}};
+    blocks_.emplace_back().first_slot = slots_.size();
+    slots_.insert(slots_.end(), all, all + (config_.is_mixture() ? kMixtureLayerSlots : kLayerSlots));
+  }
+  slots_.push_back({"lm_head", SlotKind::kLinear, d, config_.vocab_size});
+  for (size_t i = 0; i < slots_.size(); ++i) index_.emplace(slots_[i].path, i);
+  bases_.resize(slots_.size());
+  functions_.resize(slots_.size());
+}
+
+void Decoder::refer_to_weights() {
+  const auto weight = [this](const std::string& name) {
+    const auto at = weights_.find(name);
+    return at == weights_.end() ? at::Tensor() : at->second;
+  };
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    const std::string path = layer_path(layer);
+    Block& block = blocks_[layer];
+    block.input_norm = weight(path + ".input_layernorm.weight");
+    block.post_attention_norm = weight(path + ".post_attention_layernorm.weight");
+    block.post_ffn_norm = weight(path + ".post_feedforward_layernorm.weight");
+    block.q_norm = weight(path + ".self_attn.q_norm.weight");
+    block.k_norm = weight(path + ".self_attn.k_norm.weight");
+    if (config_.is_mixture()) attach_mixture(layer);
+  }
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const std::string& path = slots_[i].path;
+    SlotBase& base = bases_[i];
+    if (slots_[i].kind == SlotKind::kLinear) {
+      base.weight = weight(path + ".weight");
+      base.bias = weight(path + ".bias");
+      continue;
+    }
+    const std::string ffn_path = config_.is_mixture() ? path + ".experts.0" : path;
+    base.gate = weight(ffn_path + ".gate_proj.weight");
+    base.up = weight(ffn_path + ".up_proj.weight");
+    base.down = weight(ffn_path + ".down_proj.weight");
+    base.gate_bias = weight(ffn_path + ".gate_proj.bias");
+    base.up_bias = weight(ffn_path + ".up_proj.bias");
+    base.down_bias = weight(ffn_path + ".down_proj.bias");
+  }
+  embedding_ = weight("model.embed_tokens.weight");
+  final_norm_ = weight("model.norm.weight");
+  if (config_.tie_word_embeddings) bases_.back().weight = embedding_;
+}
+
+void Decoder::attach_mixture(int64_t layer) {
+  std::vector<FfnExpert> experts;
+  for (int64_t expert = 1; expert < config_.num_experts; ++expert) {
+    const std::string path = expert_path(layer, expert);
+    const auto full = [&](const char* name) { return weights_.at(fmt::format("{}.{}.weight", path, name)); };
+    const auto low_rank = [&](const char* name) {
+      return LowRank{weights_.at(fmt::format("{}.{}_a.weight", path, name)), weights_.at(fmt::format("{}.{}_b.weight", path, name))};
+    };
+    FfnExpert& e = experts.emplace_back();
+    if (config_.rank_of(expert) == 0) {
+      e.gate = full("gate_proj"), e.up = full("up_proj"), e.down = full("down_proj");
+    } else {
+      e.gate_delta = low_rank("gate_proj"), e.up_delta = low_rank("up_proj"), e.down_delta = low_rank("down_proj");
+    }
+  }
+  MixtureFfn::Options options;
+  options.top_k = config_.num_experts_per_tok;
+  options.norm_topk_prob = config_.norm_topk_prob;
+  functions_[blocks_[layer].first_slot + kFfnSlot] = std::make_shared<MixtureFfn>(
+      std::vector<at::Tensor>{weights_.at(layer_path(layer) + ".mlp.gate.weight")}, at::Tensor(), std::move(experts), options);
+}
+
+size_t Decoder::slot_index(const std::string& path) const {
+  if (const auto at = index_.find(path); at != index_.end()) return at->second;
+  // Name the nearest paths: listing some hundred slots helps nobody.
+  std::vector<std::string> paths;
+  for (const Slot& slot : slots_) paths.push_back(slot.path);
+  std::stable_sort(paths.begin(), paths.end(),
+                   [&](const std::string& a, const std::string& b) { return core::edit_distance(path, a) < core::edit_distance(path, b); });
+  paths.resize(std::min<size_t>(paths.size(), 5));
+  throw core::UserError(fmt::format("models: no such slot: '{}'", path), fmt::format("nearest of {} slots: {}", slots_.size(), fmt::join(paths, ", ")));
+}
+
+void Decoder::attach(const std::string& path, std::shared_ptr<SlotFunction> function) {
+  const size_t slot = slot_index(path);
+  MORAINE_CHECK(function != nullptr, "attach '{}': no function given", path);
+  MORAINE_CHECK(functions_[slot] == nullptr, "slot '{}' is taken: detach its function first", path);
+  for (size_t other = 0; other < slots_.size(); ++other) {
+    const std::string& rival = slots_[other].path;
+    if (functions_[other] == nullptr || !(rival.starts_with(path + ".") || path.starts_with(rival + "."))) continue;
+    throw core::UserError(fmt::format("models: cannot attach to '{}': '{}' is taken and one contains the other", path, rival),
+                          "target either the whole mlp or the matrices inside it, not both");
+  }
+  functions_[slot] = std::move(function);
+}
+
+void Decoder::detach(const std::string& path) { functions_[slot_index(path)] = nullptr; }
+
+at::Tensor Decoder::apply(size_t slot, const at::Tensor& x) {
+  return functions_[slot] ? functions_[slot]->forward(x, bases_[slot]) : bases_[slot].forward(x);
+}
+
+at::Tensor Decoder::norm(const at::Tensor& x, const at::Tensor& weight) const {
+  return rms_norm(x, as_type_of(weight, x), config_.rms_norm_eps, config_.post_norm() ? NormRounding::kAfterWeight : NormRounding::kBeforeWeight);
+}
+
+void Decoder::extend_rotation(int64_t length) {
+  if (cos_.defined() && cos_.size(0) >= length) return;
+  const at::NoGradGuard no_grad;
+  const at::TensorOptions options = embedding_.options().dtype(at::kFloat).requires_grad(false);
+  const at::Tensor exponents = at::arange(0, config_.head_dim, 2, options) / static_cast<double>(config_.head_dim);
+  const at::Tensor angles = at::outer(at::arange(length, options), at::pow(config_.rope_theta, exponents).reciprocal());
+  cos_ = angles.cos();
+  sin_ = angles.sin();
+}
+
+at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length) {
+  const int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
+  at::Tensor q = apply(block.first_slot + kQuery, x), k = apply(block.first_slot + kKey, x);
+  if (block.q_norm.defined()) q = norm(q, block.q_norm), k = norm(k, block.k_norm);
+  q = rotate(q.view({batch, length, heads, head_dim}), cos_, sin_);
+  k = rotate(k.view({batch, length, kv_heads, head_dim}), cos_, sin_);
+  at::Tensor v = apply(block.first_slot + kValue, x).view({batch, length, kv_heads, head_dim});
+  if (kv_heads != heads) {
+    const auto repeat = [&](const at::Tensor& t) {
+      return t.unsqueeze(3).expand({batch, length, kv_heads, heads / kv_heads, head_dim}).reshape({batch, length, heads, head_dim});
+    };
+    k = repeat(k), v = repeat(v);
+  }
+  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), {}, 0.0, /*is_causal=*/true);
+  return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch * length, heads * head_dim}));
+}
+
+at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
+  const size_t whole = block.first_slot + kFfnSlot;
+  if (config_.is_mixture() || functions_[whole]) return apply(whole, x);
+  return apply(block.first_slot + kDown, at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
+}
+
+at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs) {
+  MORAINE_CHECK(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "tokens must be [B, T] int64");
+  const int64_t batch = tokens.size(0), length = tokens.size(1);
+  if (tokens.numel() > 0) {
+    const int64_t low = tokens.min().item<int64_t>(), high = tokens.max().item<int64_t>();
+    if (low < 0 || high >= config_.vocab_size) {
+      throw core::UserError(fmt::format("models: token outside the model's vocabulary of {}: {}", config_.vocab_size, low < 0 ? low : high),
+                            "the data was prepared with another tokeniser than the model's");
+    }
+  }
+  extend_rotation(length);
+  at::Tensor x = at::embedding(embedding_, tokens).to(dtype_).view({batch * length, config_.hidden_size});
+  for (const Block& block : blocks_) {
+    const bool last = &block == &blocks_.back();
+    const auto note = [&](const at::Tensor& input) {
+      if (ffn_inputs != nullptr) ffn_inputs->push_back(input.view({batch, length, config_.hidden_size}));
+      return ffn_inputs != nullptr && last;
+    };
+    if (config_.post_norm()) {
+      x = x + norm(attention(block, x, batch, length), block.post_attention_norm);
+      if (note(x)) return x;
+      x = x + norm(ffn(block, x), block.post_ffn_norm);
+    } else {
+      x = x + attention(block, norm(x, block.input_norm), batch, length);
+      const at::Tensor input = norm(x, block.post_attention_norm);
+      if (note(input)) return x;
+      x = x + ffn(block, input);
+    }
+  }
+  return norm(x, final_norm_);
+}
+
+at::Tensor Decoder::hidden_states(const at::Tensor& tokens) { return trunk(tokens, nullptr).view({tokens.size(0), tokens.size(1), -1}); }
+
+at::Tensor Decoder::forward(const at::Tensor& tokens) { return apply(slots_.size() - 1, hidden_states(tokens)); }
+
+std::vector<at::Tensor> Decoder::ffn_inputs(const at::Tensor& tokens) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> inputs;
+  trunk(tokens, &inputs);
+  return inputs;
+}
+
+Decoder::Loss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
+  MORAINE_CHECK(sequences.dim() == 2 && sequences.size(1) >= 2, "sequences must be [B, T + 1] with T >= 1");
+  const at::Tensor x = trunk(sequences.slice(1, 0, -1).clamp_min(0), nullptr);
+  const at::Tensor targets = sequences.slice(1, 1).reshape({-1});
+  const int64_t rows = targets.numel(), piece = std::max<int64_t>(1, kLogitsPerPiece / config_.vocab_size);
+  Loss loss;
+  loss.count = targets.ge(0).sum().item<int64_t>();
+  for (int64_t first = 0; first < rows; first += piece) {
+    const int64_t end = std::min(rows, first + piece);
+    const at::Tensor logits = apply(slots_.size() - 1, x.slice(0, first, end)), expected = targets.slice(0, first, end);
+    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype_ == at::kDouble ? at::kDouble : at::kFloat), expected, {}, at::Reduction::Sum, /*ignore_index=*/-1);
+    loss.sum = loss.sum.defined() ? loss.sum + sum : sum;
+    if (count_correct) loss.correct += at::argmax(logits.detach(), -1).eq(expected).sum().item<int64_t>();
+  }
+  return loss;
+}
+
+}  // namespace moraine::models

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/json.h"
+
+namespace moraine::models {
+
+/// Architecture of a decoder, as in a Hugging Face config.json. Unknown model types and options we do not implement are errors.
+/// Defaults of absent keys are those of transformers 4.57 for the model type.
+struct DecoderConfig {
+  enum class Family { kLlama, kOlmo2, kFlexOlmo, kFlexMore };
+  Family family = Family::kOlmo2;
+  int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0, num_layers = 0;
+  int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int64_t max_position_embeddings = 2048;
+  double rms_norm_eps = 1e-6, rope_theta = 10000, initializer_range = 0.02;
+  bool tie_word_embeddings = false;
+  bool attention_bias = false, mlp_bias = false;              // llama only
+  // Mixtures.
+  int64_t num_experts = 1, num_experts_per_tok = 1;
+  bool norm_topk_prob = false;
+  std::vector<int64_t> expert_ranks;                          // flexmore: 0 = full-size; entry 0 is the public expert
+
+  /// Throws one UserError naming `origin` and every key that is missing, of the wrong type, out of range or not
+  /// implemented (rope scaling, clip_qkv, ...). Keys that no forward pass depends on are skipped.
+  static DecoderConfig from_json(const core::Json& json, const std::string& origin);
+  /// A config.json that `transformers` reads (FlexMoRE: that from_json reads).
+  core::Json to_json() const;
+  /// What is wrong with the numbers ("top_k 3 exceeds ..."), empty when they can be built.
+  std::vector<std::string> problems() const;
+
+  bool is_mixture() const { return family == Family::kFlexOlmo || family == Family::kFlexMore; }
+  /// Post-norm blocks with q/k norms (OLMo2, FlexOlmo, FlexMoRE) or pre-norm blocks (Llama).
+  bool post_norm() const { return family != Family::kLlama; }
+  /// Rank of one expert of a mixture, 0 when it is full-size.
+  int64_t rank_of(int64_t expert) const { return family == Family::kFlexMore ? expert_ranks.at(expert) : 0; }
+  /// Largest rank of a low-rank expert: the smaller side of its matrices.
+  int64_t max_rank() const { return hidden_size < intermediate_size ? hidden_size : intermediate_size; }
+
+  // Closed-form parameter counts (FlexMoRE: S, F, router). Nothing is allocated.
+  int64_t shared_parameters() const;              // everything but FFNs and router
+  int64_t ffn_parameters() const;                 // one full FFN over all layers: 3 d h L
+  int64_t low_rank_parameters(int64_t rank) const;   // rank * 3 (d + h) L
+  int64_t router_parameters(int64_t experts) const;  // experts * L * d
+  int64_t total_parameters() const;
+};
+
+using Shape = std::vector<int64_t>;
+
+/// Expected tensor names and shapes of a checkpoint of this config, sorted by name; mixtures list every expert.
+std::vector<std::pair<std::string, Shape>> expected_tensors(const DecoderConfig& config);
+
+/// Hugging Face module path of layer `layer`: "model.layers.3".
+std::string layer_path(int64_t layer);
+
+}  // namespace moraine::models
