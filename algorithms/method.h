@@ -29,6 +29,8 @@ class Method {
   /// Looks at the files the recipe names: fingerprints of data, identity of the model. Called once, before plan(); never
   /// for parameters(). Throws UserError naming file and key.
   virtual void open_inputs() = 0;
+  /// What open_inputs() found, enough to plan and report later without the files (MethodEntry::restore).
+  virtual core::Json inputs() const = 0;
   virtual Plan plan(const RunState& state) const = 0;
   /// Runs one unit. Throws core::Error; the coordinator retries the unit elsewhere.
   virtual core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const = 0;

@@ -13,25 +13,29 @@ const std::vector<MethodEntry>& methods() {
   return entries;
 }
 
+const MethodEntry& find_method(const std::string& name) {
+  std::vector<std::string> known;
+  for (const auto& entry : methods()) {
+    if (entry.name == name) return entry;
+    known.push_back(entry.name);
+  }
+  throw core::UserError(fmt::format("method: no method '{}'", name), core::name_hint(name, known));
+}
+
 ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
   core::Problems problems;
   const core::ConfigNode root = core::load_config(path, overrides, problems);
   const core::ConfigNode* name = root.find("method");
-  std::vector<std::string> known;
-  for (const auto& entry : methods()) known.push_back(entry.name);
-  if (!name) {
-    problems.add(root.origin, "method", "is missing", "one of: " + fmt::format("{}", fmt::join(known, ", ")));
+  const MethodEntry* entry = nullptr;
+  try {
+    entry = &find_method(name ? name->text : "");
+  } catch (const core::UserError& error) {
+    problems.add(name ? name->origin : root.origin, "method", name ? fmt::format("no method '{}'", name->text) : "is missing", error.hint());
     problems.throw_if_any(path.string());
   }
-  for (const auto& entry : methods()) {
-    if (entry.name != name->text) continue;
-    ParsedRecipe recipe = entry.parse(root, std::filesystem::absolute(path).parent_path(), problems);
-    problems.throw_if_any(path.string());
-    return recipe;
-  }
-  problems.add(name->origin, "method", fmt::format("no method '{}'", name->text), core::name_hint(name->text, known));
+  ParsedRecipe recipe = entry->parse(root, std::filesystem::absolute(path).parent_path(), problems);
   problems.throw_if_any(path.string());
-  throw core::InternalError("unreachable: an unknown method is a problem");
+  return recipe;
 }
 
 }  // namespace moraine::algorithms

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "core/log.h"
+
 namespace CLI {
 class App;
 }
@@ -13,6 +15,9 @@ namespace moraine::cli {
 /// Number of SIGINT/SIGTERM received so far. One asks for a checkpoint and exit 75; a second SIGINT ends at once with 130.
 extern std::atomic<int> g_signals;
 void install_signal_handlers();
+
+/// From MORAINE_LOG, or debug with --verbose.
+extern core::log::Level g_log_level;
 
 /// What several sub-commands share: the recipe and `key.sub=value` overrides.
 struct RecipeArguments {

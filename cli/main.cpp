@@ -12,6 +12,7 @@
 namespace moraine::cli {
 
 std::atomic<int> g_signals{0};
+core::log::Level g_log_level = core::log::Level::kInfo;
 
 void install_signal_handlers() {
   const auto handler = [](int signal) {
@@ -58,7 +59,10 @@ int run_main(int argc, char** argv) {
   add_report(app, exit_code);
   add_ls(app, exit_code);
   add_env(app, exit_code);
-  app.parse_complete_callback([&] { core::log::configure(verbose ? core::log::Level::kDebug : core::log::Level::kInfo, ""); });
+  app.parse_complete_callback([&] {
+    g_log_level = verbose ? core::log::Level::kDebug : core::log::level_from_environment();
+    core::log::configure(g_log_level, "");
+  });
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -34,6 +34,14 @@ void write_model_directory(const std::filesystem::path& directory, const core::J
 FlexMore::FlexMore(FlexMoreConfig config, std::filesystem::path directory)
     : config_(std::move(config)), directory_(std::move(directory)), architecture_(public_architecture(config_.model, directory_)) {}
 
+FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
+    : config_(std::move(config)), architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
+      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()), model_id_(inputs.at("model").get<std::string>()) {}
+
+core::Json FlexMore::inputs() const {
+  return {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"model", model_id_}};
+}
+
 std::filesystem::path FlexMore::data_path(const std::string& name) const {
   return resolve_path(directory_, name == "public" ? config_.public_data : domain(name).path);
 }
@@ -121,6 +129,9 @@ MethodEntry method_entry() {
             recipe.values = flexmore_schema().to_json(config);
             if (problems.empty()) recipe.method = std::make_unique<FlexMore>(std::move(config), directory);
             return recipe;
+          },
+          [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {
+            return std::make_unique<FlexMore>(flexmore_schema().from_json(values), inputs);
           },
           [] { return flexmore_schema().json_schema(); }, [] { return flexmore_schema().markdown(); }};
 }

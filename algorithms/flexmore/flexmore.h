@@ -30,9 +30,13 @@ namespace moraine::algorithms::flexmore {
 /// public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width.
 class FlexMore final : public Method {
  public:
+  /// `directory` is where relative paths of the recipe start.
   FlexMore(FlexMoreConfig config, std::filesystem::path directory);
+  /// A recorded run's method; plans and reports, but cannot execute.
+  FlexMore(FlexMoreConfig config, const core::Json& inputs);
 
   void open_inputs() override;
+  core::Json inputs() const override;
   Plan plan(const RunState& state) const override;
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
   core::Json summary(const RunState& state) const override;

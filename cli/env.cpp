@@ -1,0 +1,44 @@
+#include <cstdio>
+#include <thread>
+
+#include <ATen/Context.h>
+#include <CLI/CLI.hpp>
+
+#include "cli/command.h"
+#include "cli/run_summary.h"
+#include "comm/mpi/session.h"
+#include "coordinator/report/table.h"
+
+namespace moraine::cli {
+namespace {
+
+void print_environment(const std::string& format) {
+  core::Json facts = versions();
+  facts["mpi"] = comm::mpi::available() ? "built in" : "not built in (MORAINE_WITH_MPI)";
+  facts["cuda"] = at::globalContext().hasCUDA() ? "available" : "absent: this build or machine has none";
+  facts["cores"] = std::thread::hardware_concurrency();
+  facts["blas"] = at::Context::hasMKL() ? "MKL" : "not MKL";
+  if (format == "json") {
+    std::fputs((facts.dump(2) + "\n").c_str(), stdout);
+    return;
+  }
+  core::Json rows = core::Json::array();
+  for (const auto& [key, value] : facts.items()) rows.push_back({{"what", key}, {"value", value}});
+  const core::Json table = {{"title", "Environment"}, {"columns", {{{"key", "what"}, {"label", "what"}}, {{"key", "value"}, {"label", "value"}}}}, {"rows", rows}, {"notes", core::Json::array()}};
+  std::fputs(report::render_table(table, {}).c_str(), stdout);
+}
+
+}  // namespace
+
+void add_env(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("env", "What this build and machine can do");
+  auto format = std::make_shared<std::string>("text");
+  add_format_option(*command, *format);
+  command->footer("Example: moraine env --format json");
+  command->callback([=, &exit_code] {
+    print_environment(*format);
+    exit_code = 0;
+  });
+}
+
+}  // namespace moraine::cli

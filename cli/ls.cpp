@@ -1,0 +1,74 @@
+#include <cstdio>
+#include <map>
+
+#include <CLI/CLI.hpp>
+
+#include "cli/command.h"
+#include "cli/run_summary.h"
+#include "coordinator/report/table.h"
+#include "core/error.h"
+
+namespace moraine::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+core::Json make_table(const std::string& title, std::initializer_list<const char*> keys, core::Json rows) {
+  core::Json columns = core::Json::array();
+  for (const char* key : keys) columns.push_back({{"key", key}, {"label", key}});
+  return {{"title", title}, {"columns", columns}, {"rows", std::move(rows)}, {"notes", core::Json::array()}};
+}
+
+// One line per unit: what is done, by whom, how long it took, and what is still to do.
+core::Json list_units(const coordinator::RunRecord& run) {
+  std::map<std::string, const coordinator::UnitRecord*> records;
+  for (const auto& unit : run.units) records[unit.unit] = &unit;
+  const algorithms::Plan plan = restore_method(run)->plan(*run.state);
+  core::Json rows = core::Json::array();
+  for (const auto& unit : plan.finished) {
+    const auto record = records.find(unit.id());
+    MORAINE_CHECK(record != records.end(), "unit {} is finished but not recorded", unit.label);
+    const auto& r = *record->second;
+    rows.push_back({{"unit", unit.label}, {"state", "done"}, {"worker", r.worker}, {"attempt", r.attempt}, {"seconds", r.seconds}, {"artefact", r.artefact.substr(0, 16)}});
+  }
+  for (const auto& unit : plan.pending)
+    rows.push_back({{"unit", unit.label}, {"state", "to do"}, {"worker", nullptr}, {"attempt", nullptr}, {"seconds", nullptr}, {"artefact", nullptr}});
+  return make_table(run.layout.root.string(), {"unit", "state", "worker", "attempt", "seconds", "artefact"}, rows);
+}
+
+core::Json list_runs(const fs::path& parent) {
+  core::Json rows = core::Json::array();
+  std::map<std::string, fs::path> directories;
+  for (const auto& entry : fs::directory_iterator(parent))
+    if (fs::exists(entry.path() / "recipe.json")) directories[entry.path().filename().string()] = entry.path();
+  for (const auto& [name, path] : directories) {
+    const coordinator::RunRecord run = coordinator::read_run(path);
+    rows.push_back({{"run", name}, {"method", run.recipe.at("method")}, {"state", run.finished ? "finished" : "unfinished"},
+                    {"units", run.units.size()}, {"starts", run.epochs.size()}, {"failures", run.failures.size()}});
+  }
+  return make_table(parent.string(), {"run", "method", "state", "units", "starts", "failures"}, rows);
+}
+
+void list(const fs::path& path, const std::string& format) {
+  if (!fs::is_directory(path)) throw core::UserError(fmt::format("cli: no directory {}", path.string()), "name a run directory, or the directory that holds runs");
+  const core::Json table = fs::exists(path / "recipe.json") ? list_units(coordinator::read_run(path)) : list_runs(path);
+  const std::string text = format == "json" ? table.at("rows").dump(2) + "\n" : report::render_table(table, {.width = 140});
+  std::fputs(text.c_str(), stdout);
+}
+
+}  // namespace
+
+void add_ls(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("ls", "Runs in a directory, or the units of one run");
+  auto path = std::make_shared<std::string>("runs");
+  auto format = std::make_shared<std::string>("text");
+  command->add_option("path", *path, "Run directory, or a directory of runs")->capture_default_str();
+  add_format_option(*command, *format);
+  command->footer("Examples: moraine ls\n          moraine ls runs/quickstart --format json");
+  command->callback([=, &exit_code] {
+    list(*path, *format);
+    exit_code = 0;
+  });
+}
+
+}  // namespace moraine::cli

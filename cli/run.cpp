@@ -1,0 +1,192 @@
+#include <cstdio>
+#include <thread>
+#include <unistd.h>
+
+#include <ATen/Parallel.h>
+#include <CLI/CLI.hpp>
+
+#include "algorithms/register.h"
+#include "cli/command.h"
+#include "cli/run_summary.h"
+#include "cli/version.h"
+#include "comm/local/channel.h"
+#include "comm/mpi/channel.h"
+#include "comm/mpi/session.h"
+#include "coordinator/coordinator.h"
+#include "coordinator/report/table.h"
+#include "core/error.h"
+#include "core/file.h"
+#include "core/log.h"
+#include "worker/serve.h"
+
+namespace moraine::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct RunArguments : RecipeArguments {
+  std::string run_dir;
+  bool accept_changes = false;
+};
+
+fs::path run_directory_of(const RunArguments& arguments, const algorithms::RunConfig& run) {
+  if (!arguments.run_dir.empty()) return fs::absolute(arguments.run_dir);
+  return fs::absolute(run.run_dir.empty() ? fs::path("runs") / run.name : fs::path(run.run_dir));
+}
+
+worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs::path& directory, const std::string& name, int on_host) {
+  worker::WorkerOptions options;
+  options.name = name;
+  options.threads = static_cast<int>(run.workers.threads);
+  options.workers_on_host = on_host;
+  options.device = run.workers.device;
+  options.checkpoint_directory = coordinator::RunLayout{directory}.root / "checkpoints";
+  return options;
+}
+
+std::string resolved_yaml(const algorithms::ParsedRecipe& recipe) {
+  std::string out;
+  for (const auto& value : recipe.resolved) out += fmt::format("{}: {}   # {}\n", value.path, value.value, value.origin);
+  return out;
+}
+
+void finish_run(const algorithms::Method& method, const fs::path& directory, bool complete) {
+  const coordinator::RunRecord run = coordinator::read_run(directory);
+  if (complete) method.publish(*run.state, directory);
+  const core::Json summary = summarize(method, run);
+  write_report(summary, directory);
+  if (!complete) return;
+  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1}).c_str(), stdout);
+  if (!summary.at("hash").get<std::string>().empty()) std::printf("merged artefact: %s\n", summary.at("hash").get<std::string>().c_str());
+  std::printf("report: %s\n", (directory / "report.html").c_str());
+  std::fflush(stdout);
+}
+
+// The coordinator's part, over whatever channel. Returns the exit code; errors of set-up are thrown.
+coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments, const fs::path& directory, comm::Channel& channel) {
+  const coordinator::Recipe identity{core::read_text(arguments.recipe), resolved_yaml(recipe), recipe.values};
+  const auto run_directory = coordinator::RunDirectory::open(directory, identity, arguments.accept_changes);
+  write_plan_file(recipe, directory);
+  worker::WorkerOptions options = worker_options(recipe.run, directory, "coordinator", 1);
+  options.device = "cpu";   // merges are light and need every artefact, which the coordinator has
+  const coordinator::Coordinator* running = nullptr;
+  const auto execute = [&](const algorithms::Unit& unit) {
+    at::set_num_threads(options.threads);
+    worker::DirectContext context(unit, 1, options, g_signals, {.artefact = [&](const std::string& id) { return running->state().artefact(id); },
+                                                                .metric = [](const core::metrics::Record&) {},
+                                                                .progress = [](double, double) {}});
+    return recipe.method->execute(unit, context);
+  };
+  coordinator::Coordinator::Options how;
+  how.max_attempts = static_cast<int>(recipe.run.workers.retries);
+  how.version = MORAINE_VERSION;
+  how.terminal = isatty(STDERR_FILENO) == 1;
+  coordinator::Coordinator run(run_directory, channel, [&](const algorithms::RunState& state) { return recipe.method->plan(state); }, execute, how, g_signals);
+  running = &run;
+  const coordinator::RunOutcome outcome = run.run();
+  finish_run(*recipe.method, directory, outcome.exit_code == core::kExitOk);
+  return outcome;
+}
+
+int report_outcome(const coordinator::RunOutcome& outcome) {
+  if (outcome.exit_code != core::kExitOk) {
+    std::fprintf(stderr, "moraine: %s\n", outcome.message.c_str());
+    if (!outcome.hint.empty()) std::fprintf(stderr, "  hint: %s\n", outcome.hint.c_str());
+  }
+  return outcome.exit_code;
+}
+
+algorithms::ParsedRecipe load(const RunArguments& arguments) {
+  auto recipe = algorithms::load_recipe(arguments.recipe, arguments.overrides);
+  recipe.method->open_inputs();
+  return recipe;
+}
+
+// Everything in one process: workers are threads, each with its own thread count.
+int run_alone(const RunArguments& arguments) {
+  core::log::configure(g_log_level, "coordinator");
+  const auto recipe = load(arguments);
+  const fs::path directory = run_directory_of(arguments, recipe.run);
+  const auto threads = recipe.run.workers.threads;
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const int count = static_cast<int>(recipe.run.workers.local ? recipe.run.workers.local : std::max<int64_t>(1, cores / threads));
+  worker::check_options(worker_options(recipe.run, directory, "worker 1", count));
+  auto star = comm::local::make_star(count);
+  static const std::atomic<int> no_signals{0};   // the coordinator passes stop requests on
+  std::vector<std::thread> workers;
+  for (int i = 0; i < count; ++i)
+    workers.emplace_back([&, i, channel = std::move(star.workers[static_cast<size_t>(i)])]() mutable {
+      try {
+        worker::serve(*channel, *recipe.method, worker_options(recipe.run, directory, fmt::format("worker {}", i + 1), count), no_signals);
+      } catch (const core::Error& error) {
+        core::log::error("worker lost: worker={} reason={}", i + 1, error.what());
+      }
+      channel.reset();
+    });
+  const auto join = [&] {
+    star.coordinator.reset();
+    for (auto& worker : workers) worker.join();
+  };
+  try {
+    const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *star.coordinator);
+    join();
+    return report_outcome(outcome);
+  } catch (...) {
+    join();
+    throw;
+  }
+}
+
+// A process of an MPI job: 0 coordinates, the others work.
+int run_in_job(const RunArguments& arguments) {
+  comm::mpi::Session session;
+  const auto channel = comm::mpi::open_channel(session);
+  const bool coordinates = session.index() == 0;
+  core::log::configure(g_log_level, coordinates ? "coordinator" : fmt::format("{}/worker{}", session.host(), session.index()));
+  try {
+    if (coordinates && session.size() < 2)
+      throw core::UserError("cli: mpirun started one process: process 0 coordinates and nobody works", "mpirun -n 2 or more; or leave mpirun out to run everything in one process");
+    const auto recipe = load(arguments);
+    const fs::path directory = run_directory_of(arguments, recipe.run);
+    if (!coordinates)
+      return worker::serve(*channel, *recipe.method, worker_options(recipe.run, directory, fmt::format("worker {}", session.index()), 1), g_signals);
+    const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *channel);
+    const int code = report_outcome(outcome);
+    if (outcome.abort_workers) session.abort(code);
+    return code;
+  } catch (const core::Error& error) {
+    // One process speaks for all: workers that fail the same way as the coordinator stay silent.
+    if (coordinates) {
+      for (int peer = 1; peer <= channel->peers(); ++peer)
+        if (const auto sent = channel->send(peer, {comm::MessageType::kRefuse, {{"code", error.exit_code()}, {"text", error.what()}}, {}}); !sent.ok())
+          core::log::warn("worker not told: worker={} reason={}", peer, sent.error());
+    } else {
+      using namespace std::chrono_literals;
+      const auto heard = channel->receive(10s);
+      if (heard.ok() && heard.value() && heard.value()->message.type == comm::MessageType::kRefuse) return error.exit_code();
+    }
+    std::fprintf(stderr, "moraine: %s\n", error.what());
+    if (!error.hint().empty()) std::fprintf(stderr, "  hint: %s\n", error.hint().c_str());
+    return error.exit_code();
+  }
+}
+
+}  // namespace
+
+void add_run(CLI::App& app, int& exit_code) {
+  auto* command = app.add_subcommand("run", "Run a recipe: alone, or as one process of an mpirun job; continues what is unfinished");
+  auto arguments = std::make_shared<RunArguments>();
+  add_recipe_arguments(*command, *arguments);
+  command->add_option("--run-dir", arguments->run_dir, "Run directory (default: the recipe's run_dir, or runs/<name>)");
+  command->add_flag("--accept-changes", arguments->accept_changes, "Keep a run directory whose recipe changed; unchanged units are reused");
+  std::string known = "Methods:";
+  for (const auto& entry : algorithms::methods()) known += fmt::format("\n  {}: {}", entry.name, entry.summary);
+  command->footer(known + "\nExamples:\n  moraine run recipes/quickstart.yaml\n  mpirun -n 5 moraine run recipes/flexmore/domains.yaml train.steps=500 top_k=3\n"
+                          "Stopped or killed? Type the same line again.");
+  command->callback([=, &exit_code] {
+    install_signal_handlers();
+    exit_code = comm::mpi::launched() ? run_in_job(*arguments) : run_alone(*arguments);
+  });
+}
+
+}  // namespace moraine::cli

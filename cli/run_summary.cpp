@@ -1,0 +1,99 @@
+#include "cli/run_summary.h"
+
+#include <algorithm>
+#include <map>
+
+#include "algorithms/register.h"
+#include "cli/version.h"
+#include "coordinator/report/html.h"
+#include "core/error.h"
+#include "core/file.h"
+
+namespace moraine::cli {
+namespace {
+
+constexpr const char* kPlanFile = "inputs.json";
+
+std::string worker_name(int worker) { return worker == 0 ? "coordinator" : fmt::format("worker {}", worker); }
+
+core::Json timeline(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
+  core::Json units = core::Json::array(), restarts = core::Json::array(), notes = core::Json::array();
+  if (run.epochs.empty()) return {{"title", "Units over workers"}, {"units", units}, {"notes", notes}};
+  // A run that was continued much later would be drawn mostly empty, so the pauses between starts are cut out.
+  std::map<int, double> shift;
+  double clock = 0;
+  for (size_t e = 0; e < run.epochs.size(); ++e) {
+    const int epoch = static_cast<int>(e) + 1;
+    shift[epoch] = run.epochs[e].time - clock;
+    if (e > 0) restarts.push_back(clock);
+    double end = run.epochs[e].time;
+    for (const auto& unit : run.units)
+      if (unit.epoch == epoch) end = std::max(end, unit.ended);
+    for (const auto& failure : run.failures)
+      if (failure.epoch == epoch) end = std::max(end, failure.time);
+    clock += end - run.epochs[e].time;
+  }
+  std::map<std::string, const coordinator::UnitRecord*> records;
+  for (const auto& unit : run.units) records[unit.unit] = &unit;
+  for (const auto& unit : plan.finished) {
+    const auto it = records.find(unit.id());
+    if (it == records.end()) continue;
+    const coordinator::UnitRecord& r = *it->second;
+    units.push_back({{"label", r.label}, {"kind", r.kind}, {"worker", worker_name(r.worker)}, {"start_s", r.started - shift[r.epoch]},
+                     {"end_s", r.ended - shift[r.epoch]}, {"attempt", r.attempt}, {"status", "done"}});
+  }
+  for (const auto& failure : run.failures)
+    units.push_back({{"label", failure.label}, {"kind", "failed"}, {"worker", worker_name(failure.worker)}, {"start_s", failure.time - shift[failure.epoch]},
+                     {"end_s", failure.time - shift[failure.epoch]}, {"attempt", failure.attempt}, {"status", "failed"}});
+  if (run.epochs.size() > 1) notes.push_back(fmt::format("{} starts; pauses between them are cut out", run.epochs.size()));
+  return {{"title", "Units over workers"}, {"units", units}, {"restarts", restarts}, {"notes", notes}};
+}
+
+core::Json timing(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
+  std::map<std::string, const coordinator::UnitRecord*> records;
+  for (const auto& unit : run.units) records[unit.unit] = &unit;
+  std::map<std::string, double> seconds;
+  for (const auto& unit : plan.finished)
+    if (const auto it = records.find(unit.id()); it != records.end()) seconds[unit.kind] += it->second->seconds;
+  core::Json out = core::Json::array();
+  for (const auto& [kind, value] : seconds) out.push_back({{"label", kind}, {"seconds", value}});
+  return out;
+}
+
+}  // namespace
+
+void write_plan_file(const algorithms::ParsedRecipe& recipe, const std::filesystem::path& run_directory) {
+  core::Json resolved = core::Json::array();
+  for (const auto& value : recipe.resolved) resolved.push_back({{"path", value.path}, {"value", value.value}, {"origin", value.origin}});
+  core::write_atomically(run_directory / kPlanFile, core::Json{{"inputs", recipe.method->inputs()}, {"resolved", resolved}}.dump(1) + "\n");
+}
+
+core::Json versions() {
+  return {{"moraine", MORAINE_VERSION}, {"torch", MORAINE_TORCH_VERSION}, {"compiler", MORAINE_COMPILER}, {"build", MORAINE_BUILD}};
+}
+
+std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord& run) {
+  const core::Json plan = core::read_json(run.layout.root / kPlanFile);
+  return algorithms::find_method(run.recipe.at("method").get<std::string>()).restore(run.recipe, plan.at("inputs"));
+}
+
+core::Json summarize(const algorithms::Method& method, const coordinator::RunRecord& run) {
+  core::Json summary = method.summary(*run.state);
+  const algorithms::Plan plan = method.plan(*run.state);
+  summary["format"] = 1;
+  summary["name"] = run.recipe.at("name");
+  summary["method"] = run.recipe.at("method");
+  summary["complete"] = plan.pending.empty();
+  summary["timeline"] = timeline(plan, run);
+  summary["timing"] = timing(plan, run);
+  summary["versions"] = versions();
+  summary["recipe"] = core::read_json(run.layout.root / kPlanFile).at("resolved");
+  return summary;
+}
+
+void write_report(const core::Json& summary, const std::filesystem::path& run_directory) {
+  core::write_atomically(run_directory / "summary.json", summary.dump(1) + "\n");
+  core::write_atomically(run_directory / "report.html", report::render_html(summary));
+}
+
+}  // namespace moraine::cli
