@@ -1,0 +1,131 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "kernels/ffn_expert.h"
+#include "kernels/ragged_delta.h"
+#include "kernels/rankwise.h"
+#include "tests/kernels/oracle.h"
+
+/// Runs the kernels on double data rounded to a storage type and gives doubles back; outputs and workspaces start as NaN.
+namespace moraine::kernels::test {
+
+/// A processor family (or CUDA) and a storage type.
+struct Target {
+  Exec exec;
+  DType dtype = DType::kF32;
+};
+std::string target_name(const Target& target);
+/// All combinations that exist anywhere; tests skip the ones this machine lacks (skip_reason).
+std::vector<Target> all_targets();
+/// Empty, or why the target cannot run here.
+std::string skip_reason(const Target& target);
+
+/// Bytes in the memory of the target's device, NaN-filled, with typed transfer from and to doubles.
+class Memory {
+ public:
+  Memory(const Exec& exec, size_t bytes);
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  void upload(const void* from, size_t bytes);
+  void download(void* to, size_t bytes) const;
+
+ private:
+  Exec exec_;
+  size_t bytes_;
+  void* data_;
+};
+
+/// `values` in the given type, on the device.
+std::unique_ptr<Memory> put(const Exec& exec, const Vec& values, DType dtype);
+Vec get(const Memory& memory, int64_t count, DType dtype);
+DType accumulate_dtype(DType storage);
+/// Nearest value of the type (ties to even).
+double rounded(double x, DType dtype);
+
+/// Random values rounded to the type.
+class Random {
+ public:
+  Random();  // a fresh seed each run, MORAINE_TEST_SEED repeats one
+  uint64_t seed() const { return seed_; }
+  Vec normal(int64_t count, DType dtype, double deviation = 1.0);
+  int64_t below(int64_t bound);
+  template <class T>
+  T pick(const std::vector<T>& from) {
+    return from[static_cast<size_t>(below(static_cast<int64_t>(from.size())))];
+  }
+  /// Weights are scaled by 1/sqrt of what they are summed over, so that outputs are of order 1.
+  Experts experts(int64_t d_in, int64_t d_out, std::vector<int64_t> ranks, DType dtype, bool dense = false);
+  /// Every slot a random expert; about one in eight empty when `holes`.
+  Routing routing(int64_t tokens, int64_t slots, int64_t experts, bool holes = true);
+
+ private:
+  uint64_t seed_;
+  std::mt19937_64 engine_;
+};
+
+/// Weights and route of one call on the device; keep alive while `view` is used.
+class DeviceExperts {
+ public:
+  DeviceExperts(const Target& target, const Experts& experts);
+  RaggedExperts view;
+
+ private:
+  std::vector<int64_t> offsets_;
+  std::vector<std::unique_ptr<Memory>> held_;
+};
+class DeviceRoute {
+ public:
+  DeviceRoute(const Target& target, const Routing& routing, int64_t experts);
+  Route route;
+  const void* gates;
+
+ private:
+  std::vector<std::unique_ptr<Memory>> held_;
+};
+
+struct DeltaResult {
+  Vec y;
+  DeltaGrads grads;
+};
+/// Forward and backward. `accumulate_onto` (da and dbt) makes backward accumulate.
+DeltaResult run_delta(const Target& target, const Experts& experts, const Routing& routing, const Vec& x, const Vec& y0,
+                      const Vec& dy, const DeltaGrads* accumulate_onto = nullptr);
+Vec run_delta_forward(const Target& target, const Experts& experts, const Routing& routing, const Vec& x, const Vec& y0);
+
+struct FfnResult {
+  FfnOut out;
+  FfnGrads grads;
+};
+FfnResult run_ffn(const Target& target, const Ffn& experts, const Routing& routing, const Vec& x, const Vec& gate_base,
+                  const Vec& up_base, const Vec& dy, const Vec& q);
+
+/// Allowed deviation: ||out - ref|| / ||ref|| <= relative, and |out - ref| <= element |ref| + rms_share rms(ref) everywhere.
+/// The numbers are measured rounding errors of a simulation that rounds where the kernels do, times about 1.7.
+struct Tolerance {
+  double relative, element, rms_share;
+};
+Tolerance output_tolerance(DType dtype);
+double gate_tolerance(DType dtype);  // on the vector over all pairs: single entries cancel
+void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, const std::string& what);
+void expect_close_norm(const Vec& out, const Vec& ref, double relative, const std::string& what);
+void expect_same_bits(const Vec& a, const Vec& b, const std::string& what);
+
+/// Suites over all targets derive from this: skips with the reason, prints the seed on failure.
+class OnTarget : public testing::TestWithParam<Target> {
+ protected:
+  void SetUp() override;
+  Random random;
+  std::unique_ptr<testing::ScopedTrace> trace_;
+};
+
+}  // namespace moraine::kernels::test
