@@ -318,14 +318,15 @@ void expect_close_norm(const Vec& out, const Vec& ref, double relative, const st
     error += (out[i] - ref[i]) * (out[i] - ref[i]);
     norm += ref[i] * ref[i];
   }
-  EXPECT_LE(std::sqrt(error), relative * std::sqrt(norm)) << what << ": relative error " << std::sqrt(error / norm);
+  const double floor = 0.1 * std::sqrt(static_cast<double>(ref.size()));
+  EXPECT_LE(std::sqrt(error), relative * (std::sqrt(norm) + floor)) << what << ": relative error " << std::sqrt(error / norm);
 }
 
 void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, const std::string& what) {
   expect_close_norm(out, ref, tolerance.relative, what);
   double norm = 0;
   for (const double x : ref) norm += x * x;
-  const double rms = ref.empty() ? 0 : std::sqrt(norm / static_cast<double>(ref.size()));
+  const double rms = std::max(0.1, ref.empty() ? 0 : std::sqrt(norm / static_cast<double>(ref.size())));
   for (size_t i = 0; i < ref.size(); ++i)
     ASSERT_LE(std::abs(out[i] - ref[i]), tolerance.element * std::abs(ref[i]) + tolerance.rms_share * rms)
         << what << "[" << i << "] = " << out[i] << ", expected " << ref[i];
