@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: times named stages and prints where the time went.
 #   stage NAME COMMAND...   runs the command and remembers its wall time; under set -e a failure ends the script with its code
 #   stage_times             "set-up 0.4 s, build 31.0 s; 31.4 s in all"

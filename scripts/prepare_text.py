@@ -1,0 +1,395 @@
+#!/usr/bin/env python3
+"""Turns text into one HDF5 file per domain that `moraine` trains on: docs/data.md describes the format and every rule.
+
+Examples:
+  scripts/prepare_text.py --name german --out german.h5 corpus/de/ 'extra/**/*.txt.gz'
+  scripts/prepare_text.py --name law --out law.h5 --field body --tokenizer model/tokenizer.json cases.jsonl.gz
+
+Documents are split into train, validation and test by a hash of their content; near-duplicates stay on one side. The
+result does not depend on the order or the names of the files. Exit codes: 2 bad input, 3 the disk or a file failed.
+"""
+import argparse
+import glob
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import zlib
+
+import h5py
+import numpy as np
+
+FORMAT = "moraine-text-domain"
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation", "test")
+CHUNK = 16384                 # tokens per HDF5 chunk: what the reader decompresses to get at one sequence
+BATCH_BYTES = 4 << 20         # text tokenised at a time
+MAX_BAD_SHARE = 0.001         # undecodable sequences per byte up to which a document is repaired instead of refused
+
+SHINGLE = 32                  # bytes; a power of two
+BANDS, ROWS = 32, 3           # pairs at the similarity limit become candidates with probability 0.986
+SIMILAR = 0.5                 # estimated Jaccard similarity of shingle sets from which documents are near-duplicates
+BUCKET_HEADS = 64             # members of a bucket are compared with its first so many
+MASK = (1 << 64) - 1
+
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+class Refused(Exception):
+    """Input the user has to change. Message and hint as everywhere in Moraine."""
+
+    def __init__(self, message, hint):
+        super().__init__(f"{message}\n  hint: {hint}")
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+def find_files(patterns):
+    """Every file the patterns name, each once, sorted. A pattern is a file, a folder or a glob (** recurses)."""
+    files = set()
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            matches = [os.path.join(pattern, "**", "*")]
+        else:
+            matches = [pattern]
+        found = {path for match in matches for path in glob.glob(match, recursive=True) if os.path.isfile(path)}
+        if not found:
+            raise Refused(f"prepare_text: no file matches '{pattern}'", "check the path; quote globs so that ** recurses")
+        files |= found
+    return sorted(files)
+
+
+def read_bytes(path):
+    if not path.endswith(".gz"):
+        return pathlib.Path(path).read_bytes()
+    try:
+        with gzip.open(path) as stream:
+            return stream.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise Refused(f"prepare_text: {path} is not an intact gzip file: {error}", "fetch the file again") from error
+
+
+def decode(data, origin, counts):
+    """UTF-8 text of one document. Refuses binary data; repairs a few stray bytes and counts the document."""
+    hint = "leave the file out, convert it to UTF-8 (iconv), or pass --skip-unreadable"
+    if b"\0" in data:
+        raise Refused(f"prepare_text: {origin} is binary: NUL byte at offset {data.index(0)}", hint)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        text = data.decode("utf-8", errors="replace")
+        bad = text.count("\ufffd")
+        if bad > MAX_BAD_SHARE * len(data):
+            raise Refused(f"prepare_text: {origin} is not UTF-8 text: {bad} undecodable places in {len(data)} bytes, "
+                          f"the first at offset {error.start}", hint) from error
+        counts["repaired"] += 1
+        return text
+
+
+def json_lines(data, path, field):
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise Refused(f"prepare_text: {path}:{number} is not JSON: {error}", "one JSON object per line") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise Refused(f"prepare_text: {path}:{number} has no text field '{field}' (it has: {keys})",
+                          "name the field with --field")
+        yield record[field].encode("utf-8", "surrogatepass"), f"{path}:{number}"
+
+
+def documents(files, field, skip_unreadable, counts):
+    """UTF-8 bytes of every document of the files."""
+    for path in files:
+        data = read_bytes(path)
+        plain = path.removesuffix(".gz")
+        for content, origin in json_lines(data, path, field) if plain.endswith(".jsonl") else [(data, path)]:
+            counts["read"] += 1
+            try:
+                yield decode(content, origin, counts).encode("utf-8")
+            except Refused as refusal:
+                if not skip_unreadable:
+                    raise
+                counts["unreadable"] += 1
+                print(f"skipped: {str(refusal).splitlines()[0]}", file=sys.stderr)
+
+
+class Spool:
+    """The distinct documents, on disk; in memory only hash, place and length of each."""
+
+    def __init__(self, folder):
+        self.file = tempfile.TemporaryFile(dir=folder)
+        self.places = {}      # SHA-256 of the content -> (offset, bytes)
+
+    def add(self, data):
+        """False if the same content is there already."""
+        digest = hashlib.sha256(data).digest()
+        if digest in self.places:
+            return False
+        self.places[digest] = (self.file.tell(), len(data))
+        self.file.write(data)
+        return True
+
+    def read(self, digest):
+        offset, length = self.places[digest]
+        self.file.seek(offset)
+        return self.file.read(length)
+
+
+# Near-duplicates -------------------------------------------------------------------------------------------------
+
+def mix(value):
+    """splitmix64's finaliser, on numpy arrays of uint64."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def signature(data):
+    """MinHash of the set of all SHINGLE-byte windows: BANDS * ROWS minima under as many hash functions, uint64."""
+    window = np.frombuffer(data.ljust(SHINGLE, b"\0"), np.uint8).astype(np.uint64) + np.uint64(1)
+    base, width = 0x9E3779B97F4A7C15, 1
+    while width < SHINGLE:    # the hash of 2w bytes from two hashes of w bytes
+        window = window[:-width] * np.uint64(pow(base, width, 1 << 64)) + window[width:]
+        width *= 2
+    window = mix(window)
+    multiplier = mix(np.arange(1, BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(base)) | np.uint64(1)
+    minima = np.full(BANDS * ROWS, MASK, np.uint64)
+    for first in range(0, len(window), CHUNK):
+        block = window[None, first:first + CHUNK] * multiplier[:, None]
+        # The low bits of a product are weak; the minimum is decided by the high ones.
+        minima = np.minimum(minima, block.min(axis=1))
+    return minima
+
+
+def near_duplicate_clusters(signatures):
+    """For each document the index of the first document of its cluster (single linkage over similar pairs)."""
+    root = np.arange(len(signatures))
+
+    def find(index):
+        while root[index] != index:
+            root[index] = root[root[index]]
+            index = root[index]
+        return index
+
+    for band in range(BANDS):
+        rows = signatures[:, band * ROWS:(band + 1) * ROWS]
+        order = np.lexsort(rows.T)
+        borders = np.flatnonzero((rows[order][1:] != rows[order][:-1]).any(axis=1)) + 1
+        for bucket in np.split(order, borders):
+            if len(bucket) < 2:
+                continue
+            bucket = np.sort(bucket)
+            for position, head in enumerate(bucket[:BUCKET_HEADS]):
+                rest = bucket[position + 1:]
+                for other in rest[(signatures[rest] == signatures[head]).mean(axis=1) >= SIMILAR]:
+                    a, b = sorted((find(head), find(other)))
+                    root[b] = a
+    return np.array([find(index) for index in range(len(root))], dtype=np.int64)
+
+
+def split_of(digest, validation, test):
+    """The side of a cluster, from the smallest content hash in it. Hashed again: the cap keeps the smallest hashes."""
+    place = int.from_bytes(hashlib.sha256(b"moraine-split-v1" + digest).digest()[:8], "big") / 2**64
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+# Tokenising ------------------------------------------------------------------------------------------------------
+
+class ByteEncoder:
+    name, vocab_size, end_of_document = "bytes-v1", 257, 256
+    stores_bytes = False      # every token is a byte, the end of a document none: nothing to store
+
+    def encode(self, texts):
+        """Per document: tokens with the end of document, and how many bytes of text each stands for."""
+        for data in texts:
+            tokens = np.append(np.frombuffer(data, np.uint8).astype(np.uint32), np.uint32(self.end_of_document))
+            yield tokens, (tokens != self.end_of_document).astype(np.int64)
+
+
+class HuggingFaceEncoder:
+    stores_bytes = True
+
+    def __init__(self, path, end_of_document):
+        import tokenizers
+
+        content = pathlib.Path(path).read_bytes()
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:   # tokenizers raises bare Exception
+            raise Refused(f"prepare_text: {path} is not a tokenizer.json: {error}", "pass the file of a Hugging Face model") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True   # "<s>" inside a document is text
+        self.name = "hf:" + hashlib.sha256(content).hexdigest()
+        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        names = (end_of_document,) if end_of_document else END_OF_DOCUMENT_NAMES
+        ids = [i for i in map(self.tokenizer.token_to_id, names) if i is not None]
+        if not ids:
+            raise Refused(f"prepare_text: {path} has no token {' or '.join(names)} to end a document with",
+                          "name one of its tokens with --end-of-document")
+        self.end_of_document = ids[0]
+
+    def encode(self, texts):
+        texts = [data.decode("utf-8") for data in texts]
+        for text, encoding in zip(texts, self.tokenizer.encode_batch(texts, add_special_tokens=False)):
+            points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            byte_at = np.concatenate([[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))])
+            # A token stands for the bytes between the furthest end so far and its own; the last takes what is left.
+            # So the sum is the document's size, even where a normaliser drops text or a character spans two tokens.
+            ends = np.maximum.accumulate(byte_at[[end for _, end in encoding.offsets]]) if len(encoding) else np.zeros(0, np.int64)
+            if len(ends):
+                ends[-1] = byte_at[-1]
+            tokens = np.append(np.array(encoding.ids, np.uint32), np.uint32(self.end_of_document))
+            yield tokens, np.append(np.diff(ends, prepend=0), 0).astype(np.int64)
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+class GrowingDataset:
+    """A chunked dataset written piece by piece, and the SHA-256 of its values as `hashed` (a numpy type)."""
+
+    def __init__(self, group, name, stored, hashed):
+        self.dataset = group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(CHUNK,), dtype=stored,
+                                            compression="gzip", compression_opts=4, shuffle=True, fletcher32=True)
+        self.hashed, self.digest = hashed, hashlib.sha256()
+
+    def append(self, values):
+        self.dataset.resize(self.dataset.shape[0] + len(values), axis=0)
+        self.dataset[-len(values):] = values
+        self.digest.update(np.asarray(values).astype(self.hashed).tobytes())
+
+    def fingerprint_line(self):
+        return f"{self.dataset.name[1:]} {self.digest.hexdigest()}\n"
+
+
+def write_split(group, digests, spool, encoder):
+    """Writes the documents in order. Returns the counts of the split and its lines of the fingerprint."""
+    tokens_out = GrowingDataset(group, "tokens", "<u2" if encoder.vocab_size <= 1 << 16 else "<u4", "<u4")
+    offsets_out = GrowingDataset(group, "byte_offsets", "<i8", "<i8") if encoder.stores_bytes else None
+    if offsets_out:
+        offsets_out.append([0])
+    bounds, num_bytes, start = [0], 0, 0
+    while start < len(digests):
+        texts = []
+        while start < len(digests) and sum(map(len, texts)) < BATCH_BYTES:
+            texts.append(spool.read(digests[start]))
+            start += 1
+        encoded = list(encoder.encode(texts))
+        bounds.extend((bounds[-1] + np.cumsum([len(tokens) for tokens, _ in encoded])).tolist())
+        tokens_out.append(np.concatenate([tokens for tokens, _ in encoded]))
+        offsets = num_bytes + np.cumsum(np.concatenate([sizes for _, sizes in encoded]))
+        num_bytes = int(offsets[-1])
+        if offsets_out:
+            offsets_out.append(offsets)
+    bounds_out = GrowingDataset(group, "documents", "<i8", "<i8")
+    bounds_out.append(bounds)
+    lines = "".join(out.fingerprint_line() for out in (tokens_out, offsets_out, bounds_out) if out)
+    return {"documents": len(digests), "tokens": bounds[-1], "bytes": num_bytes}, lines
+
+
+def write_domain(path, name, splits, spool, encoder, provenance):
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    fingerprint = hashlib.sha256(f"{FORMAT} {FORMAT_VERSION}\n{encoder.name} {encoder.vocab_size} {encoder.end_of_document}\n".encode())
+    try:
+        with h5py.File(partial, "w") as file:
+            for split in SPLITS:
+                provenance["splits"][split], lines = write_split(file.create_group(split), splits[split], spool, encoder)
+                fingerprint.update(lines.encode())
+            for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("name", name), ("tokenizer", encoder.name),
+                               ("vocab_size", encoder.vocab_size), ("end_of_document", encoder.end_of_document),
+                               ("fingerprint", fingerprint.hexdigest()), ("provenance", json.dumps(provenance, sort_keys=True))):
+                file.attrs[key] = np.int64(value) if isinstance(value, int) else value
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return fingerprint.hexdigest()
+
+
+def prepare(options):
+    counts = dict.fromkeys(("read", "unreadable", "repaired", "too_short", "exact_duplicates", "beyond_cap"), 0)
+    encoder = HuggingFaceEncoder(options.tokenizer, options.end_of_document) if options.tokenizer else ByteEncoder()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    spool = Spool(options.out.parent)
+    for data in documents(find_files(options.inputs), options.field, options.skip_unreadable, counts):
+        if len(data) < options.min_document_bytes or not data.strip():
+            counts["too_short"] += 1
+        elif not spool.add(data):
+            counts["exact_duplicates"] += 1
+
+    # In the order of their content's hash: a cap takes a random sample that names and file order have no part in.
+    digests, total = [], 0
+    for digest in sorted(spool.places):
+        total += spool.places[digest][1]
+        if options.max_bytes and total > options.max_bytes:
+            break
+        digests.append(digest)
+    counts["beyond_cap"] = len(spool.places) - len(digests)
+    if not digests:
+        raise Refused(f"prepare_text: no text left for '{options.name}': {counts['read']} documents read, {counts['too_short']} shorter than "
+                      f"{options.min_document_bytes} bytes or blank, {counts['beyond_cap']} beyond the cap",
+                      "name more text, lower --min-document-bytes or raise --max-bytes")
+
+    roots = near_duplicate_clusters(np.stack([signature(spool.read(digest)) for digest in digests]))
+    splits = {split: [] for split in SPLITS}
+    for digest, root in zip(digests, roots):
+        splits[split_of(digests[root], options.validation, options.test)].append(digest)
+    for split, share in (("train", 1), ("validation", options.validation), ("test", options.test)):
+        if share and not splits[split]:
+            raise Refused(f"prepare_text: no document of '{options.name}' falls into the {split} split: {len(digests)} documents in "
+                          f"{len(set(roots.tolist()))} groups of near-duplicates", f"name more documents, or set --{split} 0 / a larger share")
+
+    counts["near_duplicates"] = int((roots != np.arange(len(roots))).sum())
+    provenance = {"sources": sorted(options.inputs), "notes": sorted(options.note), "documents": counts, "splits": {},
+                  "options": {key: getattr(options, key) for key in ("field", "min_document_bytes", "max_bytes", "validation", "test")},
+                  "versions": {"python": platform.python_version(), "numpy": np.__version__, "h5py": h5py.__version__}}
+    fingerprint = write_domain(options.out, options.name, splits, spool, encoder, provenance)
+    sizes = ", ".join(f"{split} {s['documents']} documents / {s['bytes']} bytes / {s['tokens']} tokens" for split, s in provenance["splits"].items())
+    print(f"{options.out}: {sizes}; dropped {counts['exact_duplicates']} exact duplicates, {counts['too_short']} short, {counts['beyond_cap']} beyond "
+          f"the cap, {counts['unreadable']} unreadable; {counts['near_duplicates']} near-duplicates kept with their like; fingerprint {fingerprint[:12]}")
+
+
+def parse_options(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob; .gz is unpacked; .jsonl holds one document per line")
+    parser.add_argument("--name", required=True, help="name of the domain")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="HDF5 file to write")
+    parser.add_argument("--tokenizer", help="tokenizer.json of a Hugging Face model (default: bytes)")
+    parser.add_argument("--end-of-document", help="token of --tokenizer that ends a document (default: the first it has of %s)" %
+                        " ".join(END_OF_DOCUMENT_NAMES))
+    parser.add_argument("--field", default="text", help="text field of .jsonl records (default: text)")
+    parser.add_argument("--min-document-bytes", type=int, default=200, help="drop shorter documents (default: 200)")
+    parser.add_argument("--max-bytes", type=int, default=0, help="keep a random sample of documents of at most this size (default: all)")
+    parser.add_argument("--validation", type=float, default=0.05, help="share of documents (default: 0.05)")
+    parser.add_argument("--test", type=float, default=0.05, help="share of documents (default: 0.05)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="skip binary files and other encodings instead of refusing")
+    parser.add_argument("--note", action="append", default=[], help="provenance to record, e.g. 'manpages-de 4.18.1-1'; may be repeated")
+    options = parser.parse_args(arguments)
+    if min(options.validation, options.test) < 0 or options.validation + options.test >= 1:
+        parser.error(f"--validation and --test must be shares whose sum is below 1: {options.validation} and {options.test}")
+    if min(options.min_document_bytes, options.max_bytes) < 0:
+        parser.error("--min-document-bytes and --max-bytes must not be negative")
+    return options
+
+
+def main(arguments=None):
+    try:
+        prepare(parse_options(arguments))
+    except Refused as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prepare_text: {error}\n  hint: check the path, its permissions and the free disk space", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
