@@ -1,0 +1,137 @@
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "algorithms/unit.h"
+#include "algorithms/worker_context.h"
+#include "comm/channel.h"
+#include "core/metrics.h"
+#include "worker/cache.h"
+#include "worker/fault.h"
+
+namespace moraine::worker {
+
+/// How a worker works. Only `threads` and `device` may change results; `threads` is part of every unit's identity.
+struct WorkerOptions {
+  std::string name = "worker";
+  int threads = 1;                                // CPU threads of this worker
+  int workers_on_host = 1;                        // for the warning about too many threads only
+  std::string device = "cpu";                     // cpu | cuda
+  std::filesystem::path checkpoint_directory;     // empty = no checkpoints: a stopped unit starts over
+  size_t artefact_cache_bytes = size_t{1} << 30;  // inputs kept in memory between units
+  std::shared_ptr<ObjectCache> objects = std::make_shared<ObjectCache>(32);  // local workers may share one
+  Faults faults = Faults::from_environment();
+};
+
+/// Throws UserError if this build or machine cannot do what the options ask for (CUDA without a CUDA device, threads <
+/// 1).
+void check_options(const WorkerOptions& options);
+
+/// What execute() sees, whatever lies behind it. One per unit execution, used by one thread.
+/// Metrics and progress are collected and sent about four times a second; the same tick looks for stop requests.
+class UnitContext : public algorithms::WorkerContext {
+ public:
+  /// A value of `signals` above zero asks to stop. All references must outlive the context.
+  UnitContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,
+              const std::atomic<int>& signals);
+
+  algorithms::TrainOutcome train(algorithms::TrainJob job) override;
+  void metric(const std::string& key, int64_t step, double value) override;
+  void progress(double done, double total) override;
+  at::Device device() const override;
+  std::shared_ptr<void> cached(const std::string& key, const std::function<std::shared_ptr<void>()>& make) override;
+
+  /// Sends what is still held back. Call when the unit ends, however it ends.
+  void flush();
+  /// Files of this unit's training jobs: to be removed once its result is accepted.
+  std::vector<std::filesystem::path> checkpoints() const;
+  /// {"train_seconds", "trained_tokens", "resumed_steps", "peak_rss_bytes"}: measured, never part of an artefact.
+  core::Json stats() const;
+  const algorithms::Unit& unit() const { return unit_; }
+
+ protected:
+  virtual void send_metrics(const std::vector<core::metrics::Record>& records) = 0;
+  virtual void send_progress(double done, double total) = 0;
+  /// Whether someone other than a signal asks to stop. Called about four times a second.
+  virtual bool poll_stop() = 0;
+  bool stop_requested() const { return stop_ || signals_.load() > 0; }
+  [[noreturn]] void throw_stopped() const;
+
+ private:
+  void tick();
+  std::filesystem::path checkpoint_path(int64_t training) const;
+
+  const algorithms::Unit& unit_;
+  const std::string unit_id_;
+  const int64_t attempt_;
+  const WorkerOptions& options_;
+  const std::atomic<int>& signals_;
+  bool stop_ = false;
+  std::vector<core::metrics::Record> records_;
+  double done_ = 0, total_ = 0;
+  bool progress_pending_ = false;
+  std::chrono::steady_clock::time_point last_tick_;
+  int64_t trainings_ = 0, trained_tokens_ = 0, resumed_steps_ = 0;
+  double train_seconds_ = 0;
+};
+
+/// A worker's context: artefacts, metrics and stop requests go through the channel to the coordinator, peer 0.
+/// Throws CommError when the coordinator is gone, refuses this worker, or does not answer a fetch within ten minutes.
+class ChannelContext : public UnitContext {
+ public:
+  using ArtefactCache = LruCache<core::ArtefactPtr>;
+  ChannelContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,
+                 const std::atomic<int>& signals, comm::Channel& channel, ArtefactCache& artefacts);
+  core::ArtefactPtr artefact(const std::string& id) override;
+  /// The reason of the coordinator's kStop once it has come: "done", "failed" or "stop".
+  const std::optional<std::string>& stop_reason() const { return stop_reason_; }
+
+ protected:
+  void send_metrics(const std::vector<core::metrics::Record>& records) override;
+  void send_progress(double done, double total) override;
+  bool poll_stop() override;
+
+ private:
+  core::ArtefactPtr fetch(const std::string& id);
+
+  comm::Channel& channel_;
+  ArtefactCache& artefacts_;
+  std::optional<std::string> stop_reason_;
+};
+
+/// The context of units that run on the coordinator, and of single-process use: everything by direct call.
+class DirectContext : public UnitContext {
+ public:
+  struct Hooks {
+    std::function<core::ArtefactPtr(const std::string& id)> artefact;
+    std::function<void(const core::metrics::Record&)> metric;
+    std::function<void(double done, double total)> progress;
+    std::function<bool()> stop_requested = [] { return false; };
+  };
+  DirectContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,
+                const std::atomic<int>& signals, Hooks hooks);
+  core::ArtefactPtr artefact(const std::string& id) override;
+
+ protected:
+  void send_metrics(const std::vector<core::metrics::Record>& records) override;
+  void send_progress(double done, double total) override;
+  bool poll_stop() override;
+
+ private:
+  Hooks hooks_;
+};
+
+/// Sends to the coordinator. Throws CommError when it is gone.
+void send_or_throw(comm::Channel& channel, comm::Message message);
+/// The coordinator's next message, nullopt after the deadline. Throws CommError when it is gone.
+std::optional<comm::Message> receive_or_throw(comm::Channel& channel, std::chrono::milliseconds deadline);
+
+}  // namespace moraine::worker

@@ -1,0 +1,108 @@
+#include "worker/optimizer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_sgd.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "core/error.h"
+
+namespace moraine::worker {
+
+double learning_rate(const algorithms::TrainConfig& config, int64_t step) {
+  const int64_t warmup = config.warmup_steps;
+  if (step < warmup) return config.learning_rate * static_cast<double>(step + 1) / static_cast<double>(warmup);
+  const double progress =
+      static_cast<double>(step - warmup) / static_cast<double>(std::max<int64_t>(1, config.steps - 1 - warmup));
+  const double last = config.final_lr_ratio;
+  double factor = 1;
+  if (config.schedule == "linear") factor = 1 - (1 - last) * progress;
+  if (config.schedule == "cosine") factor = last + (1 - last) * (1 + std::cos(std::numbers::pi * progress)) / 2;
+  return config.learning_rate * factor;
+}
+
+double scale_and_clip_gradients(std::span<const at::Tensor> parameters, double scale, double clip_norm) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> gradients;
+  for (const at::Tensor& parameter : parameters) {
+    if (parameter.grad().defined()) gradients.push_back(parameter.grad());
+  }
+  if (gradients.empty()) return 0;
+  const double norm = scale * at::linalg_vector_norm(at::stack(at::_foreach_norm(gradients))).item<double>();
+  if (!std::isfinite(norm)) return norm;
+  const double clip = clip_norm > 0 ? std::min(1.0, clip_norm / (norm + 1e-6)) : 1.0;
+  if (scale * clip != 1.0) at::_foreach_mul_(gradients, scale * clip);
+  return norm;
+}
+
+Optimizer::Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters)
+    : adamw_(config.optimizer == "adamw"),
+      beta1_(config.beta1),
+      beta2_(config.beta2),
+      epsilon_(config.epsilon),
+      momentum_(config.momentum),
+      weight_decay_(config.weight_decay) {
+  for (const auto& [name, tensor] : parameters) {
+    MORAINE_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_leaf() && tensor.requires_grad(),
+                  "a trained tensor must be a float32 leaf that requires a gradient: {}", name);
+    names_.push_back(name);
+    parameters_.push_back(tensor);
+    if (adamw_ || momentum_ != 0) first_.push_back(at::zeros_like(tensor));
+    if (adamw_) {
+      second_.push_back(at::zeros_like(tensor));
+      steps_.push_back(at::zeros(at::IntArrayRef{}, tensor.options()));
+    }
+  }
+}
+
+void Optimizer::step(double learning_rate) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> parameters, gradients, first, second, steps;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (!parameters_[i].grad().defined()) continue;
+    parameters.push_back(parameters_[i]);
+    gradients.push_back(parameters_[i].grad());
+    if (!first_.empty()) first.push_back(first_[i]);
+    if (adamw_) {
+      second.push_back(second_[i]);
+      steps.push_back(steps_[i]);
+    }
+  }
+  if (parameters.empty()) return;
+  if (adamw_) {
+    at::_foreach_add_(steps, 1);
+    at::_fused_adamw_(parameters, gradients, first, second, /*max_exp_avg_sqs=*/{}, steps, learning_rate, beta1_,
+                      beta2_, weight_decay_, epsilon_, /*amsgrad=*/false, /*maximize=*/false);
+  } else {
+    // Never "the first step": a buffer that starts at zero takes over the first gradient as it is when dampening is 0.
+    at::_fused_sgd_(parameters, gradients, first, weight_decay_, momentum_, learning_rate, /*dampening=*/0,
+                    /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false);
+  }
+  for (const at::Tensor& parameter : parameters) parameter.mutable_grad().reset();
+}
+
+models::NamedTensors Optimizer::state() const {
+  models::NamedTensors state;
+  for (size_t i = 0; i < names_.size(); ++i) {
+    if (adamw_) {
+      state.emplace_back(names_[i] + "/exp_avg", first_[i]);
+      state.emplace_back(names_[i] + "/exp_avg_sq", second_[i]);
+      state.emplace_back(names_[i] + "/step", steps_[i]);
+    } else if (!first_.empty()) {
+      state.emplace_back(names_[i] + "/momentum", first_[i]);
+    }
+  }
+  return state;
+}
+
+}  // namespace moraine::worker

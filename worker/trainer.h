@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <string>
+
+#include "algorithms/worker_context.h"
+#include "core/metrics.h"
+
+namespace moraine::worker {
+
+/// What the training loop needs from its surroundings.
+struct TrainSite {
+  std::string job;                   // names the job in its checkpoint: unit id and index of the train() call
+  std::string label;                 // unit label, for people and metrics
+  std::filesystem::path checkpoint;  // file; empty = never write one
+  std::function<void(const core::metrics::Record&)> metric;
+  std::function<void(double done, double total)> progress;        // steps; called after every step
+  std::function<bool()> stop_requested;                           // asked after every step
+  std::function<void(int64_t step)> after_step = [](int64_t) {};  // after everything a step does; tests die here
+  bool nan_in_first_step = false;                                 // fault injection
+};
+
+struct TrainResult {
+  algorithms::TrainOutcome outcome;
+  int64_t resumed_at = 0;  // steps a checkpoint had already done
+  int64_t tokens = 0;      // trained in this process
+  double seconds = 0;
+};
+
+/// Runs a job to its end: per step, micro-batches accumulate gradients of their summed losses; the sum is divided by
+/// the number of targets of the step, clipped and applied. Only the job's parameters receive gradients.
+///
+/// Every log_every steps (and after the last) records train_loss (mean nats per target since the previous point),
+/// learning_rate, grad_norm (before clipping) and tokens_per_s; `step` counts finished steps.
+/// A checkpoint is written every checkpoint_every steps and after the last step if the job is at least two such
+/// intervals long, and always before StopRequested is thrown. Resumed or not, parameters, curve and final loss have the
+/// same bits, provided the thread count is the same: sums over a batch are split by thread, so a unit's bits depend on
+/// it. That is why workers.threads is part of a unit's identity.
+///
+/// Throws NumericError naming step and unit on a loss or gradient norm that is not finite (the checkpoint is removed,
+/// so a retry starts from the beginning), StopRequested after a checkpoint, InternalError on parameters that are not
+/// float32 leaves, IoError when a checkpoint cannot be written. Runs on the calling thread.
+TrainResult train(const algorithms::TrainJob& job, const TrainSite& site);
+
+}  // namespace moraine::worker
