@@ -1,0 +1,173 @@
+#include "algorithms/adapters/lora_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <regex>
+#include <set>
+
+#include <fmt/ranges.h>
+
+#include "core/error.h"
+
+namespace moraine::algorithms::adapters {
+namespace {
+
+const core::Schema<ModuleRank>& rank_schema() {
+  static const core::Schema<ModuleRank> schema = [] {
+    core::Schema<ModuleRank> s;
+    s.field("module", &ModuleRank::module).required().doc("Regular expression for the end of a module's path.");
+    s.field("rank", &ModuleRank::rank).min(1).required().doc("Rank of the modules that match.");
+    return s;
+  }();
+  return schema;
+}
+
+const core::Schema<ModuleAlpha>& alpha_schema() {
+  static const core::Schema<ModuleAlpha> schema = [] {
+    core::Schema<ModuleAlpha> s;
+    s.field("module", &ModuleAlpha::module).required().doc("Regular expression for the end of a module's path.");
+    s.field("alpha", &ModuleAlpha::alpha).above(0).required().doc("Alpha of the modules that match.");
+    return s;
+  }();
+  return schema;
+}
+
+/// Matches the whole path. ECMAScript syntax, which agrees with Python's in what module patterns use.
+bool matches(const std::string& path, const std::string& pattern) {
+  try {
+    return std::regex_match(path, std::regex(pattern));
+  } catch (const std::regex_error& error) {
+    throw core::UserError(
+        fmt::format("algorithms/adapters: malformed regular expression '{}': {}", pattern, error.what()),
+        "escape special characters: \\. for a dot");
+  }
+}
+
+bool matches_end(const std::string& path, const std::string& module) {
+  return matches(path, R"((.*\.)?()" + module + ")");
+}
+
+bool names(const std::string& module, const std::string& path) {
+  return path == module || path.ends_with("." + module);
+}
+
+bool any_names(const std::vector<std::string>& modules, const std::string& path) {
+  return std::ranges::any_of(modules, [&](const std::string& module) { return names(module, path); });
+}
+
+bool all_linear(const LoraConfig& config) {
+  return config.target_modules.size() == 1 && config.target_modules[0] == "all-linear";
+}
+
+/// The layer is the first numbered segment behind two others; a path without one is in no layer.
+bool in_layers(const std::string& path, const std::vector<int64_t>& layers) {
+  static const std::regex numbered(R"(.*?\.[^.]*\.(\d+)\..*)");
+  std::smatch match;
+  return std::regex_match(path, match, numbered) && std::ranges::find(layers, std::stoll(match[1])) != layers.end();
+}
+
+bool selects(const LoraConfig& config, const std::string& path) {
+  if (any_names(config.exclude_modules, path)) return false;
+  if (!config.target_regex.empty()) return matches(path, config.target_regex);
+  if (all_linear(config)) return path != "lm_head";
+  if (std::ranges::find(config.target_modules, path) != config.target_modules.end())
+    return true;  // as PEFT: in any layer
+  return any_names(config.target_modules, path) &&
+         (config.layers_to_transform.empty() || in_layers(path, config.layers_to_transform));
+}
+
+/// Of the patterns, sorted as PEFT's file sorts them, the first that matches decides.
+template <typename Pattern, typename Value>
+Value value_at(const std::string& path, std::vector<Pattern> patterns, Value Pattern::*value, Value fallback) {
+  std::ranges::sort(patterns, {}, &Pattern::module);
+  for (const Pattern& pattern : patterns) {
+    if (matches_end(path, pattern.module)) return pattern.*value;
+  }
+  return fallback;
+}
+
+std::string describe(std::span<const models::Slot> slots) {
+  std::set<std::string> ends;
+  std::string example = "none";
+  for (const models::Slot& slot : slots) {
+    if (slot.kind != models::SlotKind::kLinear) continue;
+    if (ends.insert(slot.path.substr(slot.path.rfind('.') + 1)).second && ends.size() == 1) example = slot.path;
+  }
+  return fmt::format("linear slots of this model end in {}; a whole path is e.g. {}", fmt::join(ends, ", "), example);
+}
+
+/// Every name and pattern of the configuration has to match a linear slot: one that does not is a spelling mistake.
+void check_names(const LoraConfig& config, std::span<const models::Slot> slots) {
+  const auto require = [&](const std::string& what, const std::string& name, auto match) {
+    const auto hit = [&](const models::Slot& slot) {
+      return slot.kind == models::SlotKind::kLinear && match(slot.path, name);
+    };
+    if (std::ranges::none_of(slots, hit))
+      throw core::UserError(fmt::format("algorithms/adapters: {} matches no slot: '{}'", what, name), describe(slots));
+  };
+  const auto by_name = [](const std::string& path, const std::string& module) { return names(module, path); };
+  if (config.target_regex.empty() && !all_linear(config)) {
+    for (const std::string& module : config.target_modules) require("target_modules", module, by_name);
+  }
+  for (const std::string& module : config.exclude_modules) require("exclude_modules", module, by_name);
+  for (const auto& [module, rank] : config.rank_pattern) require("rank_pattern", module, matches_end);
+  for (const auto& [module, alpha] : config.alpha_pattern) require("alpha_pattern", module, matches_end);
+}
+
+}  // namespace
+
+const core::Schema<LoraConfig>& lora_schema() {
+  using C = LoraConfig;
+  static const core::Schema<C> schema = [] {
+    core::Schema<C> s;
+    s.field("rank", &C::rank).min(1).doc("Rank of A and B; memory and compute grow linearly.");
+    s.field("alpha", &C::alpha).above(0).doc("The update is scaled by alpha / rank.");
+    s.field("dropout", &C::dropout).min(0).max(0).doc("Dropout on the adapter's input; only 0 is implemented.");
+    s.field("target_modules", &C::target_modules)
+        .doc("Modules by whole path or last segments; all-linear = every linear but lm_head.");
+    s.field("target_regex", &C::target_regex).doc("Regular expression for whole paths; replaces target_modules.");
+    s.field("exclude_modules", &C::exclude_modules).doc("Modules left alone; named as in target_modules.");
+    s.field("layers_to_transform", &C::layers_to_transform).min(0).doc("Layer numbers; empty = all.");
+    s.list("rank_pattern", &C::rank_pattern, rank_schema()).doc("Other ranks for some modules.");
+    s.list("alpha_pattern", &C::alpha_pattern, alpha_schema()).doc("Other alphas for some modules.");
+    s.field("init", &C::init).choices({"gaussian", "kaiming"}).doc("Start values of A; B starts at 0.");
+    s.field("use_rslora", &C::use_rslora).doc("Scale by alpha / sqrt(rank), which keeps high ranks learning.");
+    s.check([](const C& c) -> std::optional<std::string> {
+      if (c.layers_to_transform.empty() || (c.target_regex.empty() && !all_linear(c))) return std::nullopt;
+      return "layers_to_transform needs target_modules that are named one by one";
+    });
+    return s;
+  }();
+  return schema;
+}
+
+std::vector<LoraTarget> lora_targets(const LoraConfig& config, std::span<const models::Slot> slots, Matching matching) {
+  if (matching == Matching::kEveryName) check_names(config, slots);
+  std::vector<LoraTarget> targets;
+  for (const models::Slot& slot : slots) {
+    if (slot.kind != models::SlotKind::kLinear || !selects(config, slot.path)) continue;
+    LoraTarget target{.slot = slot,
+                      .rank = value_at(slot.path, config.rank_pattern, &ModuleRank::rank, config.rank),
+                      .alpha = value_at(slot.path, config.alpha_pattern, &ModuleAlpha::alpha, config.alpha)};
+    if (target.rank < 1 || target.rank > std::min(slot.in, slot.out)) {
+      throw core::UserError(fmt::format("algorithms/adapters: rank {} does not fit {} ({} x {})", target.rank,
+                                        slot.path, slot.out, slot.in),
+                            fmt::format("choose a rank from 1 to {}", std::min(slot.in, slot.out)));
+    }
+    const auto rank = static_cast<double>(target.rank);
+    target.scale = target.alpha / (config.use_rslora ? std::sqrt(rank) : rank);
+    targets.push_back(std::move(target));
+  }
+  if (targets.empty())
+    throw core::UserError("algorithms/adapters: the adapter's targets match no slot", describe(slots));
+  return targets;
+}
+
+int64_t lora_parameters(std::span<const LoraTarget> targets) {
+  int64_t count = 0;
+  for (const LoraTarget& target : targets) count += target.rank * (target.slot.in + target.slot.out);
+  return count;
+}
+
+}  // namespace moraine::algorithms::adapters

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/config.h"
+#include "core/json.h"
+#include "models/slot.h"
+
+namespace moraine::algorithms::adapters {
+
+/// Another rank (or alpha) for the modules whose path matches the regular expression `(.*\.)?(module)$`.
+struct ModuleRank {
+  std::string module;
+  int64_t rank = 8;
+};
+struct ModuleAlpha {
+  std::string module;
+  double alpha = 8;
+};
+
+/// Plain LoRA (arXiv 2106.09685) and rank-stabilised LoRA (arXiv 2312.03732); names and matching rules are those of
+/// Hugging Face PEFT 0.21.
+struct LoraConfig {
+  int64_t rank = 8;
+  double alpha = 8;
+  double dropout = 0;  // only 0 is implemented
+  std::vector<std::string> target_modules = {
+      "all-linear"};                         // whole paths or their last segments; "all-linear" alone: all but lm_head
+  std::string target_regex;                  // instead of target_modules: matches the whole path
+  std::vector<std::string> exclude_modules;  // as target_modules
+  std::vector<int64_t> layers_to_transform;  // layer numbers; empty = all; needs named target_modules
+  std::vector<ModuleRank> rank_pattern;      // tried in order of `module`, as PEFT does after reading its file
+  std::vector<ModuleAlpha> alpha_pattern;
+  std::string init = "kaiming";  // A: kaiming U(+-1/sqrt(in)) | gaussian N(0, 1/r); B is 0
+  bool use_rslora = false;       // scale alpha / sqrt(r) instead of alpha / r
+};
+const core::Schema<LoraConfig>& lora_schema();
+
+/// One slot the adapter sits on.
+struct LoraTarget {
+  models::Slot slot;
+  int64_t rank = 0;
+  double alpha = 0, scale = 0;  // y += scale * x A^T B^T
+};
+
+/// kEveryName: a target, an exclusion or a pattern that matches no linear slot is an error. kAnyName: PEFT's own rule,
+/// one target must match; for files, whose tensors say what is meant.
+enum class Matching { kEveryName, kAnyName };
+
+/// The linear slots that `config` selects, in slot order. Works on shapes alone. Throws UserError if a name matches no
+/// slot (the slots are listed), a regular expression is malformed, or a rank is not in [1, min(in, out)] of its slot.
+std::vector<LoraTarget> lora_targets(const LoraConfig& config, std::span<const models::Slot> slots,
+                                     Matching matching = Matching::kEveryName);
+
+/// Trained parameters: the sum of rank * (in + out).
+int64_t lora_parameters(std::span<const LoraTarget> targets);
+
+/// adapter_config.json as PEFT 0.21 would write it, every field included.
+core::Json peft_config(const LoraConfig& config);
+/// Reads adapter_config.json. An unknown peft_type and options that would change the result and are not implemented
+/// here (DoRA, biases, initialisations that change the base, ...) are UserErrors; unknown fields are named in a
+/// warning.
+LoraConfig lora_config_from_peft(const core::Json& json, const std::string& origin);
+
+}  // namespace moraine::algorithms::adapters

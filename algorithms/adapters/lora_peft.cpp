@@ -1,0 +1,133 @@
+// adapter_config.json of Hugging Face PEFT 0.21: its fields, their defaults and which of them matter here.
+#include <cmath>
+#include <set>
+
+#include "algorithms/adapters/lora_config.h"
+#include "core/error.h"
+#include "core/log.h"
+
+namespace moraine::algorithms::adapters {
+namespace {
+
+const core::Json& peft_defaults() {
+  static const core::Json defaults = core::Json::parse(R"({
+    "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+    "base_model_name_or_path": null, "bias": "none", "corda_config": null, "ensure_weight_tying": false,
+    "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
+    "init_lora_weights": true, "kasa_config": null, "layer_replication": null, "layers_pattern": null,
+    "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 8, "lora_bias": false, "lora_dropout": 0.0,
+    "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null,
+    "monteclora_config": null, "peft_type": "LORA", "peft_version": "0.21.0", "qalora_group_size": 16, "r": 8,
+    "rank_pattern": {}, "revision": null, "target_modules": null, "target_parameters": null, "task_type": null,
+    "trainable_token_indices": null, "use_bdlora": null, "use_dora": false, "use_qalora": false,
+    "use_rslora": false, "velora_config": null})");
+  return defaults;
+}
+
+/// Read below, or without influence on what a trained adapter computes.
+const std::set<std::string>& understood_fields() {
+  static const std::set<std::string> fields = core::Json::parse(R"([
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"])")
+                                                  .get<std::set<std::string>>();
+  return fields;
+}
+
+bool is_off(const core::Json& value) {
+  return value.is_null() || value == false || (value.is_structured() && value.empty());
+}
+
+/// Fields we neither know nor may ignore.
+void check_fields(const core::Json& json, const std::string& origin) {
+  for (const auto& [key, value] : json.items()) {
+    if (understood_fields().contains(key)) continue;
+    const auto known = peft_defaults().find(key);
+    if (known == peft_defaults().end()) {
+      core::log::warn("unknown field of an adapter kept but not used: file={} field={}", origin, key);
+    } else if (value != *known && !is_off(value)) {
+      throw core::UserError(
+          fmt::format("algorithms/adapters: {}: option not implemented: {}={}", origin, key, value.dump()),
+          "only plain LoRA and rsLoRA can be read; merge this adapter in PEFT (merge_and_unload) instead");
+    }
+  }
+}
+
+void check_init(const core::Json& init, const std::string& origin) {
+  if (init.is_boolean() || init == "gaussian" || init == "eva" || init == "orthogonal") return;
+  throw core::UserError(
+      fmt::format("algorithms/adapters: {}: init_lora_weights {} changes the base weights", origin, init.dump()),
+      "save the adapter in PEFT with path_initial_model_for_weight_conversion, which turns it into plain LoRA");
+}
+
+/// A list of names, or a string that is a regular expression.
+void read_modules(const core::Json& value, std::vector<std::string>& list, std::string* regex) {
+  if (value.is_null()) return;
+  if (value.is_array()) {
+    list = value.get<std::vector<std::string>>();
+  } else if (regex != nullptr && value != "all-linear") {
+    *regex = value.get<std::string>();
+  } else {
+    list = {value.get<std::string>()};
+  }
+}
+
+core::Json number(double value) {
+  return value == std::floor(value) ? core::Json(static_cast<int64_t>(value)) : core::Json(value);
+}
+
+}  // namespace
+
+core::Json peft_config(const LoraConfig& config) {
+  core::Json json = peft_defaults();
+  json["r"] = config.rank;
+  json["lora_alpha"] = number(config.alpha);
+  json["target_modules"] = config.target_modules;
+  if (config.target_modules == std::vector<std::string>{"all-linear"}) json["target_modules"] = "all-linear";
+  if (!config.target_regex.empty()) json["target_modules"] = config.target_regex;
+  if (!config.exclude_modules.empty()) json["exclude_modules"] = config.exclude_modules;
+  if (!config.layers_to_transform.empty()) json["layers_to_transform"] = config.layers_to_transform;
+  for (const auto& [module, rank] : config.rank_pattern) json["rank_pattern"][module] = rank;
+  for (const auto& [module, alpha] : config.alpha_pattern) json["alpha_pattern"][module] = number(alpha);
+  if (config.init == "gaussian") json["init_lora_weights"] = "gaussian";
+  json["use_rslora"] = config.use_rslora;
+  return json;
+}
+
+LoraConfig lora_config_from_peft(const core::Json& json, const std::string& origin) {
+  if (!json.is_object() || json.value("peft_type", core::Json()) != "LORA") {
+    throw core::UserError(fmt::format("algorithms/adapters: {}: peft_type is {}, not \"LORA\"", origin,
+                                      json.is_object() ? json.value("peft_type", core::Json()).dump() : "missing"),
+                          "only LoRA adapters can be read");
+  }
+  check_fields(json, origin);
+  try {
+    LoraConfig config;
+    core::Json values = peft_defaults();
+    values.update(json);
+    check_init(values.at("init_lora_weights"), origin);
+    if (values.at("init_lora_weights") == "gaussian") config.init = "gaussian";
+    config.rank = values.at("r");
+    config.alpha = values.at("lora_alpha");
+    config.use_rslora = values.at("use_rslora");
+    config.target_modules.clear();
+    read_modules(values.at("target_modules"), config.target_modules, &config.target_regex);
+    read_modules(values.at("exclude_modules"), config.exclude_modules, nullptr);
+    const core::Json& layers = values.at("layers_to_transform");
+    if (layers.is_array()) config.layers_to_transform = layers.get<std::vector<int64_t>>();
+    if (layers.is_number()) config.layers_to_transform = {layers.get<int64_t>()};
+    for (const auto& [module, rank] : values.at("rank_pattern").items()) config.rank_pattern.push_back({module, rank});
+    for (const auto& [module, alpha] : values.at("alpha_pattern").items())
+      config.alpha_pattern.push_back({module, alpha});
+    if (values.at("lora_dropout").get<double>() != 0)
+      core::log::warn("dropout of an adapter is not applied when it is trained further: file={} lora_dropout={}",
+                      origin, values.at("lora_dropout").dump());
+    return config;
+  } catch (const core::Json::exception& error) {
+    throw core::UserError(fmt::format("algorithms/adapters: {}: a field has the wrong type: {}", origin, error.what()),
+                          "compare the file with one that PEFT 0.21 has written");
+  }
+}
+
+}  // namespace moraine::algorithms::adapters
