@@ -1,0 +1,51 @@
+#include "comm/mpi/session.h"
+
+#include <csignal>
+#include <cstdlib>
+#include <exception>
+
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <mpi.h>
+
+#include "core/error.h"
+
+namespace moraine::comm::mpi {
+
+bool available() { return true; }
+
+Session::Session() : exceptions_at_start_(std::uncaught_exceptions()) {
+  if (launched()) {
+    // The signal is for deaths from now on; a launcher that died before this line makes MPI_Init fail.
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+  }
+  int provided = MPI_THREAD_SINGLE;
+  if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided) != MPI_SUCCESS) {
+    throw core::CommError("comm/mpi: MPI cannot start", "run without mpirun, or check the launcher's messages above");
+  }
+  if (provided < MPI_THREAD_SERIALIZED) {
+    throw core::CommError(
+        fmt::format("comm/mpi: MPI offers thread level {}, needed is {}", provided, MPI_THREAD_SERIALIZED),
+        "use an Open MPI built with thread support");
+  }
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(MPI_COMM_WORLD, &index_);
+  MPI_Comm_size(MPI_COMM_WORLD, &size_);
+  char name[MPI_MAX_PROCESSOR_NAME] = {};
+  int length = 0;
+  MPI_Get_processor_name(name, &length);
+  host_.assign(name, static_cast<size_t>(length));
+}
+
+Session::~Session() {
+  if (std::uncaught_exceptions() > exceptions_at_start_) MPI_Abort(MPI_COMM_WORLD, core::kExitInternal);
+  MPI_Finalize();
+}
+
+void Session::abort(int exit_code) {
+  MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+}  // namespace moraine::comm::mpi

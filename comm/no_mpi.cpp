@@ -1,0 +1,25 @@
+// Stands in for comm/mpi/ in builds without MPI.
+#include <cstdlib>
+
+#include "comm/mpi/channel.h"
+#include "core/error.h"
+
+namespace moraine::comm::mpi {
+
+bool available() { return false; }
+
+Session::Session() {
+  throw core::UserError(
+      "comm: this build of Moraine has no MPI",
+      "install Open MPI's development files and build with -DMORAINE_WITH_MPI=ON, or run without mpirun");
+}
+
+Session::~Session() = default;
+
+void Session::abort(int exit_code) { std::_Exit(exit_code); }
+
+std::unique_ptr<Channel> open_channel(const Session&, size_t) {
+  throw core::InternalError("comm: a channel was asked for without a session");
+}
+
+}  // namespace moraine::comm::mpi
