@@ -1,0 +1,178 @@
+#pragma once
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "algorithms/unit.h"
+#include "coordinator/scheduler.h"
+#include "core/artefact.h"
+#include "core/log.h"
+
+namespace moraine::coordinator {
+
+/// How a run ended. `abort_workers`: some worker did not answer and may never end by itself, so end the whole job.
+struct RunOutcome {
+  int exit_code = 0;
+  std::string message;
+  std::string hint;
+  bool abort_workers = false;
+};
+
+struct WorkerInfo {
+  std::string host;
+  int64_t pid = 0;
+  int64_t threads = 1;
+  std::string device;
+  std::string version;
+};
+
+/// Why an attempt failed: user | io | numeric | internal | memory as the worker says, artefact (its bytes are bad) or
+/// gone (the worker is) as the coordinator finds.
+struct Problem {
+  std::string kind;
+  std::string text;
+  std::string hint;
+};
+int exit_code_of(const std::string& problem_kind);
+
+/// What happens to a run. Worker 0 is the coordinator itself, which runs units with Place::kCoordinator.
+// clang-format off
+namespace event {
+struct Start {};
+struct Hello { int worker; WorkerInfo info; };
+struct Poll { int worker; };
+struct Heard { int worker; };   // any other sign of life
+struct Progress { int worker; std::string unit; double done; double total; };
+struct Finished { int worker; std::string unit; int attempt; core::ArtefactPtr artefact; double seconds; core::Json stats; };
+struct Failed { int worker; std::string unit; int attempt; Problem problem; };
+struct Accepted { std::string unit; };   // the answer to effect::Accept once artefact and journal are durable
+struct Stopped { int worker; };
+struct Gone { int worker; std::string reason; };
+struct StopRequested {};
+struct Broken { RunOutcome outcome; };   // something that is no unit failed (disk, plan): stop, then end with this
+struct Tick {};
+}  // namespace event
+using Event = std::variant<event::Start, event::Hello, event::Poll, event::Heard, event::Progress, event::Finished,
+                           event::Failed, event::Accepted, event::Stopped, event::Gone, event::StopRequested,
+                           event::Broken, event::Tick>;
+
+/// What to do about it, in order.
+namespace effect {
+struct Lease { int worker; algorithms::Unit unit; int attempt; };   // worker 0: run it here
+struct Accept { algorithms::Unit unit; std::string host; event::Finished result; };   // store, journal, then event::Accepted
+struct RecordFailure { std::string unit, label; int worker; std::string host; int attempt; Problem problem; };
+struct Refuse { int worker; std::string code, text; };
+struct StopWorkers { std::string reason; };
+struct Log { core::log::Level level; std::string text; };
+struct Finish { RunOutcome outcome; };   // the last effect of a run
+}  // namespace effect
+// clang-format on
+using Effect = std::variant<effect::Lease, effect::Accept, effect::RecordFailure, effect::Refuse, effect::StopWorkers,
+                            effect::Log, effect::Finish>;
+
+/// The coordinator's decisions as a pure state machine: no socket, thread, clock or file. It leases what the plan
+/// offers, retries what fails (elsewhere first), refuses what was not leased, and ends the run. Same events, same
+/// effects.
+class Core {
+ public:
+  struct Options {
+    int num_workers = 1;
+    int max_attempts = 3;      // per unit and start
+    double stop_grace_s = 60;  // how long stopping workers may take to write their checkpoints
+    double stall_s = 1800;     // a worker silent for longer loses its unit
+    std::string version;       // workers of another version are refused
+  };
+  using Planner = std::function<algorithms::Plan(const algorithms::RunState&)>;
+
+  /// `state` must hold a unit's result before event::Accepted names it; it outlives the core.
+  Core(Options options, Planner plan, const algorithms::RunState& state);
+
+  /// `now` is in seconds, from any monotonic origin. Throws only what the planner throws; event::Broken may follow.
+  std::vector<Effect> step(double now, const Event& event);
+
+  /// For a progress bar, in predicted seconds of work; units finished in earlier starts count as done.
+  struct Work {
+    double done = 0;
+    double total = 0;
+    std::string running;  // labels
+  };
+  Work work() const;
+
+ private:
+  struct Worker {
+    WorkerInfo info;
+    bool greeted = false;
+    bool waiting = false;  // asked for a unit
+    bool gone = false;
+    bool silent = false;  // lost a unit to its silence; any message makes up for it
+    bool stopped = false;
+    bool ever_leased = false;
+    double heard_at = 0;
+    std::string unit;  // leased to it, "" when none
+  };
+  struct Job {
+    algorithms::Unit unit;
+    enum class State { kReady, kLeased, kStoring } state = State::kReady;
+    int worker = 0;
+    int attempt = 1;
+    std::set<int> failed_on;
+    double share_done = 0;
+  };
+  struct Ending {
+    RunOutcome outcome;
+    double deadline = 0;
+  };
+
+  void on(const event::Start&);
+  void on(const event::Hello&);
+  void on(const event::Poll&);
+  void on(const event::Heard&) {}
+  void on(const event::Progress&);
+  void on(const event::Finished&);
+  void on(const event::Failed&);
+  void on(const event::Accepted&);
+  void on(const event::Stopped&);
+  void on(const event::Gone&);
+  void on(const event::StopRequested&);
+  void on(const event::Broken&);
+  void on(const event::Tick&);
+
+  void replan();
+  void dispatch();
+  void lease(int worker, const std::string& unit);
+  void fail_attempt(const std::string& unit, const Problem& problem);
+  void begin_ending(RunOutcome outcome);
+  void finish(const std::string& reason, RunOutcome outcome);
+  void note_idle_workers();
+  void withdraw_unit_of(int worker, const Problem& problem);
+  bool leased_to(const std::string& unit, int worker, int attempt) const;
+  bool running_anywhere() const;
+  bool may_try(const Job& job, int worker) const;
+  std::string name_of(int worker) const;
+  template <typename... Args>
+  void log(core::log::Level level, fmt::format_string<Args...> text, Args&&... args) {
+    effects_.push_back(effect::Log{level, fmt::format(text, std::forward<Args>(args)...)});
+  }
+
+  Options options_;
+  Planner plan_;
+  const algorithms::RunState& state_;
+  Scheduler scheduler_;
+  std::vector<Worker> workers_;        // [0] is the coordinator itself
+  std::map<std::string, Job> jobs_;    // by unit id: ready or running
+  std::vector<Candidate> finished_;    // for work()
+  std::optional<RunOutcome> failure_;  // a unit failed for good: nothing new starts
+  std::optional<Ending> ending_;       // workers were told to stop
+  bool over_ = false;
+  bool noted_idle_ = false;
+  size_t most_ready_ = 0;  // most worker units there were at once
+  double now_ = 0;
+  std::vector<Effect> effects_;
+};
+
+}  // namespace moraine::coordinator

@@ -1,0 +1,126 @@
+#include "coordinator/run_directory.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include <fmt/ranges.h>
+
+#include "core/error.h"
+#include "core/log.h"
+
+namespace moraine::coordinator {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// Leaves by key: {"train.steps": 100, "experts.0.rank": 4}.
+void flatten(const core::Json& value, const std::string& key, std::map<std::string, std::string>& out) {
+  if (value.is_structured() && !value.empty()) {
+    for (const auto& [name, member] : value.items()) flatten(member, key.empty() ? name : key + "." + name, out);
+  } else {
+    out[key] = value.dump();
+  }
+}
+
+bool is_left_over(const fs::path& file) {
+  const std::string name = file.filename().string();
+  return name.starts_with('.') && name.ends_with(".tmp");
+}
+
+/// write_atomically() leaves its temporary file behind when the process is killed.
+void remove_left_overs(const fs::path& directory) {
+  if (!fs::is_directory(directory)) return;
+  std::vector<fs::path> found;
+  for (const auto& entry : fs::recursive_directory_iterator(directory)) {
+    if (is_left_over(entry.path())) found.push_back(entry.path());
+  }
+  for (const fs::path& file : found) fs::remove(file);
+}
+
+void refuse_foreign_directory(const fs::path& root) {
+  if (!fs::is_directory(root)) {
+    throw core::UserError(fmt::format("coordinator: {} is no directory", root.string()),
+                          "name a directory with --run-dir");
+  }
+  static const std::set<std::string> ours = {"recipe.yaml", "resolved.yaml", "recipe.json", "lock"};
+  for (const auto& entry : fs::directory_iterator(root)) {
+    if (ours.contains(entry.path().filename().string()) || is_left_over(entry.path())) continue;
+    throw core::UserError(fmt::format("coordinator: {} is no run directory and not empty (it holds {})", root.string(),
+                                      entry.path().filename().string()),
+                          "name an empty or a new directory with --run-dir");
+  }
+}
+
+core::FileLock lock_or_explain(const RunLayout& layout) {
+  if (auto lock = core::FileLock::try_lock(layout.lock())) return std::move(*lock);
+  std::string holder = core::read_text(layout.lock());
+  std::replace(holder.begin(), holder.end(), '\n', ' ');
+  throw core::UserError(
+      fmt::format("coordinator: run directory {} is in use by process (pid host): {}", layout.root.string(), holder),
+      "wait for that run, stop it, or use another --run-dir");
+}
+
+void check_identity(const RunLayout& layout, const Recipe& recipe, bool accept_changes) {
+  const auto changes = recipe_changes(core::read_json(layout.recipe_json()), recipe.values);
+  if (changes.empty()) return;
+  if (!accept_changes) {
+    throw core::UserError(
+        fmt::format("coordinator: run directory {} was made from another recipe:\n  {}", layout.root.string(),
+                    fmt::join(changes, "\n  ")),
+        "use another --run-dir, or --accept-changes to keep the directory: units that did not change are reused");
+  }
+  for (const std::string& change : changes) core::log::info("recipe changed: {}", change);
+}
+
+}  // namespace
+
+bool is_identity_key(std::string_view key) {
+  if (key == "workers.threads") return true;
+  if (key == "name" || key == "run_dir" || key.starts_with("workers.") || key.starts_with("logging.")) return false;
+  const std::string_view last = key.substr(key.rfind('.') + 1);
+  // Files count by content: unit ids hold their fingerprints.
+  return last != "checkpoint_every" && last != "log_every" && last != "path" && !last.ends_with("_path");
+}
+
+std::vector<std::string> recipe_changes(const core::Json& before, const core::Json& after) {
+  std::map<std::string, std::string> old_values, new_values;
+  flatten(before, "", old_values);
+  flatten(after, "", new_values);
+  std::set<std::string> keys;
+  for (const auto* values : {&old_values, &new_values}) {
+    for (const auto& [key, value] : *values) keys.insert(key);
+  }
+  const auto value_of = [](const std::map<std::string, std::string>& values, const std::string& key) {
+    const auto found = values.find(key);
+    return found == values.end() ? std::string("(absent)") : found->second;
+  };
+  std::vector<std::string> changes;
+  for (const std::string& key : keys) {
+    const std::string was = value_of(old_values, key), is = value_of(new_values, key);
+    if (was != is && is_identity_key(key)) changes.push_back(fmt::format("{}: {} -> {}", key, was, is));
+  }
+  return changes;
+}
+
+RunDirectory RunDirectory::open(const fs::path& root, const Recipe& recipe, bool accept_changes) {
+  const RunLayout layout{root};
+  try {
+    const bool known = fs::exists(layout.recipe_json());
+    if (!known && fs::exists(root)) refuse_foreign_directory(root);
+    core::FileLock lock = lock_or_explain(layout);
+    if (known) check_identity(layout, recipe, accept_changes);
+    remove_left_overs(layout.artefacts());
+    remove_left_overs(root / "checkpoints");
+    core::write_atomically(layout.recipe_yaml(), recipe.text);
+    core::write_atomically(layout.resolved_yaml(), recipe.resolved);
+    core::write_atomically(layout.recipe_json(), recipe.values.dump(2) + "\n");  // last: it makes this a run directory
+    return {layout, std::move(lock)};
+  } catch (const fs::filesystem_error& error) {
+    throw core::IoError(
+        fmt::format("coordinator: cannot use run directory {}: {}", root.string(), error.code().message()),
+        "check the path and its permissions");
+  }
+}
+
+}  // namespace moraine::coordinator

@@ -1,0 +1,53 @@
+#include "coordinator/scheduler.h"
+
+#include <algorithm>
+
+namespace moraine::coordinator {
+namespace {
+
+constexpr double kNewestWeight = 0.3;
+constexpr double kUnmeasuredSpeed = 1e9;  // FLOP/s; only ratios matter until something was measured
+
+template <typename Key>
+void average_in(std::map<Key, double>& averages, const Key& key, double value) {
+  const auto [entry, first] = averages.try_emplace(key, value);
+  if (!first) entry->second += kNewestWeight * (value - entry->second);
+}
+
+}  // namespace
+
+void Scheduler::measured(const std::string& kind, int worker, double cost, double seconds) {
+  if (!(cost > 0) || !(seconds > 0)) return;
+  const double speed = cost / seconds;
+  const auto known = kind_speed_.find(kind);
+  average_in(worker_speed_, worker, known == kind_speed_.end() ? 1.0 : speed / known->second);
+  average_in(kind_speed_, kind, speed);
+}
+
+double Scheduler::predicted_seconds(const std::string& kind, double cost) const {
+  if (const auto known = kind_speed_.find(kind); known != kind_speed_.end()) return cost / known->second;
+  double sum = 0;
+  for (const auto& [name, speed] : kind_speed_) sum += speed;
+  return cost / (kind_speed_.empty() ? kUnmeasuredSpeed : sum / static_cast<double>(kind_speed_.size()));
+}
+
+double Scheduler::relative_speed(int worker) const {
+  const auto known = worker_speed_.find(worker);
+  return known == worker_speed_.end() ? 1.0 : known->second;
+}
+
+void Scheduler::sort(std::vector<Candidate>& candidates) const {
+  std::sort(candidates.begin(), candidates.end(), [this](const Candidate& a, const Candidate& b) {
+    const double seconds_a = predicted_seconds(a.kind, a.cost), seconds_b = predicted_seconds(b.kind, b.cost);
+    return seconds_a != seconds_b ? seconds_a > seconds_b : a.id < b.id;
+  });
+}
+
+void Scheduler::sort(std::vector<int>& workers) const {
+  std::sort(workers.begin(), workers.end(), [this](int a, int b) {
+    const double speed_a = relative_speed(a), speed_b = relative_speed(b);
+    return speed_a != speed_b ? speed_a > speed_b : a < b;
+  });
+}
+
+}  // namespace moraine::coordinator

@@ -1,0 +1,59 @@
+#include "coordinator/scheduler.h"
+
+#include <gmock/gmock.h>
+
+namespace moraine::coordinator {
+namespace {
+
+using testing::ElementsAre;
+
+std::vector<std::string> order(const Scheduler& scheduler, std::vector<Candidate> candidates) {
+  scheduler.sort(candidates);
+  std::vector<std::string> ids;
+  for (const auto& candidate : candidates) ids.push_back(candidate.id);
+  return ids;
+}
+
+TEST(Scheduler, StartsTheLongestUnitFirstAndBreaksTiesById) {
+  EXPECT_THAT(order({}, {{"c", "train", 1}, {"b", "train", 5}, {"a", "train", 1}, {"d", "eval", 3}}),
+              ElementsAre("b", "d", "a", "c"));
+}
+
+TEST(Scheduler, CorrectsThePredictionByTheMeasuredSpeedOfAKind) {
+  Scheduler scheduler;
+  scheduler.measured("train", 1, 100, 10);  // 10 per second
+  scheduler.measured("eval", 1, 100, 100);  // 1 per second
+  EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("train", 50), 5);
+  EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("eval", 50), 50);
+  EXPECT_THAT(order(scheduler, {{"t", "train", 60}, {"e", "eval", 20}}), ElementsAre("e", "t"));
+  EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("merge", 11), 2)
+      << "an unmeasured kind has the mean speed, (10 + 1) / 2";
+}
+
+TEST(Scheduler, AveragesMeasurementsExponentially) {
+  Scheduler scheduler;
+  scheduler.measured("train", 1, 10, 1);
+  scheduler.measured("train", 1, 20, 1);
+  EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("train", 13), 1) << "10 + 0.3 * (20 - 10) = 13 per second";
+}
+
+TEST(Scheduler, RanksWorkersBySpeedRelativeToTheKind) {
+  Scheduler scheduler;
+  scheduler.measured("train", 1, 10, 1);
+  scheduler.measured("train", 3, 30, 1);
+  EXPECT_DOUBLE_EQ(scheduler.relative_speed(3), 3);
+  EXPECT_DOUBLE_EQ(scheduler.relative_speed(2), 1);
+  std::vector<int> workers = {1, 2, 3};
+  scheduler.sort(workers);
+  EXPECT_THAT(workers, ElementsAre(3, 1, 2));
+}
+
+TEST(Scheduler, IgnoresMeasurementsWithoutCostOrTime) {
+  Scheduler scheduler;
+  scheduler.measured("train", 1, 0, 1);
+  scheduler.measured("train", 1, 1, 0);
+  EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("train", 1e9), 1);
+}
+
+}  // namespace
+}  // namespace moraine::coordinator
