@@ -33,7 +33,7 @@ ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<st
     problems.add(name ? name->origin : root.origin, "method", name ? fmt::format("no method '{}'", name->text) : "is missing", error.hint());
     problems.throw_if_any(path.string());
   }
-  ParsedRecipe recipe = entry->parse(root, std::filesystem::absolute(path).parent_path(), problems);
+  ParsedRecipe recipe = entry->parse(root, problems);
   problems.throw_if_any(path.string());
   return recipe;
 }

@@ -23,8 +23,8 @@ struct ParsedRecipe {
 struct MethodEntry {
   std::string name;
   std::string summary;                    // one line for --help
-  /// Types and checks the tree; problems are collected, not thrown. `directory` is where relative paths start.
-  ParsedRecipe (*parse)(const core::ConfigNode& root, const std::filesystem::path& directory, core::Problems& problems);
+  /// Types and checks the tree; problems are collected, not thrown.
+  ParsedRecipe (*parse)(const core::ConfigNode& root, core::Problems& problems);
   /// The method of a recorded run: `values` as ParsedRecipe::values, `inputs` as Method::inputs(). Opens no file.
   std::unique_ptr<Method> (*restore)(const core::Json& values, const core::Json& inputs);
   core::Json (*json_schema)();

@@ -14,9 +14,4 @@ const core::Schema<WorkersConfig>& workers_schema() {
   return schema;
 }
 
-std::filesystem::path resolve_path(const std::filesystem::path& recipe_directory, const std::string& path) {
-  const std::filesystem::path p(path);
-  return (p.is_absolute() ? p : recipe_directory / p).lexically_normal();
-}
-
 }  // namespace moraine::algorithms

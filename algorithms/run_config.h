@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <string>
 
 #include "core/config.h"
@@ -32,12 +31,9 @@ template <typename C>
 void add_run_fields(core::Schema<C>& schema) {
   schema.template field<std::string>("name", &C::name).required().doc("Name of the run; its directory is runs/<name>")
       .template field<std::string>("method", &C::method).required().doc("What to run; `moraine run --help` lists the methods")
-      .template field<std::string>("run_dir", &C::run_dir).doc("Run directory; empty = runs/<name> under the working directory")
+      .template field<std::string>("run_dir", &C::run_dir).path().doc("Run directory; empty = runs/<name> under the working directory")
       .template field<int64_t>("seed", &C::seed).min(0).doc("Seed of everything random in the run")
       .template object<WorkersConfig>("workers", &C::workers, workers_schema()).doc("Who does the work");
 }
-
-/// Resolves a path of a recipe: absolute ones as they are, others relative to the recipe's directory.
-std::filesystem::path resolve_path(const std::filesystem::path& recipe_directory, const std::string& path);
 
 }  // namespace moraine::algorithms

@@ -21,21 +21,25 @@ using Kind = ConfigNode::Kind;
 using config_detail::child_path;
 
 constexpr std::string_view kPrefix = "MORAINE_";
-const std::set<std::string, std::less<>> kNotRecipeKeys = {"MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_LOG", "MORAINE_TORCH_DIR"};
+const std::set<std::string, std::less<>> kNotRecipeKeys = {"MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_LOG",
+                                                           "MORAINE_TORCH_DIR"};
 constexpr std::string_view kTestPrefix = "MORAINE_TEST_";
 
 std::vector<std::string> split_path(std::string_view path) {
   std::vector<std::string> parts(1);
   for (char c : path) {
-    if (c == '.') parts.emplace_back();
-    else parts.back() += c;
+    if (c == '.')
+      parts.emplace_back();
+    else
+      parts.back() += c;
   }
   return parts;
 }
 
 // The index a path segment means in a list of `size` items.
 std::optional<size_t> list_index(const std::string& segment, size_t size) {
-  if (segment.empty() || segment.size() > 9 || !std::all_of(segment.begin(), segment.end(), [](unsigned char c) { return std::isdigit(c); }))
+  if (segment.empty() || segment.size() > 9 ||
+      !std::all_of(segment.begin(), segment.end(), [](unsigned char c) { return std::isdigit(c); }))
     return std::nullopt;
   const size_t index = std::stoul(segment);
   return index < size ? std::optional(index) : std::nullopt;
@@ -60,14 +64,16 @@ void merge(ConfigNode& base, ConfigNode over) {
     return;
   }
   base.origin = over.origin;
+  base.broken = base.broken || over.broken;
   for (size_t i = 0; i < over.members.size(); ++i) {
     auto& [key, value] = over.members[i];
-    if (ConfigNode* known = find_member(base, key)) {
-      const auto at = std::find_if(base.members.begin(), base.members.end(), [&](const auto& member) { return &member.second == known; });
-      base.member_origins[static_cast<size_t>(at - base.members.begin())] = over.member_origins[i];
-      merge(*known, std::move(value));
-    } else {
+    const auto known =
+        std::find_if(base.members.begin(), base.members.end(), [&](const auto& member) { return member.first == key; });
+    if (known == base.members.end()) {
       add_member(base, key, std::move(value), over.member_origins[i]);
+    } else {
+      base.member_origins[static_cast<size_t>(known - base.members.begin())] = over.member_origins[i];
+      merge(known->second, std::move(value));
     }
   }
 }
@@ -79,11 +85,13 @@ void set_value(ConfigNode& root, const std::string& path, ConfigNode value, cons
   for (const auto& segment : split_path(path)) {
     if (node->kind == Kind::kList) {
       const auto index = list_index(segment, node->items.size());
-      if (!index) return problems.add(origin, path, fmt::format("'{}' is not an index into {}", segment, walked),
-                                      fmt::format("{} has {} items, counted from 0", walked, node->items.size()));
+      if (!index)
+        return problems.add(origin, path, fmt::format("'{}' is not an index into {}", segment, walked),
+                            fmt::format("{} has {} items, counted from 0", walked, node->items.size()));
       node = &node->items[*index];
     } else if (node->kind == Kind::kScalar) {
-      return problems.add(origin, path, fmt::format("{} is '{}' and has no keys below it", walked, node->text), "check the path");
+      return problems.add(origin, path, fmt::format("{} is '{}' and has no keys below it", walked, node->text),
+                          "check the path");
     } else {
       node->kind = Kind::kMap;
       if (node->origin == "default") node->origin = origin;
@@ -95,14 +103,24 @@ void set_value(ConfigNode& root, const std::string& path, ConfigNode value, cons
   merge(*node, std::move(value));
 }
 
-void set_from_text(ConfigNode& root, const std::string& path, const std::string& text, const Origin& origin, Problems& problems) {
+void set_from_text(ConfigNode& root, const std::string& path, const std::string& text, const Origin& origin,
+                   Problems& problems) {
   for (const auto& segment : split_path(path))
     if (segment.empty()) return problems.add(origin, path, "a path has an empty part", "write key.sub=value");
   try {
-    set_value(root, path, parse_yaml(text, [&](int, int) { return origin; }, problems), origin, problems);
+    set_value(root, path,
+              parse_yaml(
+                  text, [&](int, int) { return origin; }, problems),
+              origin, problems);
   } catch (const UserError& error) {
     problems.add(origin, path, fmt::format("the value is not YAML: '{}'", text), "quote it, as in key='\"value\"'");
   }
+}
+
+void set_directory(ConfigNode& node, const fs::path& directory) {
+  node.directory = directory;
+  for (auto& item : node.items) set_directory(item, directory);
+  for (auto& [key, member] : node.members) set_directory(member, directory);
 }
 
 class Loader {
@@ -112,7 +130,9 @@ class Loader {
   ConfigNode load(const fs::path& path) {
     const std::string name = path.string();
     open_.push_back(fs::weakly_canonical(path));
-    ConfigNode own = parse_yaml(read_text(path), [&](int line, int column) { return fmt::format("{}:{}:{}", name, line, column); }, problems_);
+    ConfigNode own = parse_yaml(
+        read_text(path), [&](int line, int column) { return fmt::format("{}:{}:{}", name, line, column); }, problems_);
+    set_directory(own, fs::absolute(path).parent_path());
     if (own.kind == Kind::kNull) own.kind = Kind::kMap;
     if (own.kind != Kind::kMap) {
       problems_.add(own.origin, "", "a recipe is a map of keys", "start with key: value");
@@ -143,22 +163,26 @@ class Loader {
       return problems_.add(file.origin, "defaults", "must be a list of recipe files", "write defaults: [file.yaml]");
     const fs::path path = (from.parent_path() / file.text).lexically_normal();
     if (!fs::is_regular_file(path))
-      return problems_.add(file.origin, "defaults", fmt::format("no such file: {}", path.string()), "the path is relative to this recipe");
+      return problems_.add(file.origin, "defaults", fmt::format("no such file: {}", path.string()),
+                           "the path is relative to this recipe");
     if (std::find(open_.begin(), open_.end(), fs::weakly_canonical(path)) != open_.end())
-      return problems_.add(file.origin, "defaults", fmt::format("{} includes itself", path.string()), "remove one of the two");
+      return problems_.add(file.origin, "defaults", fmt::format("{} includes itself", path.string()),
+                           "remove one of the two");
     merge(tree, load(path));
   }
 
   Problems& problems_;
-  std::vector<fs::path> open_;   // files being read, outermost first
+  std::vector<fs::path> open_;  // files being read, outermost first
 };
 
 void apply_environment(ConfigNode& root, Problems& problems) {
-  std::map<std::string, std::string> variables;   // sorted, so that problems come in a stable order
+  std::map<std::string, std::string> variables;  // sorted, so that problems come in a stable order
   for (char** entry = environ; *entry != nullptr; ++entry) {
     const std::string_view text = *entry;
     const size_t equals = text.find('=');
-    if (!text.starts_with(kPrefix) || text.starts_with(kTestPrefix) || equals == std::string_view::npos || equals + 1 == text.size()) continue;
+    if (!text.starts_with(kPrefix) || text.starts_with(kTestPrefix) || equals == std::string_view::npos ||
+        equals + 1 == text.size())
+      continue;
     variables.emplace(text.substr(0, equals), text.substr(equals + 1));
   }
   for (const auto& [name, value] : variables) {
@@ -229,7 +253,8 @@ class Interpolator {
         const std::string name = text.substr(i + 2, end - i - 2);
         const auto value = look_up(name, node, path);
         if (!value) return;
-        if (value->kind != Kind::kScalar) return complain(node, path, fmt::format("${{{}}} is no scalar and cannot stand inside text", name), "");
+        if (value->kind != Kind::kScalar)
+          return complain(node, path, fmt::format("${{{}}} is no scalar and cannot stand inside text", name), "");
         result += value->text;
         i = end + 1;
       } else {
@@ -243,7 +268,8 @@ class Interpolator {
     if (name.starts_with("env:")) {
       const char* value = std::getenv(name.c_str() + 4);
       if (value != nullptr) return ConfigNode{.kind = Kind::kScalar, .text = value};
-      complain(from, path, fmt::format("environment variable {} is not set", name.substr(4)), fmt::format("export {}=...", name.substr(4)));
+      complain(from, path, fmt::format("environment variable {} is not set", name.substr(4)),
+               fmt::format("export {}=...", name.substr(4)));
       return std::nullopt;
     }
     ConfigNode* target = &root_;
@@ -266,7 +292,7 @@ class Interpolator {
     }
     resolve(*target, walked);
     if (!target->broken) return *target;
-    from.broken = true;   // the target's own problem is reported already
+    from.broken = true;  // the target's own problem is reported already
     return std::nullopt;
   }
 
@@ -297,7 +323,8 @@ const ConfigNode* ConfigNode::find(const std::string& key) const {
 }
 
 void Problems::add(const Origin& origin, const std::string& path, const std::string& what, const std::string& hint) {
-  lines_.push_back(fmt::format("{}: {}{}{}{}", origin, path, path.empty() ? "" : ": ", what, hint.empty() ? "" : " (" + hint + ")"));
+  lines_.push_back(
+      fmt::format("{}: {}{}{}{}", origin, path, path.empty() ? "" : ": ", what, hint.empty() ? "" : " (" + hint + ")"));
 }
 
 void Problems::throw_if_any(const std::string& subject) const {

@@ -13,8 +13,8 @@
 
 #include "core/json.h"
 
-// YAML -> plain struct, once, at start-up. The only place that reads YAML. A struct's default member initialisers are its
-// defaults; one Schema per struct drives parsing, range checks, `validate`, `--help`, the JSON schema and the docs.
+// YAML -> plain struct, once, at start-up. The only place that reads YAML. A struct's default member initialisers are
+// its defaults; one Schema per struct drives parsing, range checks, `validate`, `--help`, the JSON schema and the docs.
 //
 //   Problems problems;
 //   const ConfigNode node = load_config("recipe.yaml", overrides, problems);
@@ -30,9 +30,10 @@ using Origin = std::string;
 struct ConfigNode {
   enum class Kind { kNull, kScalar, kList, kMap };
   Kind kind = Kind::kNull;
-  std::string text = {};   // scalars
-  bool quoted = false;     // a quoted scalar is text, never a number, a bool or null
-  bool broken = false;     // a problem was reported for it already: nobody complains again
+  std::string text = {};  // scalars
+  bool quoted = false;    // a quoted scalar is text, never a number, a bool or null
+  std::filesystem::path directory = {};   // of the file it stands in; empty = the working directory
+  bool broken = false;    // a problem was reported for it already: nobody complains again
   std::vector<ConfigNode> items = {};
   std::vector<std::pair<std::string, ConfigNode>> members = {};  // in file order, keys unique
   std::vector<Origin> member_origins = {};                       // of the keys, parallel to members
@@ -47,7 +48,8 @@ class Problems {
   void add(const Origin& origin, const std::string& path, const std::string& what, const std::string& hint = "");
   bool empty() const { return lines_.empty(); }
   size_t size() const { return lines_.size(); }
-  /// Throws one UserError listing all problems, one line each as `file:line:column: key.path: what (hint)`; returns if none.
+  /// Throws one UserError listing all problems, one line each as `file:line:column: key.path: what (hint)`; returns if
+  /// none.
   void throw_if_any(const std::string& subject) const;
 
  private:
@@ -57,17 +59,17 @@ class Problems {
 /// Loads a recipe tree: the `defaults:` files it lists (relative to itself, recursively), the file itself, MORAINE_*
 /// environment (MORAINE_TRAIN__STEPS=5 sets train.steps; empty = not set), then `key.sub=value` and `list.0.key=value`
 /// overrides, whose values are read as YAML. Maps are merged key by key, anything else is replaced.
-/// Then resolves `${key.path}` and `${env:NAME}` in scalars: a scalar that is one reference takes the value as it is, number,
-/// list or map; inside longer text only scalars can stand; `$${` is a literal `${`.
-/// Rejects duplicate keys, merge keys, aliases, tags and cyclic references. MORAINE_LOG, MORAINE_BUILD_DIR,
-/// MORAINE_CMAKE_FLAGS, MORAINE_TORCH_DIR and MORAINE_TEST_* are not recipe keys and are ignored here.
-/// Reports into `problems`; throws UserError only if the file is missing or is not YAML.
+/// Then resolves `${key.path}` and `${env:NAME}` in scalars: a scalar that is one reference takes the value as it is,
+/// number, list or map; inside longer text only scalars can stand; `$${` is a literal `${`. Rejects duplicate keys,
+/// merge keys, aliases, tags and cyclic references. MORAINE_LOG, MORAINE_BUILD_DIR, MORAINE_CMAKE_FLAGS,
+/// MORAINE_TORCH_DIR and MORAINE_TEST_* are not recipe keys and are ignored here. Reports into `problems`; throws
+/// UserError only if the file is missing or is not YAML.
 ConfigNode load_config(const std::filesystem::path& recipe, std::span<const std::string> overrides, Problems& problems);
 
 /// One resolved value for `validate`, `resolved.yaml` and reports.
 struct ResolvedValue {
-  std::string path;    // "train.steps", "domains.0.name"
-  std::string value;   // as YAML text
+  std::string path;   // "train.steps", "domains.0.name"
+  std::string value;  // as YAML text
   Origin origin;
 };
 
@@ -81,13 +83,14 @@ std::string resolved_yaml(std::span<const ResolvedValue> values);
 namespace moraine::core {
 
 /// The field table of struct C. Supported member types: bool, int64_t, double, std::string, std::optional of these,
-/// std::vector of these, nested structs (object), std::optional of a nested struct (optional_object) and std::vector of nested structs (list).
+/// std::vector of these, nested structs (object), std::optional of a nested struct (optional_object) and std::vector of
+/// nested structs (list).
 ///
 ///   static const Schema<TrainConfig> schema = Schema<TrainConfig>()
 ///       .field("steps", &TrainConfig::steps).min(1).doc("Optimiser steps")
 ///       .field("optimizer", &TrainConfig::optimizer).choices({"adamw", "sgd"}).doc("...")
 ///       .object("schedule", &TrainConfig::schedule, schedule_schema()).doc("...")
-///       .check([](const TrainConfig& c) -> std::optional<std::string> { ... });   // cross-field rule; text = the problem
+///       .check([](const TrainConfig& c) -> std::optional<std::string> { ... });  // the problem as text
 ///
 /// Numbers are decimal: 010, 0x10, 1e5 for an integer, nan and inf are refused with what to write instead. Booleans are
 /// true and false. Thread-safe once built.
@@ -105,12 +108,15 @@ class Schema {
 
   // These refine the field added last.
   Schema& doc(std::string text);
-  Schema& min(double value);            // inclusive; for vectors and optionals it bounds each element
-  Schema& above(double value);          // exclusive
+  Schema& min(double value);    // inclusive; for vectors and optionals it bounds each element
+  Schema& above(double value);  // exclusive
   Schema& max(double value);
-  Schema& choices(std::vector<std::string> names);   // for strings and vectors of strings
+  Schema& choices(std::vector<std::string> names);  // for strings and vectors of strings
   Schema& required();
   Schema& unit(std::string name);
+  /// Text that names a file or directory: a relative one starts at the directory of the recipe file it stands in, or at
+  /// the working directory when it comes from the command line or the environment. Empty text stays empty.
+  Schema& path();
 
   /// Adds a cross-field rule, run when the struct's own fields are free of problems.
   Schema& check(std::function<std::optional<std::string>(const C&)> rule);
@@ -134,14 +140,15 @@ class Schema {
 
   // How one field of the table reaches its member.
   struct Member {
-    std::function<void(const config_detail::FieldInfo&, const ConfigNode&, const std::string& path, C&, Problems&)> parse;
+    std::function<void(const config_detail::FieldInfo&, const ConfigNode&, const std::string& path, C&, Problems&)>
+        parse;
     std::function<Json(const C&)> get;
   };
   Schema& add(config_detail::FieldInfo info, Member member);
   config_detail::FieldInfo& last();
 
   config_detail::Table table_;
-  std::vector<Member> members_;   // parallel to table_
+  std::vector<Member> members_;  // parallel to table_
   std::vector<std::function<std::optional<std::string>(const C&)>> checks_;
 };
 

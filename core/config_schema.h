@@ -27,32 +27,41 @@ struct ValueOf<std::optional<T>> {
 
 template <typename Element>
 constexpr ValueType value_type() {
-  if constexpr (std::is_same_v<Element, bool>) return ValueType::kBool;
-  else if constexpr (std::is_same_v<Element, int64_t>) return ValueType::kInteger;
-  else if constexpr (std::is_same_v<Element, double>) return ValueType::kNumber;
+  if constexpr (std::is_same_v<Element, bool>)
+    return ValueType::kBool;
+  else if constexpr (std::is_same_v<Element, int64_t>)
+    return ValueType::kInteger;
+  else if constexpr (std::is_same_v<Element, double>)
+    return ValueType::kNumber;
   else {
-    static_assert(std::is_same_v<Element, std::string>, "a field is a bool, int64_t, double or std::string, or an optional or vector of one");
+    static_assert(std::is_same_v<Element, std::string>,
+                  "a field is a bool, int64_t, double or std::string, or an optional or vector of one");
     return ValueType::kText;
   }
 }
 
 template <typename T>
 Json to_value(const T& value) {
-  if constexpr (ValueOf<T>::kOptional) return value ? Json(*value) : Json(nullptr);
-  else return Json(value);
+  if constexpr (ValueOf<T>::kOptional)
+    return value ? Json(*value) : Json(nullptr);
+  else
+    return Json(value);
 }
 
 template <typename T>
 T from_value(const Json& json) {
-  if constexpr (ValueOf<T>::kOptional) return json.is_null() ? T() : T(json.get<typename ValueOf<T>::Element>());
-  else return json.get<T>();
+  if constexpr (ValueOf<T>::kOptional)
+    return json.is_null() ? T() : T(json.get<typename ValueOf<T>::Element>());
+  else
+    return json.get<T>();
 }
 
 }  // namespace config_detail
 
 template <typename C>
 Schema<C>& Schema<C>::add(config_detail::FieldInfo info, Member member) {
-  for (const auto& other : table_) MORAINE_CHECK(other.name != info.name, "field '{}' stands twice in a schema", info.name);
+  for (const auto& other : table_)
+    MORAINE_CHECK(other.name != info.name, "field '{}' stands twice in a schema", info.name);
   info.default_value = member.get(C{});
   table_.push_back(std::move(info));
   members_.push_back(std::move(member));
@@ -67,13 +76,13 @@ Schema<C>& Schema<C>::field(std::string name, T C::*member) {
                                 .type = config_detail::value_type<typename Value::Element>(),
                                 .list = Value::kList,
                                 .optional = Value::kOptional};
-  return add(std::move(info),
-             {.parse =
-                  [member](const config_detail::FieldInfo& field, const ConfigNode& node, const std::string& path, C& out, Problems& problems) {
-                    if (const auto value = config_detail::parse_value(field, node, path, problems))
-                      out.*member = config_detail::from_value<T>(*value);
-                  },
-              .get = [member](const C& value) { return config_detail::to_value(value.*member); }});
+  return add(std::move(info), {.parse =
+                                   [member](const config_detail::FieldInfo& field, const ConfigNode& node,
+                                            const std::string& path, C& out, Problems& problems) {
+                                     if (const auto value = config_detail::parse_value(field, node, path, problems))
+                                       out.*member = config_detail::from_value<T>(*value);
+                                   },
+                               .get = [member](const C& value) { return config_detail::to_value(value.*member); }});
 }
 
 template <typename C>
@@ -81,10 +90,11 @@ template <typename S>
 Schema<C>& Schema<C>::object(std::string name, S C::*member, const Schema<S>& schema) {
   config_detail::FieldInfo info{.name = std::move(name), .type = config_detail::ValueType::kObject};
   info.nested = std::make_shared<const config_detail::Table>(schema.table_);
-  return add(std::move(info),
-             {.parse = [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path, C& out,
-                                        Problems& problems) { schema.parse(node, path, out.*member, problems); },
-              .get = [member, schema](const C& value) { return schema.to_json(value.*member); }});
+  return add(
+      std::move(info),
+      {.parse = [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path,
+                                 C& out, Problems& problems) { schema.parse(node, path, out.*member, problems); },
+       .get = [member, schema](const C& value) { return schema.to_json(value.*member); }});
 }
 
 template <typename C>
@@ -94,7 +104,8 @@ Schema<C>& Schema<C>::optional_object(std::string name, std::optional<S> C::*mem
   info.nested = std::make_shared<const config_detail::Table>(schema.table_);
   return add(std::move(info),
              {.parse =
-                  [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path, C& out, Problems& problems) {
+                  [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path,
+                                   C& out, Problems& problems) {
                     if (node.kind == ConfigNode::Kind::kNull) {
                       (out.*member).reset();
                     } else {
@@ -102,7 +113,8 @@ Schema<C>& Schema<C>::optional_object(std::string name, std::optional<S> C::*mem
                       schema.parse(node, path, *(out.*member), problems);
                     }
                   },
-              .get = [member, schema](const C& value) { return value.*member ? schema.to_json(*(value.*member)) : Json(nullptr); }});
+              .get = [member, schema](
+                         const C& value) { return value.*member ? schema.to_json(*(value.*member)) : Json(nullptr); }});
 }
 
 template <typename C>
@@ -110,21 +122,22 @@ template <typename S>
 Schema<C>& Schema<C>::list(std::string name, std::vector<S> C::*member, const Schema<S>& schema) {
   config_detail::FieldInfo info{.name = std::move(name), .type = config_detail::ValueType::kObject, .list = true};
   info.nested = std::make_shared<const config_detail::Table>(schema.table_);
-  return add(std::move(info),
-             {.parse =
-                  [member, schema](const config_detail::FieldInfo&, const ConfigNode& node, const std::string& path, C& out, Problems& problems) {
-                    const auto* items = config_detail::parse_items(node, path, problems);
-                    if (items == nullptr) return;
-                    (out.*member).assign(items->size(), S{});
-                    for (size_t i = 0; i < items->size(); ++i)
-                      schema.parse((*items)[i], config_detail::child_path(path, std::to_string(i)), (out.*member)[i], problems);
-                  },
-              .get =
-                  [member, schema](const C& value) {
-                    Json list = Json::array();
-                    for (const auto& item : value.*member) list.push_back(schema.to_json(item));
-                    return list;
-                  }});
+  return add(std::move(info), {.parse =
+                                   [member, schema](const config_detail::FieldInfo&, const ConfigNode& node,
+                                                    const std::string& path, C& out, Problems& problems) {
+                                     const auto* items = config_detail::parse_items(node, path, problems);
+                                     if (items == nullptr) return;
+                                     (out.*member).assign(items->size(), S{});
+                                     for (size_t i = 0; i < items->size(); ++i)
+                                       schema.parse((*items)[i], config_detail::child_path(path, std::to_string(i)),
+                                                    (out.*member)[i], problems);
+                                   },
+                               .get =
+                                   [member, schema](const C& value) {
+                                     Json list = Json::array();
+                                     for (const auto& item : value.*member) list.push_back(schema.to_json(item));
+                                     return list;
+                                   }});
 }
 
 template <typename C>
@@ -136,6 +149,12 @@ config_detail::FieldInfo& Schema<C>::last() {
 template <typename C>
 Schema<C>& Schema<C>::doc(std::string text) {
   last().doc = std::move(text);
+  return *this;
+}
+
+template <typename C>
+Schema<C>& Schema<C>::path() {
+  last().is_path = true;
   return *this;
 }
 
@@ -195,7 +214,8 @@ void Schema<C>::parse(const ConfigNode& node, const std::string& path, C& out, P
 }
 
 template <typename C>
-void Schema<C>::resolve(const ConfigNode& node, const std::string& path, const C& value, std::vector<ResolvedValue>& out) const {
+void Schema<C>::resolve(const ConfigNode& node, const std::string& path, const C& value,
+                        std::vector<ResolvedValue>& out) const {
   config_detail::resolve(table_, &node, path, to_json(value), out);
 }
 

@@ -1,5 +1,6 @@
 #include "core/config_table.h"
 
+#include <filesystem>
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -23,21 +24,30 @@ struct Complaint {
 
 std::string_view noun(ValueType type) {
   switch (type) {
-    case ValueType::kBool: return "true or false";
-    case ValueType::kInteger: return "an integer";
-    case ValueType::kNumber: return "a number";
-    case ValueType::kText: return "text";
-    case ValueType::kObject: break;
+    case ValueType::kBool:
+      return "true or false";
+    case ValueType::kInteger:
+      return "an integer";
+    case ValueType::kNumber:
+      return "a number";
+    case ValueType::kText:
+      return "text";
+    case ValueType::kObject:
+      break;
   }
   return "a map of keys";
 }
 
 std::string found(const ConfigNode& node) {
   switch (node.kind) {
-    case Kind::kNull: return "nothing";
-    case Kind::kList: return "a list";
-    case Kind::kMap: return "a map of keys";
-    case Kind::kScalar: break;
+    case Kind::kNull:
+      return "nothing";
+    case Kind::kList:
+      return "a list";
+    case Kind::kMap:
+      return "a map of keys";
+    case Kind::kScalar:
+      break;
   }
   return node.quoted ? fmt::format("the text \"{}\"", node.text) : fmt::format("'{}'", node.text);
 }
@@ -55,7 +65,8 @@ std::string hint_for_digits(std::string_view text) {
   if (digits.starts_with("0x") || digits.starts_with("0o")) return "write the number in decimal";
   if (digits.size() > 1 && digits[0] == '0' && std::isdigit(static_cast<unsigned char>(digits[1]))) {
     const size_t first = digits.find_first_not_of('0');
-    return fmt::format("leading zeros mean octal in YAML; write {}", first == std::string_view::npos ? "0" : digits.substr(first));
+    return fmt::format("leading zeros mean octal in YAML; write {}",
+                       first == std::string_view::npos ? "0" : digits.substr(first));
   }
   if (digits.find('_') != std::string_view::npos) return "write digits without '_'";
   return "";
@@ -78,7 +89,8 @@ std::optional<Json> parse_integer(const ConfigNode& node, Complaint& complaint) 
   std::string hint = hint_for_digits(node.text);
   if (failed == std::errc() && whole && hint.empty()) return Json(value);
   if (failed == std::errc::result_out_of_range && whole) hint = "it must fit in 64 bits";
-  if (const auto real = finite_number(node.text); hint.empty() && real && *real == std::trunc(*real) && std::abs(*real) < 1e15)
+  if (const auto real = finite_number(node.text);
+      hint.empty() && real && *real == std::trunc(*real) && std::abs(*real) < 1e15)
     hint = fmt::format("write {:.0f}", *real);
   complaint = mismatch(node, ValueType::kInteger, hint);
   return std::nullopt;
@@ -87,11 +99,9 @@ std::optional<Json> parse_integer(const ConfigNode& node, Complaint& complaint) 
 std::optional<Json> parse_number(const ConfigNode& node, Complaint& complaint) {
   std::string hint = hint_for_digits(node.text);
   if (const auto value = finite_number(node.text); value && hint.empty()) return Json(*value);
-  const auto lower_equal = [&](std::string_view name) {
-    return std::equal(name.begin(), name.end(), node.text.end() - static_cast<ptrdiff_t>(std::min(name.size(), node.text.size())),
-                      node.text.end(), [](char a, char b) { return a == std::tolower(static_cast<unsigned char>(b)); });
-  };
-  if (hint.empty() && (lower_equal("nan") || lower_equal("inf"))) hint = "it must be finite";
+  std::string lower;
+  for (unsigned char c : node.text) lower += static_cast<char>(std::tolower(c));
+  if (hint.empty() && (lower.ends_with("nan") || lower.ends_with("inf"))) hint = "it must be finite";
   complaint = mismatch(node, ValueType::kNumber, hint);
   return std::nullopt;
 }
@@ -122,8 +132,12 @@ std::optional<Complaint> out_of_bounds(const FieldInfo& info, const Json& value)
   if (value.is_number()) {
     const double number = value.get<double>();
     const bool low = info.min && (info.min_exclusive ? number <= *info.min : number < *info.min);
-    if (low) return Complaint{fmt::format("must be {} {}, found {}", info.min_exclusive ? "above" : "at least", *info.min, value.dump()), ""};
-    if (info.max && number > *info.max) return Complaint{fmt::format("must be at most {}, found {}", *info.max, value.dump()), ""};
+    if (low)
+      return Complaint{
+          fmt::format("must be {} {}, found {}", info.min_exclusive ? "above" : "at least", *info.min, value.dump()),
+          ""};
+    if (info.max && number > *info.max)
+      return Complaint{fmt::format("must be at most {}, found {}", *info.max, value.dump()), ""};
   }
   if (value.is_string() && !info.choices.empty()) {
     const auto& name = value.get_ref<const std::string&>();
@@ -133,13 +147,19 @@ std::optional<Complaint> out_of_bounds(const FieldInfo& info, const Json& value)
   return std::nullopt;
 }
 
-std::optional<Json> parse_element(const FieldInfo& info, const ConfigNode& node, const std::string& path, Problems& problems) {
+Json absolute_path(const ConfigNode& node, const std::string& text) {
+  if (text.empty()) return text;
+  return std::filesystem::absolute(node.directory / text).lexically_normal().string();   // an absolute text wins over the directory
+}
+
+std::optional<Json> parse_element(const FieldInfo& info, const ConfigNode& node, const std::string& path,
+                                  Problems& problems) {
   if (node.broken) return std::nullopt;
   Complaint complaint;
   auto value = parse_scalar(info.type, node, complaint);
   if (value) {
     const auto outside = out_of_bounds(info, *value);
-    if (!outside) return value;
+    if (!outside) return info.is_path ? absolute_path(node, value->get<std::string>()) : value;
     complaint = *outside;
   }
   problems.add(node.origin, path, complaint.what, complaint.hint);
@@ -152,15 +172,15 @@ std::string quote_text(const std::string& text) {
   const auto is_plain = [](unsigned char c) { return std::isalnum(c) || c == '_' || c == '-' || c == '.' || c == '/'; };
   std::string lower;
   for (unsigned char c : text) lower += static_cast<char>(std::tolower(c));
-  if (!text.empty() && std::all_of(text.begin(), text.end(), is_plain) && std::isalpha(static_cast<unsigned char>(text[0])) &&
-      std::find(words.begin(), words.end(), lower) == words.end())
+  if (!text.empty() && std::all_of(text.begin(), text.end(), is_plain) &&
+      std::isalpha(static_cast<unsigned char>(text[0])) && std::find(words.begin(), words.end(), lower) == words.end())
     return text;
   std::string escaped;
   for (size_t i = 0; i < text.size(); ++i) {
     if (text.compare(i, 2, "${") == 0) escaped += '$';
     escaped += text[i];
   }
-  return Json(escaped).dump();   // JSON strings are YAML strings
+  return Json(escaped).dump();  // JSON strings are YAML strings
 }
 
 std::string yaml_value(const Json& value) {
@@ -174,7 +194,8 @@ std::string yaml_value(const Json& value) {
 std::string type_text(const FieldInfo& info) {
   static constexpr std::string_view kNames[] = {"bool", "integer", "number", "text", "object"};
   const auto name = kNames[static_cast<size_t>(info.type)];
-  std::string text = info.list ? fmt::format("list of {}{}", name, info.type == ValueType::kText ? "s" : "s") : std::string(name);
+  std::string text =
+      info.list ? fmt::format("list of {}{}", name, info.type == ValueType::kText ? "" : "s") : std::string(name);
   if (info.optional) text += " or null";
   if (!info.unit.empty()) text += fmt::format(" ({})", info.unit);
   return text;
@@ -214,7 +235,7 @@ ConfigNode node_from_json(const Json& json) {
 }
 
 void require_all(const Table& table, const Json& json, const std::string& path, Problems& problems) {
-  if (!json.is_object()) return;   // reported by the parse that follows
+  if (!json.is_object()) return;  // reported by the parse that follows
   for (const auto& field : table) {
     const std::string at = child_path(path, field.name);
     if (!json.contains(field.name)) {
@@ -230,7 +251,9 @@ void require_all(const Table& table, const Json& json, const std::string& path, 
 
 }  // namespace
 
-std::string child_path(const std::string& path, const std::string& name) { return path.empty() ? name : path + "." + name; }
+std::string child_path(const std::string& path, const std::string& name) {
+  return path.empty() ? name : path + "." + name;
+}
 
 bool check_keys(const Table& table, const ConfigNode& node, const std::string& path, Problems& problems) {
   if (node.broken) return false;
@@ -252,7 +275,8 @@ bool check_keys(const Table& table, const ConfigNode& node, const std::string& p
   return true;
 }
 
-std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, const std::string& path, Problems& problems) {
+std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, const std::string& path,
+                                Problems& problems) {
   if (node.broken) return std::nullopt;
   if (info.optional && node.kind == Kind::kNull) return Json(nullptr);
   if (!info.list) return parse_element(info, node, path, problems);
@@ -260,7 +284,8 @@ std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, c
   if (items == nullptr) return std::nullopt;
   Json values = Json::array();
   for (size_t i = 0; i < items->size(); ++i)
-    if (auto value = parse_element(info, (*items)[i], child_path(path, std::to_string(i)), problems)) values.push_back(std::move(*value));
+    if (auto value = parse_element(info, (*items)[i], child_path(path, std::to_string(i)), problems))
+      values.push_back(std::move(*value));
   return values.size() == items->size() ? std::optional(values) : std::nullopt;
 }
 
@@ -313,7 +338,7 @@ Json json_schema(const Table& table, bool is_root) {
     properties["defaults"] = {{"description", "Recipe files to start from, relative to this one; later ones win"},
                               {"type", "array"},
                               {"items", {{"type", "string"}}}};
-    required = Json::array();   // a file under `defaults:`, the environment or the command line may give them
+    required = Json::array();  // a file under `defaults:`, the environment or the command line may give them
   }
   if (!required.empty()) schema["required"] = std::move(required);
   schema["properties"] = std::move(properties);
@@ -326,7 +351,9 @@ std::string markdown(const Table& table, const std::string& path) {
     const std::string at = child_path(path, field.name);
     std::string doc;
     for (char c : field.doc) doc += c == '|' ? std::string("\\|") : std::string(1, c);
-    const std::string fallback = field.required ? "required" : field.nested && !field.list && !field.optional ? "" : yaml_value(field.default_value);
+    const std::string fallback = field.required                                   ? "required"
+                                 : field.nested && !field.list && !field.optional ? ""
+                                                                                  : yaml_value(field.default_value);
     rows += fmt::format("| `{}` | {} | {} | {} | {} |\n", at, type_text(field), fallback, bound_text(field), doc);
     if (field.nested) rows += markdown(*field.nested, field.list ? child_path(at, "N") : at);
   }

@@ -24,10 +24,10 @@ using Table = std::vector<FieldInfo>;
 struct FieldInfo {
   std::string name = {}, doc = {}, unit = {};
   ValueType type = ValueType::kText;
-  bool list = false, optional = false, required = false, min_exclusive = false;
+  bool list = false, optional = false, required = false, min_exclusive = false, is_path = false;
   std::optional<double> min = {}, max = {};
   std::vector<std::string> choices = {};
-  std::shared_ptr<const Table> nested = {};   // of a kObject
+  std::shared_ptr<const Table> nested = {};  // of a kObject
   Json default_value = {};
 };
 
@@ -36,7 +36,8 @@ std::string child_path(const std::string& path, const std::string& name);
 /// False when the node is no map (an empty one counts as a map). Reports unknown keys and missing required ones.
 bool check_keys(const Table& table, const ConfigNode& node, const std::string& path, Problems& problems);
 /// Types and bounds one field; nullopt when a problem was reported. Objects are left to their own Schema.
-std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, const std::string& path, Problems& problems);
+std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, const std::string& path,
+                                Problems& problems);
 /// The items of a list node; nullptr when a problem was reported.
 const std::vector<ConfigNode>* parse_items(const ConfigNode& node, const std::string& path, Problems& problems);
 

@@ -47,9 +47,9 @@ const core::Schema<PublicModelConfig>& model_schema() {
   using C = PublicModelConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("path", &C::path).doc("Hugging Face directory (config.json + safetensors); exclusive with architecture")
+    s.field("path", &C::path).path().doc("Hugging Face directory (config.json + safetensors); exclusive with architecture")
         .optional_object("architecture", &C::architecture, architecture_schema()).doc("Shapes of a model built from the seed")
-        .optional_object("train", &C::train, train_schema()).doc("Training of that model on public_data")
+        .optional_object("train", &C::train, train_schema()).doc("Training of that model on the text of public_path")
         .field("save_dtype", &C::save_dtype).choices({"float32", "bfloat16"}).doc("A trained public model is rounded to this once, before any expert sees it")
         .check([](const C& c) -> Violation {
           if (c.path.empty() == !c.architecture) return "give exactly one of path and architecture";
@@ -66,7 +66,7 @@ const core::Schema<DomainConfig>& domain_schema() {
   static const auto schema = [] {
     core::Schema<C> s;
     s.field("name", &C::name).required().doc("Name of the expert")
-        .field("path", &C::path).doc("Prepared HDF5 file (scripts/prepare_text.py)")
+        .field("path", &C::path).path().doc("Prepared HDF5 file (scripts/prepare_text.py)")
         .field("rank", &C::rank).doc("Rank in the heterogeneous mixture: auto (chosen on validation), full, or a number")
         .field("train", &C::train).choices({"full", "direct"}).doc("full: train a full-size FFN, extract low rank by PHLoRA; direct: train A and B of the given rank")
         .check([](const C& c) -> Violation {
@@ -145,7 +145,7 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
     core::Schema<C> s;
     add_run_fields(s);
     s.object("model", &C::model, model_schema()).doc("The frozen public model")
-        .field("public_data", &C::public_data).doc("Prepared HDF5 file of public text")
+        .field("public_path", &C::public_path).path().doc("Prepared HDF5 file of public text")
         .list("domains", &C::domains, domain_schema()).doc("One entry per expert")
         .field("seq_len", &C::seq_len).min(2).doc("Context of training and evaluation").unit("tokens")
         .field("tokenizer", &C::tokenizer).doc("Tokeniser the data must have been prepared with")
@@ -165,9 +165,9 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
 
 std::optional<int64_t> fixed_rank(const DomainConfig& domain) { return parse_int(domain.rank); }
 
-models::DecoderConfig public_architecture(const PublicModelConfig& model, const std::filesystem::path& directory) {
+models::DecoderConfig public_architecture(const PublicModelConfig& model) {
   if (!model.architecture) {
-    const auto file = resolve_path(directory, model.path) / "config.json";
+    const auto file = std::filesystem::path(model.path) / "config.json";
     auto config = models::DecoderConfig::from_json(core::read_json(file), file.string());
     if (config.is_mixture() || !config.post_norm())
       throw core::UserError(fmt::format("algorithms/flexmore: {} is not a dense post-norm model", file.string()),

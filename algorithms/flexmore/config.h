@@ -67,7 +67,7 @@ struct EvaluationConfig {
 
 struct FlexMoreConfig : RunConfig {
   PublicModelConfig model;
-  std::string public_data;             // prepared HDF5 file of public text
+  std::string public_path;             // prepared HDF5 file of public text
   std::vector<DomainConfig> domains;
   int64_t seq_len = 256;
   std::string tokenizer = "bytes-v1";
@@ -84,7 +84,7 @@ struct FlexMoreConfig : RunConfig {
 const core::Schema<FlexMoreConfig>& flexmore_schema();
 
 /// Architecture of the public model. Reads config.json when the model is a directory. Throws UserError.
-models::DecoderConfig public_architecture(const PublicModelConfig& model, const std::filesystem::path& directory);
+models::DecoderConfig public_architecture(const PublicModelConfig& model);
 
 /// "auto" and "full" are nullopt; a number is itself.
 std::optional<int64_t> fixed_rank(const DomainConfig& domain);

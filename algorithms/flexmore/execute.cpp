@@ -114,7 +114,7 @@ std::shared_ptr<models::Decoder> FlexMore::load_base(const Unit& unit, WorkerCon
       if (id != model_id_)
         throw core::UserError(fmt::format("algorithms/flexmore: the public model in {} differs from the coordinator's", config_.model.path),
                               "every site must use a byte-identical public model");
-      return std::make_shared<models::Decoder>(models::Decoder::from_directory(resolve_path(directory_, config_.model.path), compute_dtype()));
+      return std::make_shared<models::Decoder>(models::Decoder::from_directory(config_.model.path, compute_dtype()));
     }
     const auto artefact = context.artefact(id);
     const auto config = models::DecoderConfig::from_json(artefact->meta().at("config"), artefact->file().origin());

@@ -31,8 +31,7 @@ void write_model_directory(const std::filesystem::path& directory, const core::J
 
 }  // namespace
 
-FlexMore::FlexMore(FlexMoreConfig config, std::filesystem::path directory)
-    : config_(std::move(config)), directory_(std::move(directory)), architecture_(public_architecture(config_.model, directory_)) {}
+FlexMore::FlexMore(FlexMoreConfig config) : config_(std::move(config)), architecture_(public_architecture(config_.model)) {}
 
 FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
     : config_(std::move(config)), architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
@@ -43,7 +42,7 @@ core::Json FlexMore::inputs() const {
 }
 
 std::filesystem::path FlexMore::data_path(const std::string& name) const {
-  return resolve_path(directory_, name == "public" ? config_.public_data : domain(name).path);
+  return name == "public" ? config_.public_path : domain(name).path;
 }
 
 void FlexMore::open_inputs() {
@@ -64,7 +63,7 @@ void FlexMore::open_inputs() {
       problems.add(key, key, error.what(), error.hint());
     }
   };
-  open("public", "public_data", config_.public_data);
+  open("public", "public_path", config_.public_path);
   for (size_t i = 0; i < config_.domains.size(); ++i) open(config_.domains[i].name, fmt::format("domains.{}.path", i), config_.domains[i].path);
   if (config_.seq_len > architecture_.max_position_embeddings)
     problems.add("seq_len", "seq_len", fmt::format("{} is more than the model's {} positions", config_.seq_len, architecture_.max_position_embeddings));
@@ -77,8 +76,8 @@ void FlexMore::open_inputs() {
     if (const auto rank = fixed_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
   for (size_t i = 0; i < config_.ranks.candidates.size(); ++i) check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
   if (config_.model.architecture && !config_.model.train)
-    problems.add("model", "model.train", "is missing", "a model built from shapes must be trained on public_data before experts can use it");
-  if (!config_.model.architecture) model_id_ = hash_of_directory(resolve_path(directory_, config_.model.path), architecture_);
+    problems.add("model", "model.train", "is missing", "a model built from shapes must be trained on public_path before experts can use it");
+  if (!config_.model.architecture) model_id_ = hash_of_directory(config_.model.path, architecture_);
   problems.throw_if_any(config_.name);
 }
 
@@ -94,7 +93,7 @@ void FlexMore::publish(const RunState& state, const std::filesystem::path& run_d
     models::NamedTensors weights(base->weights().begin(), base->weights().end());
     write_model_directory(run_directory / "public_model", architecture_.to_json(), std::move(weights));
   } else if (stages.mixture) {
-    base = models::Decoder::from_directory(resolve_path(directory_, config_.model.path), std::nullopt);
+    base = models::Decoder::from_directory(config_.model.path, std::nullopt);
   }
   if (!stages.mixture) return;
   const auto artefact = state.artefact(*stages.mixture);
@@ -120,14 +119,14 @@ void FlexMore::publish(const RunState& state, const std::filesystem::path& run_d
 
 MethodEntry method_entry() {
   return {"flexmore", "experts of any rank trained apart, merged into one mixture",
-          [](const core::ConfigNode& root, const std::filesystem::path& directory, core::Problems& problems) {
+          [](const core::ConfigNode& root, core::Problems& problems) {
             FlexMoreConfig config;
             flexmore_schema().parse(root, "", config, problems);
             ParsedRecipe recipe;
             recipe.run = config;
             flexmore_schema().resolve(root, "", config, recipe.resolved);
             recipe.values = flexmore_schema().to_json(config);
-            if (problems.empty()) recipe.method = std::make_unique<FlexMore>(std::move(config), directory);
+            if (problems.empty()) recipe.method = std::make_unique<FlexMore>(std::move(config));
             return recipe;
           },
           [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {

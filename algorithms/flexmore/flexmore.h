@@ -30,8 +30,7 @@ namespace moraine::algorithms::flexmore {
 /// public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width.
 class FlexMore final : public Method {
  public:
-  /// `directory` is where relative paths of the recipe start.
-  FlexMore(FlexMoreConfig config, std::filesystem::path directory);
+  explicit FlexMore(FlexMoreConfig config);
   /// A recorded run's method; plans and reports, but cannot execute.
   FlexMore(FlexMoreConfig config, const core::Json& inputs);
 
@@ -85,7 +84,6 @@ class FlexMore final : public Method {
   const DomainConfig& domain(const std::string& name) const;
 
   FlexMoreConfig config_;
-  std::filesystem::path directory_;
   models::DecoderConfig architecture_;
   std::map<std::string, std::string> fingerprints_;   // data, by domain; "public" for public text
   std::string model_id_;                              // of a model that is loaded: "dir:<hash>"

@@ -66,6 +66,7 @@ core::Json FlexMore::summary(const RunState& state) const {
       Json row = {{"domain", name}};
       if (!stages.ranks.empty()) row["rank"] = !stages.ranks.count(name) ? Json(nullptr) : stages.ranks.at(name) ? Json(stages.ranks.at(name)) : Json("full");
       for (const auto& method : kMethods) {
+        if (!stages.tests.count(method.key)) continue;
         const auto evaluation = test(method.key, name);
         row[method.key] = evaluation ? Json(value(*evaluation)) : Json(nullptr);
       }
