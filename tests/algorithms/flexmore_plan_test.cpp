@@ -1,0 +1,110 @@
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include <gtest/gtest.h>
+
+#include "algorithms/register.h"
+#include "core/error.h"
+
+namespace moraine::algorithms {
+namespace {
+
+// A method on recorded inputs (no files), and results that are made up as the plan asks for them.
+class FlexMorePlan : public testing::Test, public RunState {
+ protected:
+  std::unique_ptr<Method> method(const std::vector<std::string>& overrides) {
+    const auto recipe = load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", overrides);
+    core::Json fingerprints = {{"public", "p"}};
+    for (const auto& d : recipe.values.at("domains")) fingerprints[d.at("name").get<std::string>()] = "data of " + d.at("name").get<std::string>();
+    const core::Json architecture = recipe.method->inputs().at("architecture");
+    return find_method("flexmore").restore(recipe.values, {{"architecture", architecture}, {"fingerprints", fingerprints}, {"model", "dir:1"}});
+  }
+
+  std::optional<std::string> result(const std::string& unit) const override {
+    const auto it = results_.find(unit);
+    return it == results_.end() ? std::nullopt : std::optional(it->second->id());
+  }
+  core::ArtefactPtr artefact(const std::string& id) const override {
+    for (const auto& [unit, artefact] : results_)
+      if (artefact->id() == id) return artefact;
+    throw core::InternalError("never accepted");
+  }
+
+  // Finishes a unit; evaluations score `bits` per byte.
+  void finish(const Unit& unit, double bits = 2) {
+    const core::Json result = {{"nats", bits * 1000 * 0.6931471805599453}, {"tokens", 1000}, {"bytes", 1000}, {"correct", 10}};
+    results_[unit.id()] = core::Artefact::create(unit.kind, {{"of", unit.id()}, {"result", result}}, {});
+  }
+
+  std::map<std::string, core::ArtefactPtr> results_;
+};
+
+std::multiset<std::string> kinds(const std::vector<Unit>& units) {
+  std::multiset<std::string> out;
+  for (const auto& unit : units) out.insert(unit.kind);
+  return out;
+}
+
+TEST_F(FlexMorePlan, IsAFanOutAndMergesAndEnds) {
+  const auto flexmore = method({});
+  std::vector<std::multiset<std::string>> waves;
+  for (Plan plan = flexmore->plan(*this); !plan.pending.empty(); plan = flexmore->plan(*this)) {
+    waves.push_back(kinds(plan.pending));
+    for (const auto& unit : plan.pending) finish(unit);
+    ASSERT_LT(waves.size(), 20u);
+  }
+  ASSERT_GE(waves.size(), 4u);
+  EXPECT_EQ(waves[0].count("embed_public"), 1u);
+  EXPECT_EQ(waves[1].count("train_expert"), 6u);
+  EXPECT_EQ(waves[2].count("merge") + waves[2].count("soup"), 2u);   // all experts are full-size: one merge serves both mixtures
+  EXPECT_EQ(waves.back().count("evaluate"), waves.back().size());
+}
+
+TEST_F(FlexMorePlan, IsAPureFunctionOfTheResults) {
+  const auto flexmore = method({"domains.0.rank=auto"});
+  for (int wave = 0; wave < 3; ++wave) {
+    const Plan once = flexmore->plan(*this), twice = flexmore->plan(*this);
+    ASSERT_EQ(once.pending.size(), twice.pending.size());
+    for (size_t i = 0; i < once.pending.size(); ++i) EXPECT_EQ(once.pending[i].id(), twice.pending[i].id());
+    for (const auto& unit : once.pending) finish(unit);
+  }
+}
+
+TEST_F(FlexMorePlan, AChangedKeyRedoesOnlyWhatItDetermines) {
+  const auto before = method({});
+  for (Plan plan = before->plan(*this); !plan.pending.empty(); plan = before->plan(*this))
+    for (const auto& unit : plan.pending) finish(unit);
+  EXPECT_EQ(kinds(method({"top_k=3"})->plan(*this).pending).count("train_expert"), 0u);
+  EXPECT_GT(kinds(method({"top_k=3"})->plan(*this).pending).count("evaluate"), 0u);
+  EXPECT_EQ(kinds(method({"train.steps=7"})->plan(*this).pending).count("train_expert"), 6u);
+  EXPECT_TRUE(method({"train.checkpoint_every=7", "workers.local=3"})->plan(*this).pending.empty());
+  EXPECT_FALSE(method({"workers.threads=2"})->plan(*this).pending.empty());
+}
+
+// Two experts, candidates 1 and 2, room for three units of rank: the second unit goes to the expert that gains more.
+TEST_F(FlexMorePlan, RanksAreTheBestChoiceWithinTheBudget) {
+  const auto flexmore = method({"domains=[{name: a}, {name: b}]", "ranks.candidates=[1024, 512]", "ranks.budget=0.26"});
+  // budget 0.26 * 2 F / unit = 1552 units of rank: one expert at 1024 and one at 512.
+  const std::map<std::string, double> bits = {{"validate/a/r512", 3.0}, {"validate/a/r1024", 2.9}, {"validate/b/r512", 4.0}, {"validate/b/r1024", 3.5}};
+  Plan plan;
+  for (plan = flexmore->plan(*this); !plan.pending.empty(); plan = flexmore->plan(*this))
+    for (const auto& unit : plan.pending) finish(unit, bits.count(unit.label) ? bits.at(unit.label) : 2);
+  for (const auto& unit : plan.finished) {
+    if (unit.label == "test/low_rank_expert/a") EXPECT_EQ(unit.spec.at("rank"), 512);
+    if (unit.label == "test/low_rank_expert/b") EXPECT_EQ(unit.spec.at("rank"), 1024);
+  }
+}
+
+TEST_F(FlexMorePlan, ABudgetThatFitsNothingSaysSo) {
+  const auto flexmore = method({"domains=[{name: a}, {name: b}]", "ranks.candidates=[2048]", "ranks.budget=0.1"});
+  EXPECT_THROW(
+      {
+        for (Plan plan = flexmore->plan(*this); !plan.pending.empty(); plan = flexmore->plan(*this))
+          for (const auto& unit : plan.pending) finish(unit);
+      },
+      core::UserError);
+}
+
+}  // namespace
+}  // namespace moraine::algorithms
