@@ -20,8 +20,14 @@ import sys
 import tempfile
 import zlib
 
-import h5py
-import numpy as np
+try:
+    import h5py
+    import numpy as np
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"prepare_text: {error}\n  hint: run scripts/setup once, then .venv/bin/python {sys.argv[0]}", file=sys.stderr)
+    sys.exit(3)
 
 FORMAT = "moraine-text-domain"
 FORMAT_VERSION = 1
@@ -218,7 +224,7 @@ class HuggingFaceEncoder:
     stores_bytes = True
 
     def __init__(self, path, end_of_document):
-        import tokenizers
+        import tokenizers   # here: text as bytes does not need it
 
         content = pathlib.Path(path).read_bytes()
         try:
@@ -380,13 +386,20 @@ def parse_options(arguments):
 
 
 def main(arguments=None):
+    options = parse_options(arguments)
     try:
-        prepare(parse_options(arguments))
+        prepare(options)
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return 2
+    except ImportError as error:
+        print(f"prepare_text: {error}\n  hint: --tokenizer needs it: run scripts/setup, or pip install tokenizers", file=sys.stderr)
+        return 3
     except OSError as error:
-        print(f"prepare_text: {error}\n  hint: check the path, its permissions and the free disk space", file=sys.stderr)
+        reason = os.strerror(error.errno) if error.errno else error
+        print(f"prepare_text: {error.filename or options.out}: {reason}\n  hint: check the path, its permissions and the free disk space", file=sys.stderr, flush=True)
+        if __name__ == "__main__":
+            os._exit(3)   # HDF5 crashes when it lets go of a file it could not write, so nothing may be freed any more
         return 3
     return 0
 
