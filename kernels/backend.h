@@ -53,11 +53,11 @@ struct OuterArgs {  // out[row_offsets[e] + i, :] (+)= sum_p pairs[p, i] * rows_
   bool accumulate;
 };
 
-struct ScalePairsArgs {  // out_u = w u, out_v = w v (either may be null or in place), dot[p] (+)= scale_e <u_p, v_p>
+struct ScalePairsArgs {  // out_u = w u, out_v = w v (either may be null), dot[p] (+)= scale_e <u_p, v_p>
   const Route* route;
   Segments segments;
-  const void* u;
-  const void* v;
+  const void* u;        // pair type
+  const void* v;        // accumulate type: products are rounded once
   const void* weights;  // [P]
   const float* scale;   // [E]
   void* out_u;
@@ -82,7 +82,7 @@ struct FfnHiddenArgs {  // a = base + s (gate term), b likewise, h = silu(a) b, 
   const void* gates;
   ConstRows gate_base, up_base;
   int64_t width;
-  void *a, *b;  // [P, width] storage type; null on the CPU in inference
+  void *a, *b;  // [P, width] storage type; null in inference
   void* h;      // [P, width]
   Rows hidden_sum;
 };
@@ -102,8 +102,9 @@ struct FfnHiddenBackwardArgs {  // dh = g q + down term; da, db, h [P, width]; t
 struct MaskArgs {  // masked_u = s u m, masked_v = s v m (pair type), dmask = s u v; each optional
   int64_t tokens, row;
   float scale;
-  const void *u, *v, *mask;  // accumulate type
-  void *masked_u, *masked_v, *dmask;
+  const void *u, *v, *mask;     // accumulate type
+  void *masked_u, *masked_v;    // pair type
+  void* dmask;                  // accumulate type
 };
 
 struct Backend {

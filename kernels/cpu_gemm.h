@@ -14,7 +14,7 @@
 namespace moraine::kernels {
 namespace {
 
-constexpr int64_t kChunk = 512;        // columns per partial dot product
+constexpr int64_t kChunk = 1024;       // columns per partial dot product
 constexpr int64_t kPanelDepth = 64;    // k rows packed at once
 constexpr int64_t kPanelWidth = 256;   // columns packed at once
 constexpr size_t kPanelBytes = kPanelDepth * kPanelWidth * sizeof(double);
@@ -44,7 +44,7 @@ struct Gemm {
 
   // out[m, n] (+)= <x[m], a[n]> over `len` columns.
   template <int M, int N>
-  static void dot_tile(const S* const* x, const S* const* a, int64_t len, Acc* out, int64_t ldo, bool accumulate) {
+  [[gnu::noinline]] static void dot_tile(const S* const* x, const S* const* a, int64_t len, Acc* out, int64_t ldo, bool accumulate) {
     Reg acc[M][N];
     const S* xr[M];
     const S* ar[N];
@@ -73,12 +73,16 @@ struct Gemm {
         for (int m = 0; m < M; ++m) acc[m][n] = V::fma(V::load_n(xr[m] + c, tail), av, acc[m][n]);
       }
     }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) {
-        const Acc sum = V::sum(acc[m][n]);
-        Acc& o = out[m * ldo + n];
-        o = accumulate ? o + sum : sum;
+    for (int m = 0; m < M; ++m) {
+      Acc sums[N];
+      if constexpr (N % 4 == 0) {  // the same tree as sum, four at a time
+        for (int n = 0; n < N; n += 4) V::sum4(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], sums + n);
+      } else {
+        for (int n = 0; n < N; ++n) sums[n] = V::sum(acc[m][n]);
       }
+      Acc* o = out + m * ldo;
+      for (int n = 0; n < N; ++n) o[n] = accumulate ? o[n] + sums[n] : sums[n];
+    }
   }
 
   // The same for any number of rows; x and a are arrays of row pointers.
@@ -140,7 +144,7 @@ struct Gemm {
 
   // At most kTileRows rows straight from the weight rows: each weight is read once, nothing is packed.
   template <int M>
-  static void direct(Left left, int64_t depth, const S* const* q, Acc* const* c, int64_t width, bool accumulate) {
+  [[gnu::noinline]] static void direct(Left left, int64_t depth, const S* const* q, Acc* const* c, int64_t width, bool accumulate) {
     constexpr int NV = V::kDirectVecs[M];
     int64_t column = 0;
     const auto from = [&](int64_t k) { return q[k] + column; };
@@ -150,7 +154,7 @@ struct Gemm {
   }
 
   // Rows q[k][first .. first + width) as panels [ceil(width / PW)][depth][PW], widened, zero-filled on the right.
-  static void pack(const S* const* q, int64_t depth, int64_t first, int64_t width, Acc* panels) {
+  [[gnu::noinline]] static void pack(const S* const* q, int64_t depth, int64_t first, int64_t width, Acc* panels) {
     constexpr int PW = V::kTileVecs * W;
     for (int64_t column = 0; column < width; column += PW) {
       for (int64_t k = 0; k < depth; ++k, panels += PW) {
@@ -166,7 +170,7 @@ struct Gemm {
   }
 
   template <int M>
-  static void packed(Left left, int64_t depth, const Acc* panels, Acc* const* c, int64_t first, int64_t width,
+  [[gnu::noinline]] static void packed(Left left, int64_t depth, const Acc* panels, Acc* const* c, int64_t first, int64_t width,
                      bool accumulate) {
     constexpr int PW = V::kTileVecs * W;
     for (int64_t column = 0; column < width; column += PW, panels += depth * PW) {

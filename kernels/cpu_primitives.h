@@ -9,7 +9,7 @@
 namespace moraine::kernels {
 namespace {
 
-constexpr int64_t kTokenBlock = 64;        // rows of a shrink task
+constexpr int64_t kTokenBlock = 48;        // rows of a shrink task
 constexpr int64_t kRankBlock = 128;        // ranks of a shrink task
 constexpr int64_t kPairBlock = 384;        // pairs of an expand task
 constexpr int64_t kOuterStrip = 256;       // columns of an outer task
@@ -268,7 +268,7 @@ struct Cpu {
         const int64_t at = a.segments.pair_offsets[e] + (s - route.offsets[e]) * ld;
         const int32_t p = route.perm[s];
         const Acc w = weights[p];
-        const Acc* u = static_cast<const Acc*>(a.u) + at;
+        const Acc* u = a.u == nullptr ? nullptr : static_cast<const Acc*>(a.u) + at;
         const Acc* v = static_cast<const Acc*>(a.v) + at;
         if (dot != nullptr) {
           auto sum = V::zero();

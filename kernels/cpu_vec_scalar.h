@@ -43,6 +43,7 @@ struct VecScalar {
     narrow(x, p);
   }
   static F sum(Reg x) { return x; }
+  static void sum4(Reg a, Reg b, Reg c, Reg d, F* out) { out[0] = a, out[1] = b, out[2] = c, out[3] = d; }
   static Reg sigmoid(Reg x) { return F(1) / (F(1) + std::exp(-x)); }
 };
 

@@ -39,6 +39,16 @@ template <class V, class S>
 }
 
 #if defined(__AVX2__)
+/// ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7)), of one vector or of four at once.
+[[gnu::always_inline]] inline float sum256(__m256 x) {
+  const __m256 pairs = _mm256_hadd_ps(x, x), quads = _mm256_hadd_ps(pairs, pairs);
+  return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+[[gnu::always_inline]] inline void sum4_256(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+
 struct VecAvx2 {
   using Scalar = float;
   using Reg = __m256;
@@ -87,11 +97,8 @@ struct VecAvx2 {
   static void store_n(S* p, Reg x, int n) {
     store_tail<VecAvx2>(p, x, n);
   }
-  static float sum(Reg x) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
+  static float sum(Reg x) { return sum256(x); }
+  static void sum4(Reg a, Reg b, Reg c, Reg d, float* out) { sum4_256(a, b, c, d, out); }
   static Reg sigmoid(Reg x) {
     const Reg one = set1(1.0f);
     return _mm256_div_ps(one, add(one, vector_exp<VecAvx2>(_mm256_xor_ps(x, set1(-0.0f)))));
@@ -143,13 +150,11 @@ struct VecAvx512 {
   static void store_n(S* p, Reg x, int n) {
     store_tail<VecAvx512>(p, x, n);
   }
-  static float sum(Reg x) {
-    const __m256 high = _mm512_castps512_ps256(_mm512_shuffle_f32x4(x, x, 0x0e));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), high);
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  static __m256 fold(Reg x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_castps512_ps256(_mm512_shuffle_f32x4(x, x, 0x0e)));
   }
+  static float sum(Reg x) { return sum256(fold(x)); }
+  static void sum4(Reg a, Reg b, Reg c, Reg d, float* out) { sum4_256(fold(a), fold(b), fold(c), fold(d), out); }
   static Reg sigmoid(Reg x) {
     const Reg one = set1(1.0f);
     return _mm512_div_ps(one, add(one, vector_exp<VecAvx512>(_mm512_sub_ps(zero(), x))));

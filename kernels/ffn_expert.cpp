@@ -14,7 +14,7 @@ struct Buffers {
   void *gate_segments, *up_segments, *down_segments;
   void *weighted, *scaled;
   void *u_gate, *u_up, *u_down;       // forward; in backward w u of one projection at a time is in u_gate
-  void *v_gate, *v_up, *v_down;       // backward
+  void *v, *v_gate, *v_up, *v_down;   // backward: v of one projection at a time, then w v of each
   void *h, *da, *db;                  // [P, f]
   void* scratch;
 };
@@ -38,6 +38,7 @@ Buffers cut(Arena& arena, const Backend& backend, const FfnExperts& x, int64_t p
     b.u_up = arena.take_bytes(pair_bytes(max_rank(x.up)));
     b.u_down = arena.take_bytes(pair_bytes(max_rank(x.down)));
   } else {
+    b.v = arena.take_bytes(static_cast<size_t>(pair_buffer_bound(pairs, widest_rank(x))) * accumulate);
     b.v_gate = arena.take_bytes(pair_bytes(max_rank(x.gate)));
     b.v_up = arena.take_bytes(pair_bytes(max_rank(x.up)));
     b.v_down = arena.take_bytes(pair_bytes(max_rank(x.down)));
@@ -168,8 +169,8 @@ void ffn_backward(const FfnBackward& args, Workspace workspace, const Exec& exec
 
   // Down projection, as in delta_backward with h for x; its dx is dh, consumed by the activation below.
   backend.weights({&route, args.gates, x.down.scale, b.weighted, b.scaled}, exec);
-  backend.shrink({&route, down, dy, x.down.bt, d, b.v_down}, b.scratch, exec);
-  backend.scale_pairs({&route, down, saved.u_down, b.v_down, b.weighted, x.down.scale, b.u_gate, b.v_down,
+  backend.shrink_unrounded({&route, down, dy, x.down.bt, d, b.v}, b.scratch, exec);
+  backend.scale_pairs({&route, down, saved.u_down, b.v, b.weighted, x.down.scale, b.u_gate, b.v_down,
                        args.dgates, false}, exec);
   if (args.dbt_down != nullptr) backend.outer({&route, down, b.u_gate, dy, d, args.dbt_down, args.accumulate}, b.scratch, exec);
   backend.ffn_hidden_backward({&route, {down, b.v_down, x.down.a}, args.gates, args.q, f, saved.a, saved.b, b.h, b.da, b.db,
@@ -182,8 +183,8 @@ void ffn_backward(const FfnBackward& args, Workspace workspace, const Exec& exec
   const auto input_side = [&](const RaggedExperts& part, const Segments& segments, const PairRows& upstream, const void* u,
                               void* v, void* da_out, void* dbt_out) {
     backend.weights({&route, args.gates, part.scale, b.weighted, b.scaled}, exec);
-    backend.shrink({&route, segments, upstream, part.bt, f, v}, b.scratch, exec);
-    backend.scale_pairs({&route, segments, u, v, b.scaled, part.scale, b.u_gate, v, nullptr, false}, exec);
+    backend.shrink_unrounded({&route, segments, upstream, part.bt, f, b.v}, b.scratch, exec);
+    backend.scale_pairs({&route, segments, u, b.v, b.scaled, part.scale, b.u_gate, v, nullptr, false}, exec);
     if (da_out != nullptr) backend.outer({&route, segments, v, tokens, d, da_out, args.accumulate}, b.scratch, exec);
     if (dbt_out != nullptr) backend.outer({&route, segments, b.u_gate, upstream, f, dbt_out, args.accumulate}, b.scratch, exec);
   };

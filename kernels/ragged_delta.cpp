@@ -13,7 +13,7 @@ namespace {
 struct Buffers {
   void* segments;
   void *weighted, *scaled;
-  void *u, *v, *scaled_u, *dots;
+  void *u, *v, *scaled_u, *scaled_v;
   void* scratch;
 };
 
@@ -27,7 +27,8 @@ Buffers cut(Arena& arena, const Backend& backend, const RaggedExperts& experts, 
   b.scaled = arena.take_bytes(static_cast<size_t>(pairs) * accumulate);
   b.u = arena.take_bytes(backward ? 0 : pair_bytes);
   if (backward) {
-    b.v = arena.take_bytes(pair_bytes);
+    b.v = arena.take_bytes(static_cast<size_t>(pair_buffer_bound(pairs, rank)) * accumulate);
+    b.scaled_v = arena.take_bytes(pair_bytes);
     b.scaled_u = arena.take_bytes(experts.dense() ? 0 : pair_bytes);
   }
   b.scratch = arena.take_bytes(backend.scratch_bytes(pairs, rank, std::max(experts.d_in, experts.d_out)));
@@ -107,15 +108,14 @@ void delta_backward(const DeltaBackward& args, Workspace workspace, const Exec& 
       backend.make_segments(route, device_row_offsets(experts, exec), max_rank(experts), b.segments, exec);
   const PairRows x{args.x.data, args.x.ld, route.slots}, dy{args.dy.data, args.dy.ld, route.slots};
   backend.weights({&route, args.gates, experts.scale, b.weighted, b.scaled}, exec);
-  backend.shrink({&route, segments, dy, experts.bt, experts.d_out, b.v}, b.scratch, exec);
-  // v becomes w v in place, after <u, v> is taken. Without saved_u, u stands in for reads whose results are not kept.
+  backend.shrink_unrounded({&route, segments, dy, experts.bt, experts.d_out, b.v}, b.scratch, exec);
   void* scaled_u = args.dbt != nullptr && !experts.dense() ? b.scaled_u : nullptr;
-  const void* u = args.saved_u != nullptr ? args.saved_u : b.v;
-  backend.scale_pairs({&route, segments, u, b.v, b.weighted, experts.scale, scaled_u, b.v, args.dgates, false}, exec);
+  backend.scale_pairs({&route, segments, args.saved_u, b.v, b.weighted, experts.scale, scaled_u, b.scaled_v, args.dgates, false},
+                      exec);
   if (args.dx.data != nullptr)
-    backend.combine({&route, {{segments, b.v, experts.a}, {}}, 1, nullptr, experts.d_in, args.dx0, args.dx}, b.scratch, exec);
+    backend.combine({&route, {{segments, b.scaled_v, experts.a}, {}}, 1, nullptr, experts.d_in, args.dx0, args.dx}, b.scratch, exec);
   if (args.da != nullptr)
-    backend.outer({&route, segments, b.v, x, experts.d_in, args.da, args.accumulate}, b.scratch, exec);
+    backend.outer({&route, segments, b.scaled_v, x, experts.d_in, args.da, args.accumulate}, b.scratch, exec);
   if (scaled_u != nullptr)
     backend.outer({&route, segments, scaled_u, dy, experts.d_out, args.dbt, args.accumulate}, b.scratch, exec);
 }

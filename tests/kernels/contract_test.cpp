@@ -103,6 +103,45 @@ TEST(BadInput, MissingInstructionSetsAndDevicesAreRefusedNotReplaced) {
   if (!cuda_available()) expect_error<UserError>([&] { backend_for({Device::kCuda}, DType::kF32); }, "no usable device");
 }
 
+TEST(Strides, RowsMayLieFurtherApartThanTheyAreWide) {
+  SmallCall call;
+  call.run();
+  const Vec packed = get(call.y, 6 * 24, DType::kF32);
+  const Vec x = get(*call.x, 6 * 16, DType::kF32);
+  Vec wide(6 * 21, std::numeric_limits<double>::quiet_NaN());
+  for (size_t t = 0; t < 6; ++t) std::copy_n(x.begin() + static_cast<int64_t>(t) * 16, 16, wide.begin() + static_cast<int64_t>(t) * 21);
+  const auto spread = put(call.target.exec, wide, DType::kF32);
+  Memory y(call.target.exec, 6 * 31 * 4);
+  call.args.x = {spread->data(), 21};
+  call.args.y = {y.data(), 31};
+  call.run();
+  const Vec out = get(y, 6 * 31, DType::kF32);
+  for (size_t t = 0; t < 6; ++t) {
+    for (size_t c = 0; c < 24; ++c) ASSERT_EQ(out[t * 31 + c], packed[t * 24 + c]);
+    for (size_t c = 24; c < 31; ++c) ASSERT_TRUE(std::isnan(out[t * 31 + c])) << "wrote between rows";
+  }
+}
+
+TEST(Inference, TheFfnGivesTheSameBitsWithoutSavingAnything) {
+  Random random;
+  const Target target;
+  const Ffn x{random.experts(16, 40, {2, 0}, DType::kF32), random.experts(16, 40, {3, 0}, DType::kF32), random.experts(40, 16, {1, 0}, DType::kF32)};
+  const Routing routing = random.routing(7, 2, 2);
+  const Vec in = random.normal(7 * 16, DType::kF32), base = random.normal(7 * 40, DType::kF32);
+  const FfnOut saved = run_ffn(target, x, routing, in, base, base, in, base).out;
+  const DeviceExperts gate(target, x.gate), up(target, x.up), down(target, x.down);
+  const FfnExperts experts{gate.view, up.view, down.view};
+  const DeviceRoute route(target, routing, 2);
+  const auto dev_x = put(target.exec, in, DType::kF32), dev_base = put(target.exec, base, DType::kF32);
+  Memory hidden(target.exec, 7 * 40 * 4), y(target.exec, 7 * 16 * 4);
+  Memory workspace(target.exec, ffn_forward_workspace(experts, 7, 2, target.exec));
+  ffn_forward({&experts, &route.route, route.gates, {dev_x->data(), 16}, {dev_base->data(), 40}, {dev_base->data(), 40},
+               {hidden.data(), 40}, {y.data(), 16}, nullptr},
+              {workspace.data(), workspace.bytes()}, target.exec);
+  expect_same_bits(get(hidden, 7 * 40, DType::kF32), saved.hidden_sum, "hidden_sum");
+  expect_same_bits(get(y, 7 * 16, DType::kF32), saved.y_delta, "y_delta");
+}
+
 TEST(Threads, OneAndManyThreadsGiveTheSameBits) {
   const Target target{{Device::kCpu, best_path()}, DType::kF32};
   Random random;

@@ -1,0 +1,95 @@
+#pragma once
+
+// Runs the CUDA kernels on the host: blocks one after another, the threads of a block as fibers that switch at barriers and
+// warp collectives. Fragment layouts of ldmatrix and mma follow the PTX manual, cp.async lands at a random time between issue
+// and wait, shared memory starts as NaN. What this cannot show: speed, and races between warps that a switch never exposes.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "kernels/cpu_storage.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(threads)
+#define MORAINE_DYNAMIC_SHARED(name) unsigned char* const name = ::moraine::kernels::device::host_shared()
+
+struct HostIndex {
+  unsigned x = 0;
+};
+extern HostIndex threadIdx, blockIdx, blockDim, gridDim;
+void __syncthreads();
+
+struct __nv_bfloat16 : moraine::kernels::BFloat16 {};
+struct __half : moraine::kernels::Float16 {};
+inline float __bfloat162float(__nv_bfloat16 x) { return moraine::kernels::widen(static_cast<moraine::kernels::BFloat16>(x)); }
+inline float __half2float(__half x) { return moraine::kernels::widen(static_cast<moraine::kernels::Float16>(x)); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  __nv_bfloat16 out;
+  moraine::kernels::narrow(x, static_cast<moraine::kernels::BFloat16*>(&out));
+  return out;
+}
+inline __half __float2half_rn(float x) {
+  __half out;
+  moraine::kernels::narrow(x, static_cast<moraine::kernels::Float16*>(&out));
+  return out;
+}
+
+// The part of the runtime API the kernels and the test harness call.
+enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+using cudaStream_t = void*;
+cudaError_t cudaMalloc(void** out, size_t bytes);
+cudaError_t cudaFree(void* p);
+inline cudaError_t cudaMallocAsync(void** out, size_t bytes, cudaStream_t) { return cudaMalloc(out, bytes); }
+inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* out) { return *out = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* out) { return *out = 1, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr, int device);
+inline const char* cudaGetErrorString(cudaError_t) { return "host emulation"; }
+
+namespace moraine::kernels::device {
+
+/// Multiprocessors the host pretends to have: how many blocks a persistent grid gets.
+extern int host_multiprocessors;
+
+unsigned char* host_shared();
+void copy_async(void* to, const void* from, int bytes);
+void commit_copies();
+void wait_copies_until(int groups_left);
+template <int N>
+void wait_copies() {
+  wait_copies_until(N);
+}
+void load_matrices(uint32_t (&r)[4], const void* row);
+void load_matrices_transposed(uint32_t (&r)[4], const void* row);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half);
+float warp_sum(float x);
+
+void run_grid(int64_t blocks, int threads, size_t shared, const std::function<void()>& thread_body);
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t, Args... args) {
+  run_grid(blocks, threads, shared, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+}  // namespace moraine::kernels::device
