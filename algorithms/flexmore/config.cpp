@@ -87,8 +87,10 @@ const core::Schema<RouterConfig>& router_schema() {
   using C = RouterConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("init", &C::init).choices({"embedding", "centered", "random"}).doc("Router rows start from the domain's mean hidden state, from its difference to the public one, or at random")
-        .field("init_norm", &C::init_norm).above(0).doc("Norm of a row at the start; raising it makes routing sharper")
+    s.field("init", &C::init).choices({"regression", "embedding", "centered", "random"}).doc("Where router rows start: least squares between the domain's and the public hidden states, the domain's mean hidden state, its difference to the public one, or at random")
+        .field("init_logit", &C::init_logit).above(0).doc("regression: logit aimed at on the domain's own text, against 0 on public text; raising it makes routing sharper")
+        .field("init_norm", &C::init_norm).above(0).doc("embedding, centered: norm of a row at the start; raising it makes routing sharper")
+        .field("train", &C::train).doc("Train the row with the expert, as FlexOlmo does; rows that never saw each other's text drift apart in scale")
         .field("bias", &C::bias).choices({"none", "constant", "learned"}).doc("Bias on every expert but the public one, never positive")
         .field("bias_value", &C::bias_value).max(0).doc("Constant bias, or where a learned one starts")
         .field("embedding_sequences", &C::embedding_sequences).min(1).doc("Training sequences averaged into a domain embedding");
@@ -118,7 +120,8 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
     core::Schema<C> s;
     s.field("sequences", &C::sequences).min(0).doc("Test sequences per domain; 0 = all")
         .field("validation_sequences", &C::validation_sequences).min(0).doc("Validation sequences per domain for choosing ranks; 0 = all")
-        .field("batch_size", &C::batch_size).min(1).doc("Sequences per forward pass");
+        .field("batch_size", &C::batch_size).min(1).doc("Sequences per forward pass")
+        .field("split", &C::split).choices({"test", "validation"}).doc("Which documents the tables are about; use validation while choosing settings");
     return s;
   }();
   return schema;

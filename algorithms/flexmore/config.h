@@ -46,8 +46,10 @@ struct DomainConfig {
 
 /// Router of the mixture.
 struct RouterConfig {
-  std::string init = "centered";       // embedding | centered | random
-  double init_norm = 0.5;              // norm of each domain row at the start; FlexOlmo's released rows have .41-.55
+  std::string init = "regression";     // regression | embedding | centered | random
+  double init_logit = 10;              // regression: logit a row aims at on its own domain's text, against 0 on public text
+  double init_norm = 0.5;              // embedding, centered: norm of each domain row; FlexOlmo's released rows have .41-.55
+  bool train = false;                  // train the row with the expert, as FlexOlmo does
   std::string bias = "none";           // none | constant | learned
   double bias_value = -0.01;           // constant: on every expert but the public one; learned: start
   int64_t embedding_sequences = 64;    // sequences averaged into one embedding
@@ -63,6 +65,7 @@ struct EvaluationConfig {
   int64_t sequences = 128;             // per split and domain; 0 = all
   int64_t validation_sequences = 64;   // for choosing ranks
   int64_t batch_size = 16;
+  std::string split = "test";          // test | validation: which documents the tables are about
 };
 
 struct FlexMoreConfig : RunConfig {

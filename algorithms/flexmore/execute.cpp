@@ -6,10 +6,12 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/eye.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/linalg_solve.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <ATen/ops/stack.h>
 
 #include "algorithms/evaluate.h"
@@ -39,25 +41,45 @@ auto language_model_loss(models::Decoder& model, std::shared_ptr<data::TextDatas
   };
 }
 
-// Mean FFN input per layer over the first training sequences: L x [d], float32.
-std::vector<at::Tensor> domain_embedding(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, WorkerContext& context) {
+// What a domain looks like to the routers: per layer, mean [d] and (when asked for) second moment E[x x^T] [d, d] of the
+// FFN inputs over the first training sequences, float32.
+struct Embedding {
+  std::vector<at::Tensor> mean, second_moment;
+};
+
+Embedding domain_embedding(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, bool second_moment, WorkerContext& context) {
   const at::NoGradGuard no_grad;
   constexpr int64_t kBatch = 16;
-  std::vector<at::Tensor> sums;
+  std::vector<at::Tensor> sums, squares;
   int64_t tokens = 0;
   for (int64_t first = 0; first < sequences; first += kBatch) {
     const int64_t count = std::min(kBatch, sequences - first);
     const at::Tensor batch = batch_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, context.device());
     const auto inputs = model.ffn_inputs(batch.narrow(1, 0, dataset.seq_len()).contiguous());
-    if (sums.empty()) sums.assign(inputs.size(), at::Tensor());
+    sums.resize(inputs.size());
+    squares.resize(second_moment ? inputs.size() : 0);
     for (size_t l = 0; l < inputs.size(); ++l) {
-      const at::Tensor sum = inputs[l].to(at::kDouble).flatten(0, 1).sum(0);
-      sums[l] = sums[l].defined() ? sums[l] + sum : sum;
+      const at::Tensor x = inputs[l].to(at::kDouble).flatten(0, 1);
+      const auto add = [](at::Tensor& total, const at::Tensor& part) { total = total.defined() ? total + part : part; };
+      add(sums[l], x.sum(0));
+      if (second_moment) add(squares[l], at::matmul(x.t(), x));
     }
     tokens += count * dataset.seq_len();
   }
-  for (auto& sum : sums) sum = (sum / static_cast<double>(tokens)).to(at::kFloat);
-  return sums;
+  for (auto* totals : {&sums, &squares})
+    for (auto& total : *totals) total = (total / static_cast<double>(tokens)).to(at::kFloat).cpu();
+  return {sums, squares};
+}
+
+// Least squares row: w minimises E_public (w x)^2 + E_domain (w x - logit)^2 + ridge |w|^2, so that the domain's tokens stand
+// out against public ones in closed form and without a bias, and rows of different owners have one scale. Our choice
+// (inferred): FlexOlmo's mean embeddings say nothing about the scale of a token's logit.
+at::Tensor regression_row(const at::Tensor& mean, const at::Tensor& own, const at::Tensor& open, double logit) {
+  const at::Tensor moments = (own + open).to(at::kDouble);
+  const int64_t width = moments.size(0);
+  const double ridge = 1e-3 * moments.diagonal().mean().item<double>();
+  const at::Tensor row = at::linalg_solve(moments + ridge * at::eye(width, moments.options()), mean.to(at::kDouble) * logit);
+  return row.to(at::kFloat).contiguous();
 }
 
 at::Tensor unit_norm(const at::Tensor& row, double norm) {
@@ -143,7 +165,7 @@ std::vector<at::Tensor> FlexMore::public_rows(const core::Artefact& embedding) c
   for (int64_t l = 0; l < rows.size(0); ++l) {
     if (config_.router.init == "embedding") {
       out.push_back(unit_norm(rows[l], config_.router.init_norm).contiguous());
-    } else if (config_.router.init == "centered") {
+    } else if (config_.router.init == "centered" || config_.router.init == "regression") {
       out.push_back(at::zeros({rows.size(1)}, at::kFloat));
     } else {
       out.push_back(random_row(rows.size(1), core::derive_seed(static_cast<uint64_t>(config_.seed), fmt::format("router/public/{}", l))));
@@ -169,9 +191,12 @@ core::ArtefactPtr FlexMore::train_base(const Unit& unit, WorkerContext& context)
 core::ArtefactPtr FlexMore::embed_public(const Unit& unit, WorkerContext& context) const {
   auto model = load_base(unit, context)->share();
   const auto dataset = load_data(unit.spec.at("data"), context);
+  const bool second_moment = unit.spec.at("second_moment").get<bool>();
+  const Embedding embedding = domain_embedding(model, *dataset, unit.spec.at("sequences").get<int64_t>(), second_moment, context);
+  models::NamedTensors tensors = {{"embedding", at::stack(embedding.mean)}};
+  if (second_moment) tensors.emplace_back("second_moment", at::stack(embedding.second_moment));
   std::vector<at::Tensor> keep;
-  const at::Tensor rows = at::stack(domain_embedding(model, *dataset, unit.spec.at("sequences").get<int64_t>(), context)).cpu();
-  return core::Artefact::create("embedding", core::Json::object(), models::views_of({{"embedding", rows}}, keep));
+  return core::Artefact::create("embedding", core::Json::object(), models::views_of(tensors, keep));
 }
 
 core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& context) const {
@@ -180,8 +205,10 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
   const auto seed = unit.spec.at("seed").get<uint64_t>();
   const auto rank = unit.spec.at("rank").get<int64_t>();
   const auto embedding = context.artefact(unit.inputs.at(0));
-  const at::Tensor public_embedding = models::copy_of(*embedding->file().find("embedding"));
-  const auto own_embedding = domain_embedding(model, *dataset, config_.router.embedding_sequences, context);
+  const at::Tensor public_mean = models::copy_of(*embedding->file().find("embedding"));
+  const bool regression = config_.router.init == "regression";
+  const at::Tensor public_moment = regression ? models::copy_of(*embedding->file().find("second_moment")) : at::Tensor();
+  const Embedding own_embedding = domain_embedding(model, *dataset, config_.router.embedding_sequences, regression, context);
 
   Mixture mixture{public_rows(*embedding), {}};
   const core::Json base_fingerprint = fingerprint_of_base(model, mixture.public_rows);
@@ -191,7 +218,9 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
     job.parameters.emplace_back(name, tensor);
     return tensor;
   };
-  for (size_t l = 0; l < own_embedding.size(); ++l) {
+  for (size_t l = 0; l < own_embedding.mean.size(); ++l) {
+    const auto layer = static_cast<int64_t>(l);
+    const at::Tensor& mean = own_embedding.mean[l];
     const models::SlotBase& base = model.base(ffn_slot(l));
     const std::string prefix = fmt::format("layers.{:03}.", l);
     models::FfnExpert ffn;
@@ -212,13 +241,15 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
     }
     expert.layers.push_back(ffn);
     at::Tensor row;
-    if (config_.router.init == "random") {
-      row = random_row(own_embedding[l].size(0), core::derive_seed(seed, fmt::format("router/{}", l)));
+    if (regression) {
+      row = regression_row(mean, own_embedding.second_moment[l], public_moment[layer], config_.router.init_logit);
+    } else if (config_.router.init == "random") {
+      row = random_row(mean.size(0), core::derive_seed(seed, fmt::format("router/{}", l)));
     } else {
-      const at::Tensor center = config_.router.init == "centered" ? public_embedding[static_cast<int64_t>(l)] : at::zeros_like(own_embedding[l]);
-      row = unit_norm(own_embedding[l].cpu() - center, config_.router.init_norm);
+      row = unit_norm(config_.router.init == "centered" ? mean - public_mean[layer] : mean, config_.router.init_norm);
     }
-    expert.router_rows.push_back(own(prefix + "router", trainable(row.to(context.device()))));
+    row = row.to(context.device());
+    expert.router_rows.push_back(config_.router.train ? own(prefix + "router", trainable(row)) : row);
     if (config_.router.bias != "none") {
       const at::Tensor bias = at::full({1}, config_.router.bias_value, at::TensorOptions().dtype(at::kFloat).device(context.device()));
       expert.biases.push_back(config_.router.bias == "learned" ? own(prefix + "router_bias", trainable(bias)) : bias);

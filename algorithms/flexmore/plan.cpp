@@ -61,7 +61,7 @@ Unit FlexMore::make_unit(const std::string& kind, const std::string& label, core
 
 Unit FlexMore::evaluation_unit(const std::string& label, const std::string& what, const std::string& name, const std::string& split,
                                std::vector<std::string> inputs, int64_t rank, const Stages& stages) const {
-  const int64_t sequences = split == "test" ? config_.evaluation.sequences : config_.evaluation.validation_sequences;
+  const int64_t sequences = label.starts_with("validate/") ? config_.evaluation.validation_sequences : config_.evaluation.sequences;
   core::Json spec = {{"what", what}, {"data", data_spec(name, split)}, {"sequences", sequences}, {"batch_size", config_.evaluation.batch_size}};
   if (what == "expert" || what == "mixture") {
     const core::Json values = flexmore_schema().to_json(config_);
@@ -150,13 +150,13 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
     if (!s.base) return s;
   }
   for (const auto& name : evaluated_domains())
-    if (const auto id = plan.need(evaluation_unit("test/base/" + name, "base", name, "test", {}, 0, s))) s.tests["base"][name] = *id;
+    if (const auto id = plan.need(evaluation_unit("test/base/" + name, "base", name, config_.evaluation.split, {}, 0, s))) s.tests["base"][name] = *id;
   if (config_.domains.empty()) return s;
 
   // What the router rows start from.
   const double embedding_cost = 2 * model * static_cast<double>(config_.router.embedding_sequences * config_.seq_len);
   s.public_embedding = plan.need(make_unit("embed_public", "embed/public",
-      {{"data", data_spec("public", "train")}, {"sequences", config_.router.embedding_sequences}}, {}, embedding_cost, s));
+      {{"data", data_spec("public", "train")}, {"sequences", config_.router.embedding_sequences}, {"second_moment", config_.router.init == "regression"}}, {}, embedding_cost, s));
   if (!s.public_embedding) return s;
 
   // One expert per domain; its cuts; their scores on validation text.
@@ -194,12 +194,12 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
 
   // Tests of single experts, merges, tests of the merged models.
   for (const auto& [name, id] : s.experts)
-    if (const auto test = plan.need(evaluation_unit("test/expert/" + name, "expert", name, "test", {*s.public_embedding, id}, 0, s)))
+    if (const auto test = plan.need(evaluation_unit("test/expert/" + name, "expert", name, config_.evaluation.split, {*s.public_embedding, id}, 0, s)))
       s.tests["expert"][name] = *test;
   const auto test_everywhere = [&](const std::string& method, const std::string& what, const std::string& id) {
     for (const auto& name : evaluated_domains()) {
       std::vector<std::string> inputs = {id};
-      if (const auto test = plan.need(evaluation_unit("test/" + method + "/" + name, what, name, "test", std::move(inputs), 0, s)))
+      if (const auto test = plan.need(evaluation_unit("test/" + method + "/" + name, what, name, config_.evaluation.split, std::move(inputs), 0, s)))
         s.tests[method][name] = *test;
     }
   };
@@ -220,7 +220,7 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
     s.ranks = choose_ranks(s, plan.state());
     for (const auto& [name, rank] : s.ranks)
       if (rank > 0)
-        if (const auto test = plan.need(evaluation_unit("test/low_rank_expert/" + name, "expert", name, "test",
+        if (const auto test = plan.need(evaluation_unit("test/low_rank_expert/" + name, "expert", name, config_.evaluation.split,
                                                         {*s.public_embedding, s.low_rank.at(name)}, rank, s)))
           s.tests["low_rank_expert"][name] = *test;
     s.mixture = plan.need(merge_unit("merge/mixture", false, s));

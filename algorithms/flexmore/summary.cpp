@@ -72,7 +72,8 @@ core::Json FlexMore::summary(const RunState& state) const {
       }
       rows.push_back(std::move(row));
     }
-    out["tables"].push_back({{"title", title}, {"columns", columns}, {"rows", rows}, {"highlight", true}, {"notes", Json::array()}});
+    out["tables"].push_back({{"title", title}, {"columns", columns}, {"rows", rows}, {"highlight", true},
+                             {"notes", config_.evaluation.split == "test" ? Json::array() : Json::array({"validation documents, for choosing settings: not a result"})}});
   };
   score_table("Bits per byte on held-out documents", "lower", 3, [](const Evaluation& e) { return e.bits_per_byte(); });
   score_table("Next-token accuracy, %", "higher", 1, [](const Evaluation& e) { return 100 * e.accuracy(); });
