@@ -135,14 +135,17 @@ Axis time_axis(double seconds, int max_ticks) {
   return axis;
 }
 
-std::string format_number(double value, int digits) {
+std::string format_fixed(double value, int digits) {
   std::string text = fmt::format("{:.{}f}", value, digits);
-  if (value != 0 && text.find_first_not_of("-0.") == std::string::npos) return fmt::format("{:.2g}", value);
-  if (text.front() == '-' && text.find_first_not_of("-0.") == std::string::npos) text.erase(0, 1);
-  size_t end = std::min(text.find('.'), text.size());
+  if (text.find_first_not_of("-0.") == std::string::npos && text.front() == '-') text.erase(0, 1);
   const size_t begin = text.front() == '-' ? 1 : 0;
-  for (; end > begin + 3; end -= 3) text.insert(end - 3, ",");
+  for (size_t end = std::min(text.find('.'), text.size()); end > begin + 3; end -= 3) text.insert(end - 3, ",");
   return text;
+}
+
+std::string format_number(double value, int digits) {
+  const std::string text = format_fixed(value, digits);
+  return value != 0 && text.find_first_not_of("0.") == std::string::npos ? fmt::format("{:.2g}", value) : text;
 }
 
 int choose_digits(const std::vector<double>& values) {

@@ -33,7 +33,9 @@ Axis power_of_two_axis(double lo, double hi, int max_ticks);
 /// Time from 0 to `seconds`, ticks at whole 1, 2, 5, 10, 15, 30 s, min or h, labelled "30 s", "2:30", "1:05 h".
 Axis time_axis(double seconds, int max_ticks);
 
-/// "33,270,665,216", "-0.120"; scientific where fixed decimals would show a non-zero number as zero.
+/// "33,270,665,216", "-0.120".
+std::string format_fixed(double value, int digits);
+/// The same, but "1e-09" where fixed decimals would show a number as zero.
 std::string format_number(double value, int digits);
 /// Decimals that show the largest of these numbers with four significant digits; 0 if all are integers.
 int choose_digits(const std::vector<double>& values);

@@ -30,12 +30,12 @@ std::string draw_heatmap(const Json& map) {
   const double highest = all.empty() ? 0 : *std::max_element(all.begin(), all.end());
   const double from = lowest > 0 && lowest < 0.3 * highest ? 0 : lowest;  // near zero: let an empty shade mean zero
 
-  double row_names = std::max(pixel_width(row_label, kFont), pixel_width(format_number(from, digits), kFont));
+  double row_names = std::max(pixel_width(row_label, kFont), pixel_width(format_fixed(from, digits), kFont));
   double column_names = 0, cell = with_values ? 46 : 18;
   for (const auto& name : rows) row_names = std::max(row_names, pixel_width(name, kFont));
   for (const auto& name : columns) column_names = std::max(column_names, pixel_width(name, kFont));
   if (with_values)
-    for (const double value : all) cell = std::max(cell, pixel_width(format_number(value, digits), kFont) + 14);
+    for (const double value : all) cell = std::max(cell, pixel_width(format_fixed(value, digits), kFont) + 14);
   const bool turned = column_names + 12 > std::max(cell, 92.0);
   if (!turned) cell = std::max(cell, column_names + 12);
   const double cell_height = with_values ? 32 : cell;
@@ -62,15 +62,15 @@ std::string draw_heatmap(const Json& map) {
       if (with_values)
         svg.text(x + cell / 2, y + cell_height / 2 + 4, "middle",
                  shade < kDarkHeatTurn ? "low" : (shade < kLightHeatTurn ? "middle" : "high"),
-                 std::isnan(value) ? "–" : format_number(value, digits));
+                 std::isnan(value) ? "–" : format_fixed(value, digits));
     }
   }
   constexpr int kSteps = 24;
   const double scale = std::min(120.0, right - left), step = scale / kSteps;
   for (int k = 0; k < kSteps; ++k)
     svg.rect(left + k * step, bottom + 12, step + 0.3, 8, "shade", "", (k + 0.5) / kSteps);
-  svg.text(left - 8, bottom + 20, "end", "tick", format_number(from, digits));
-  svg.text(left + scale + 8, bottom + 20, "start", "tick", format_number(highest, digits));
+  svg.text(left - 8, bottom + 20, "end", "tick", format_fixed(from, digits));
+  svg.text(left + scale + 8, bottom + 20, "start", "tick", format_fixed(highest, digits));
   return figure("heatmap", map, svg.finish());
 }
 

@@ -42,7 +42,7 @@ figcaption{font-weight:600;margin-bottom:6px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:5px 14px 5px 0;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--rule)}
-th{font-weight:600}
+th{font-weight:600;text-wrap:balance}
 thead th{color:var(--muted);font-size:13px;border-bottom:1.5px solid var(--muted);vertical-align:bottom}
 tbody tr:last-child>*{border-bottom:0}
 .num{text-align:right;padding:5px 8px 5px 14px}

@@ -218,7 +218,7 @@ TableText lay_out(const Json& table) {
     for (size_t i = 0; i < rows; ++i) text.cells[i].push_back(cell_text(cell_of(table, {i, j}), digits));
     text.labels.push_back(printable(column["label"].get<std::string>()));
     text.units.push_back(printable(column.value("unit", "")));
-    text.numeric.push_back(!numbers.empty() && texts == 0);
+    text.numeric.push_back(numbers.size() > texts);
     if (text.numeric.back()) units.insert(text.units.back());
   }
   if (units.size() == 1 && !units.begin()->empty()) {

@@ -28,7 +28,7 @@ std::string render_text(const core::Json& summary, const TableStyle& style = {})
 struct TableText {
   std::string unit;                             // of all numeric columns, when they agree
   std::vector<std::string> labels, units;       // per column; units are empty when `unit` is not
-  std::vector<bool> numeric;                    // per column: right-aligned
+  std::vector<bool> numeric;                    // per column: mostly numbers, right-aligned
   std::vector<std::vector<std::string>> cells;  // [row][column]; "–" where there is no value
   std::vector<std::vector<bool>> best;          // [row][column]
   std::string legend;  // what a mark means: "best in its row (lower is better)"; "" if there is none

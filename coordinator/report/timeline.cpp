@@ -98,7 +98,7 @@ std::string draw_timeline(const Json& timeline) {
     left = std::max(left, pixel_width(worker, kNameFont) + 12);
     bottom += row.height() + kRowGap;
   }
-  const double right = kWidth - 76;  // the busy share stands there
+  const double right = kWidth - 90;  // the busy share stands there
   const Axis axis = time_axis(total_s, 12);
   const auto x_px = [&](double seconds) { return left + axis.at(seconds) * (right - left); };
   const auto color_of = [&](const std::string& kind) {

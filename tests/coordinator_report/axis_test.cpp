@@ -79,6 +79,7 @@ TEST(FormatNumber, GroupsThousandsAndNeverShowsANumberAsZero) {
   EXPECT_EQ(format_number(999, 0), "999");
   EXPECT_EQ(format_number(1e-9, 3), "1e-09");
   EXPECT_EQ(format_number(-0.0, 1), "0.0");
+  EXPECT_EQ(format_fixed(-1e-9, 3), "0.000");
 }
 
 TEST(ChooseDigits, ShowsFourDigitsOfTheLargest) {
