@@ -26,16 +26,20 @@ namespace {
 enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kFfnSlot, kGate, kUp, kDown, kLayerSlots };
 constexpr size_t kMixtureLayerSlots = kFfnSlot + 1;
 
-// Logits held at once by loss(): 64 MB of float32, so that a large vocabulary does not need [tokens, vocab] in one piece.
+// Logits held at once by loss(): 64 MB of float32, so that a large vocabulary does not need [tokens, vocab] in one
+// piece.
 constexpr int64_t kLogitsPerPiece = int64_t{1} << 24;
 
-std::string expert_path(int64_t layer, int64_t expert) { return fmt::format("{}.mlp.experts.{}", layer_path(layer), expert); }
+std::string expert_path(int64_t layer, int64_t expert) {
+  return fmt::format("{}.mlp.experts.{}", layer_path(layer), expert);
+}
 
 }  // namespace
 
 Decoder::Decoder(DecoderConfig config, std::map<std::string, at::Tensor> weights, at::ScalarType dtype)
     : config_(std::move(config)), weights_(std::move(weights)), dtype_(dtype) {
-  MORAINE_CHECK(dtype_ == at::kFloat || dtype_ == at::kBFloat16 || dtype_ == at::kDouble, "models compute in float32, bfloat16 or float64");
+  MORAINE_CHECK(dtype_ == at::kFloat || dtype_ == at::kBFloat16 || dtype_ == at::kDouble,
+                "models compute in float32, bfloat16 or float64");
   add_slots();
   refer_to_weights();
 }
@@ -104,7 +108,8 @@ void Decoder::attach_mixture(int64_t layer) {
     const std::string path = expert_path(layer, expert);
     const auto full = [&](const char* name) { return weights_.at(fmt::format("{}.{}.weight", path, name)); };
     const auto low_rank = [&](const char* name) {
-      return LowRank{weights_.at(fmt::format("{}.{}_a.weight", path, name)), weights_.at(fmt::format("{}.{}_b.weight", path, name))};
+      return LowRank{weights_.at(fmt::format("{}.{}_a.weight", path, name)),
+                     weights_.at(fmt::format("{}.{}_b.weight", path, name))};
     };
     FfnExpert& e = experts.emplace_back();
     if (config_.rank_of(expert) == 0) {
@@ -116,8 +121,9 @@ void Decoder::attach_mixture(int64_t layer) {
   MixtureFfn::Options options;
   options.top_k = config_.num_experts_per_tok;
   options.norm_topk_prob = config_.norm_topk_prob;
-  functions_[blocks_[layer].first_slot + kFfnSlot] = std::make_shared<MixtureFfn>(
-      std::vector<at::Tensor>{weights_.at(layer_path(layer) + ".mlp.gate.weight")}, at::Tensor(), std::move(experts), options);
+  functions_[blocks_[layer].first_slot + kFfnSlot] =
+      std::make_shared<MixtureFfn>(std::vector<at::Tensor>{weights_.at(layer_path(layer) + ".mlp.gate.weight")},
+                                   at::Tensor(), std::move(experts), options);
 }
 
 size_t Decoder::slot_index(const std::string& path) const {
@@ -125,10 +131,12 @@ size_t Decoder::slot_index(const std::string& path) const {
   // Name the nearest paths: listing some hundred slots helps nobody.
   std::vector<std::string> paths;
   for (const Slot& slot : slots_) paths.push_back(slot.path);
-  std::stable_sort(paths.begin(), paths.end(),
-                   [&](const std::string& a, const std::string& b) { return core::edit_distance(path, a) < core::edit_distance(path, b); });
+  std::stable_sort(paths.begin(), paths.end(), [&](const std::string& a, const std::string& b) {
+    return core::edit_distance(path, a) < core::edit_distance(path, b);
+  });
   paths.resize(std::min<size_t>(paths.size(), 5));
-  throw core::UserError(fmt::format("models: no such slot: '{}'", path), fmt::format("nearest of {} slots: {}", slots_.size(), fmt::join(paths, ", ")));
+  throw core::UserError(fmt::format("models: no such slot: '{}'", path),
+                        fmt::format("nearest of {} slots: {}", slots_.size(), fmt::join(paths, ", ")));
 }
 
 void Decoder::attach(const std::string& path, std::shared_ptr<SlotFunction> function) {
@@ -138,8 +146,9 @@ void Decoder::attach(const std::string& path, std::shared_ptr<SlotFunction> func
   for (size_t other = 0; other < slots_.size(); ++other) {
     const std::string& rival = slots_[other].path;
     if (functions_[other] == nullptr || !(rival.starts_with(path + ".") || path.starts_with(rival + "."))) continue;
-    throw core::UserError(fmt::format("models: cannot attach to '{}': '{}' is taken and one contains the other", path, rival),
-                          "target either the whole mlp or the matrices inside it, not both");
+    throw core::UserError(
+        fmt::format("models: cannot attach to '{}': '{}' is taken and one contains the other", path, rival),
+        "target either the whole mlp or the matrices inside it, not both");
   }
   functions_[slot] = std::move(function);
 }
@@ -151,7 +160,8 @@ at::Tensor Decoder::apply(size_t slot, const at::Tensor& x) {
 }
 
 at::Tensor Decoder::norm(const at::Tensor& x, const at::Tensor& weight) const {
-  return rms_norm(x, as_type_of(weight, x), config_.rms_norm_eps, config_.post_norm() ? NormRounding::kAfterWeight : NormRounding::kBeforeWeight);
+  return rms_norm(x, as_type_of(weight, x), config_.rms_norm_eps,
+                  config_.post_norm() ? NormRounding::kAfterWeight : NormRounding::kBeforeWeight);
 }
 
 void Decoder::extend_rotation(int64_t length) {
@@ -173,18 +183,22 @@ at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t b
   at::Tensor v = apply(block.first_slot + kValue, x).view({batch, length, kv_heads, head_dim});
   if (kv_heads != heads) {
     const auto repeat = [&](const at::Tensor& t) {
-      return t.unsqueeze(3).expand({batch, length, kv_heads, heads / kv_heads, head_dim}).reshape({batch, length, heads, head_dim});
+      return t.unsqueeze(3)
+          .expand({batch, length, kv_heads, heads / kv_heads, head_dim})
+          .reshape({batch, length, heads, head_dim});
     };
     k = repeat(k), v = repeat(v);
   }
-  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), {}, 0.0, /*is_causal=*/true);
+  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), {},
+                                                        0.0, /*is_causal=*/true);
   return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch * length, heads * head_dim}));
 }
 
 at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
   const size_t whole = block.first_slot + kFfnSlot;
   if (config_.is_mixture() || functions_[whole]) return apply(whole, x);
-  return apply(block.first_slot + kDown, at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
+  return apply(block.first_slot + kDown,
+               at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
 }
 
 at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs) {
@@ -193,7 +207,8 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
   if (tokens.numel() > 0) {
     const int64_t low = tokens.min().item<int64_t>(), high = tokens.max().item<int64_t>();
     if (low < 0 || high >= config_.vocab_size) {
-      throw core::UserError(fmt::format("models: token outside the model's vocabulary of {}: {}", config_.vocab_size, low < 0 ? low : high),
+      throw core::UserError(fmt::format("models: token outside the model's vocabulary of {}: {}", config_.vocab_size,
+                                        low < 0 ? low : high),
                             "the data was prepared with another tokeniser than the model's");
     }
   }
@@ -219,7 +234,9 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
   return norm(x, final_norm_);
 }
 
-at::Tensor Decoder::hidden_states(const at::Tensor& tokens) { return trunk(tokens, nullptr).view({tokens.size(0), tokens.size(1), -1}); }
+at::Tensor Decoder::hidden_states(const at::Tensor& tokens) {
+  return trunk(tokens, nullptr).view({tokens.size(0), tokens.size(1), -1});
+}
 
 at::Tensor Decoder::forward(const at::Tensor& tokens) { return apply(slots_.size() - 1, hidden_states(tokens)); }
 
@@ -240,7 +257,8 @@ Decoder::Loss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
   for (int64_t first = 0; first < rows; first += piece) {
     const int64_t end = std::min(rows, first + piece);
     const at::Tensor logits = apply(slots_.size() - 1, x.slice(0, first, end)), expected = targets.slice(0, first, end);
-    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype_ == at::kDouble ? at::kDouble : at::kFloat), expected, {}, at::Reduction::Sum, /*ignore_index=*/-1);
+    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype_ == at::kDouble ? at::kDouble : at::kFloat), expected,
+                                                  {}, at::Reduction::Sum, /*ignore_index=*/-1);
     loss.sum = loss.sum.defined() ? loss.sum + sum : sum;
     if (count_correct) loss.correct += at::argmax(logits.detach(), -1).eq(expected).sum().item<int64_t>();
   }

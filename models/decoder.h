@@ -17,29 +17,31 @@
 namespace moraine::models {
 
 /// A causal language model whose weights are frozen and whose slots can be taken over. Weights never change; training
-/// touches only what attached slot functions own, or everything after make_trainable(). Not thread-safe while slots change
-/// nor for two forward passes at once; forward() of distinct Decoders that share weights may run concurrently.
+/// touches only what attached slot functions own, or everything after make_trainable(). Not thread-safe while slots
+/// change nor for two forward passes at once; forward() of distinct Decoders that share weights may run concurrently.
 ///
-/// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A mixture
-/// has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the start.
-/// Sources: transformers 4.57 (llama, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
+/// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A
+/// mixture has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the
+/// start. Sources: transformers 4.57 (llama, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
 class Decoder {
  public:
   /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
   static Decoder from_config(const DecoderConfig& config, uint64_t seed, at::ScalarType dtype);
-  /// config.json + safetensors (mmap, possibly sharded). Missing, left-over and mis-shaped keys are all listed in one UserError.
-  /// `dtype` (float32, bfloat16, float64) converts on load; nullopt keeps the file's, without a copy.
+  /// config.json + safetensors (mmap, possibly sharded). Missing, left-over and mis-shaped keys are listed in one
+  /// UserError (of each kind the first twelve and the number of the others). `dtype` (float32, bfloat16, float64)
+  /// converts on load; nullopt keeps the file's, without a copy.
   static Decoder from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype);
-  /// From named tensors that somebody else loaded. Same checks; `origin` names the source in messages. The weights borrow
-  /// the bytes when an `owner` is given that keeps them alive (an ArtefactPtr), else they are copied.
-  static Decoder from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors, const std::string& origin,
-                              std::optional<at::ScalarType> dtype, std::shared_ptr<const void> owner = nullptr);
+  /// From named tensors that somebody else loaded. Same checks; `origin` names the source in messages. The weights
+  /// borrow the bytes when an `owner` is given that keeps them alive (an ArtefactPtr), else they are copied.
+  static Decoder from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
+                              const std::string& origin, std::optional<at::ScalarType> dtype,
+                              std::shared_ptr<const void> owner = nullptr);
   /// Shares this model's weights, frozen; slots start empty (mixture configs: with a fresh mixture attached).
   Decoder share() const;
 
   Decoder(Decoder&&) = default;
   Decoder& operator=(Decoder&&) = default;
-  Decoder(const Decoder&) = delete;   // two models would train one set of slot functions: share() instead
+  Decoder(const Decoder&) = delete;  // two models would train one set of slot functions: share() instead
   Decoder& operator=(const Decoder&) = delete;
 
   /// tokens [B, T] int64 -> logits [B, T, vocab]. Throws UserError on a token outside the vocabulary.
@@ -51,26 +53,30 @@ class Decoder {
 
   /// Sum (not mean) of next-token cross entropy in nats over non-negative targets, float32, plus counts.
   struct Loss {
-    at::Tensor sum;          // [] float32, differentiable
-    int64_t count = 0;       // targets >= 0
-    int64_t correct = 0;     // argmax == target; only when asked for
+    at::Tensor sum;       // [] float32, differentiable
+    int64_t count = 0;    // targets >= 0
+    int64_t correct = 0;  // argmax == target; only when asked for
   };
-  /// sequences [B, T + 1]: inputs are columns 0..T-1 (padding -1 is read as token 0), targets columns 1..T (-1 is ignored).
+  /// sequences [B, T + 1]: inputs are columns 0..T-1 (padding -1 is read as token 0), targets columns 1..T (-1 is
+  /// ignored).
   Loss loss(const at::Tensor& sequences, bool count_correct = false);
 
   const DecoderConfig& config() const { return config_; }
   const std::vector<Slot>& slots() const { return slots_; }
   /// Throws UserError with the nearest slot paths if `path` is no slot.
   const SlotBase& base(const std::string& path) const { return bases_[slot_index(path)]; }
-  /// At most one function per slot. Throws UserError on an unknown path or when an FFN and a matrix inside it would both be
-  /// taken, InternalError if the slot is taken.
+  /// At most one function per slot. Throws UserError on an unknown path or when an FFN and a matrix inside it would
+  /// both be taken, InternalError if the slot is taken.
   void attach(const std::string& path, std::shared_ptr<SlotFunction> function);
   /// Restores the frozen function bit-exactly (a mixture's mlp slot: expert 0 alone). No effect on an empty slot.
   void detach(const std::string& path);
-  std::shared_ptr<SlotFunction> attached(const std::string& path) const { return functions_[slot_index(path)]; }   // nullptr when empty
+  std::shared_ptr<SlotFunction> attached(const std::string& path) const {
+    return functions_[slot_index(path)];
+  }  // nullptr when empty
 
-  /// Makes every weight a trainable leaf of its own (base pre-training, joint training) and returns them by name. Leaves of a
-  /// bfloat16 model are float32 masters, cast at use. A mixture's own functions are rebuilt over the leaves.
+  /// Makes every weight a trainable leaf of its own (base pre-training, joint training) and returns them by name.
+  /// Leaves of a bfloat16 model are float32 masters, cast at use. A mixture's own functions are rebuilt over the
+  /// leaves.
   NamedTensors make_trainable();
   /// Weights by Hugging Face name, sorted.
   const std::map<std::string, at::Tensor>& weights() const { return weights_; }
@@ -79,7 +85,7 @@ class Decoder {
 
  private:
   struct Block {
-    at::Tensor input_norm, post_attention_norm, post_ffn_norm, q_norm, k_norm;   // as the family has them
+    at::Tensor input_norm, post_attention_norm, post_ffn_norm, q_norm, k_norm;  // as the family has them
     size_t first_slot = 0;
   };
 
@@ -99,13 +105,13 @@ class Decoder {
   DecoderConfig config_;
   std::map<std::string, at::Tensor> weights_;
   at::ScalarType dtype_;
-  std::vector<Slot> slots_;                                // parallel: slots_, bases_, functions_
+  std::vector<Slot> slots_;  // parallel: slots_, bases_, functions_
   std::vector<SlotBase> bases_;
   std::vector<std::shared_ptr<SlotFunction>> functions_;
   std::map<std::string, size_t> index_;
   std::vector<Block> blocks_;
   at::Tensor embedding_, final_norm_;
-  at::Tensor cos_, sin_;                                   // [positions, head_dim / 2] float32
+  at::Tensor cos_, sin_;  // [positions, head_dim / 2] float32
 };
 
 }  // namespace moraine::models

@@ -31,9 +31,9 @@ const FamilyNames& names_of(Family family) {
 }
 
 // No forward pass over frozen weights depends on these. Keys that start with '_' are transformers' own notes.
-constexpr std::array kIrrelevant = {"architectures", "attention_dropout",    "bos_token_id", "dtype",
-                                    "eos_token_id",  "pad_token_id",         "torch_dtype",  "transformers_version",
-                                    "use_cache",     "router_aux_loss_coef"};
+constexpr std::array kIrrelevant = {"architectures",       "attention_dropout",    "dtype",
+                                    "torch_dtype",         "transformers_version", "use_cache",
+                                    "router_aux_loss_coef"};
 
 /// Reads one config.json, remembers what was read and collects what is wrong.
 class KeyReader {
@@ -46,6 +46,10 @@ class KeyReader {
     return at == json_.end() || at->is_null() ? nullptr : &*at;
   }
 
+  Json any(const std::string& key) {
+    const Json* value = find(key);
+    return value == nullptr ? Json() : *value;
+  }
   int64_t integer(const std::string& key, std::optional<int64_t> absent) {
     const Json* value = find(key);
     if (value != nullptr && value->is_number_integer()) return value->get<int64_t>();
@@ -55,12 +59,14 @@ class KeyReader {
   }
   double number(const std::string& key, double absent) {
     const Json* value = find(key);
-    if (value != nullptr && !value->is_number()) problems_.push_back(fmt::format("'{}' must be a number: {}", key, value->dump()));
+    if (value != nullptr && !value->is_number())
+      problems_.push_back(fmt::format("'{}' must be a number: {}", key, value->dump()));
     return value != nullptr && value->is_number() ? value->get<double>() : absent;
   }
   bool boolean(const std::string& key, bool absent) {
     const Json* value = find(key);
-    if (value != nullptr && !value->is_boolean()) problems_.push_back(fmt::format("'{}' must be true or false: {}", key, value->dump()));
+    if (value != nullptr && !value->is_boolean())
+      problems_.push_back(fmt::format("'{}' must be true or false: {}", key, value->dump()));
     return value != nullptr && value->is_boolean() ? value->get<bool>() : absent;
   }
   std::vector<int64_t> integers(const std::string& key) {
@@ -68,7 +74,8 @@ class KeyReader {
     const bool good = value != nullptr && value->is_array() &&
                       std::all_of(value->begin(), value->end(), [](const Json& v) { return v.is_number_integer(); });
     if (good) return value->get<std::vector<int64_t>>();
-    problems_.push_back(fmt::format("'{}' must be a list of integers: {}", key, value == nullptr ? "missing" : value->dump()));
+    problems_.push_back(
+        fmt::format("'{}' must be a list of integers: {}", key, value == nullptr ? "missing" : value->dump()));
     return {};
   }
   /// Options that change the mathematics and are not implemented: absent, null or `neutral`.
@@ -84,11 +91,13 @@ class KeyReader {
     for (const char* key : {"rope_scaling", "rope_parameters"}) {
       const Json* rope = find(key);
       if (rope == nullptr) continue;
-      const Json type = rope->is_object() ? rope->value("rope_type", rope->value("type", Json("default"))) : Json(nullptr);
+      const Json type =
+          rope->is_object() ? rope->value("rope_type", rope->value("type", Json("default"))) : Json(nullptr);
       for (const auto& [name, value] : rope->items()) {
         const bool known = name == "rope_theta" ? value.is_number() : name == "rope_type" || name == "type";
         if (!known || type != "default") {
-          problems_.push_back(fmt::format("'{}' = {} is not implemented (only the default rotary embedding)", key, rope->dump()));
+          problems_.push_back(
+              fmt::format("'{}' = {} is not implemented (only the default rotary embedding)", key, rope->dump()));
           break;
         }
         if (name == "rope_theta") theta = value.get<double>();
@@ -98,9 +107,11 @@ class KeyReader {
   }
   void refuse_unread() {
     for (const auto& [key, value] : json_.items()) {
-      const bool irrelevant = key.starts_with('_') || std::find(kIrrelevant.begin(), kIrrelevant.end(), key) != kIrrelevant.end();
+      const bool irrelevant =
+          key.starts_with('_') || std::find(kIrrelevant.begin(), kIrrelevant.end(), key) != kIrrelevant.end();
       if (irrelevant || seen_.contains(key) || value.is_null()) continue;
-      problems_.push_back(fmt::format("'{}' = {} is not known for this model type; it may change the model", key, value.dump()));
+      problems_.push_back(
+          fmt::format("'{}' = {} is not known for this model type; it may change the model", key, value.dump()));
     }
   }
 
@@ -111,23 +122,28 @@ class KeyReader {
 };
 
 Family family_of(const Json& json, const std::string& origin) {
-  const std::string type = json.is_object() && json.contains("model_type") && json["model_type"].is_string() ? json["model_type"].get<std::string>() : "";
+  const std::string type = json.is_object() && json.contains("model_type") && json["model_type"].is_string()
+                               ? json["model_type"].get<std::string>()
+                               : "";
   std::vector<std::string> known;
   for (const FamilyNames& names : kFamilies) {
     if (type == names.model_type) return names.family;
     known.push_back(names.model_type);
   }
-  throw core::UserError(fmt::format("models: {}: unknown model_type: '{}'", origin, type), core::name_hint(type, known));
+  throw core::UserError(fmt::format("models: {}: unknown model_type: '{}'", origin, type),
+                        core::name_hint(type, known));
 }
 
 std::string joined(const std::vector<std::string>& lines) { return fmt::format("\n  {}", fmt::join(lines, "\n  ")); }
 
-void add_linear(std::vector<std::pair<std::string, Shape>>& list, const std::string& path, int64_t out, int64_t in, bool bias) {
+void add_linear(std::vector<std::pair<std::string, Shape>>& list, const std::string& path, int64_t out, int64_t in,
+                bool bias) {
   list.emplace_back(path + ".weight", Shape{out, in});
   if (bias) list.emplace_back(path + ".bias", Shape{out});
 }
 
-void add_expert(std::vector<std::pair<std::string, Shape>>& list, const std::string& path, const DecoderConfig& c, int64_t rank, bool bias) {
+void add_expert(std::vector<std::pair<std::string, Shape>>& list, const std::string& path, const DecoderConfig& c,
+                int64_t rank, bool bias) {
   for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
     const bool down = std::string_view(name) == "down_proj";
     const int64_t in = down ? c.intermediate_size : c.hidden_size, out = down ? c.hidden_size : c.intermediate_size;
@@ -161,6 +177,9 @@ DecoderConfig DecoderConfig::from_json(const Json& json, const std::string& orig
   c.rope_theta = read.rope_theta(flex ? 500000 : 10000);
   c.initializer_range = read.number("initializer_range", 0.02);
   c.tie_word_embeddings = read.boolean("tie_word_embeddings", false);
+  c.bos_token_id = read.any("bos_token_id");
+  c.eos_token_id = read.any("eos_token_id");
+  c.pad_token_id = read.any("pad_token_id");
   read.only("hidden_act", "silu");
   read.only("clip_qkv", nullptr);
   read.only("pretraining_tp", 1);
@@ -191,25 +210,33 @@ std::vector<std::string> DecoderConfig::problems() const {
   const auto require = [&](bool good, std::string what) {
     if (!good) wrong.push_back(std::move(what));
   };
-  const std::pair<const char*, int64_t> sizes[] = {
-      {"vocab_size", vocab_size}, {"hidden_size", hidden_size}, {"intermediate_size", intermediate_size}, {"num_hidden_layers", num_layers},
-      {"num_attention_heads", num_heads}, {"num_key_value_heads", num_kv_heads}, {"head_dim", head_dim},
-      {"max_position_embeddings", max_position_embeddings}, {"num_experts", num_experts}};
+  const std::pair<const char*, int64_t> sizes[] = {{"vocab_size", vocab_size},
+                                                   {"hidden_size", hidden_size},
+                                                   {"intermediate_size", intermediate_size},
+                                                   {"num_hidden_layers", num_layers},
+                                                   {"num_attention_heads", num_heads},
+                                                   {"num_key_value_heads", num_kv_heads},
+                                                   {"head_dim", head_dim},
+                                                   {"max_position_embeddings", max_position_embeddings},
+                                                   {"num_experts", num_experts}};
   for (const auto& [key, value] : sizes) require(value > 0, fmt::format("'{}' must be positive: {}", key, value));
   require(rms_norm_eps > 0, fmt::format("'rms_norm_eps' must be positive: {}", rms_norm_eps));
   require(rope_theta > 0, fmt::format("'rope_theta' must be positive: {}", rope_theta));
   require(initializer_range >= 0, fmt::format("'initializer_range' must not be negative: {}", initializer_range));
   require(head_dim % 2 == 0, fmt::format("'head_dim' must be even for rotary embeddings: {}", head_dim));
-  require(num_kv_heads <= 0 || num_heads % num_kv_heads == 0,
-          fmt::format("'num_key_value_heads' = {} does not divide 'num_attention_heads' = {}", num_kv_heads, num_heads));
+  require(
+      num_kv_heads <= 0 || num_heads % num_kv_heads == 0,
+      fmt::format("'num_key_value_heads' = {} does not divide 'num_attention_heads' = {}", num_kv_heads, num_heads));
   require(num_experts_per_tok >= 1 && num_experts_per_tok <= num_experts,
           fmt::format("'num_experts_per_tok' must be in 1..{}: {}", num_experts, num_experts_per_tok));
   if (family != Family::kFlexMore) return wrong;
   require(static_cast<int64_t>(expert_ranks.size()) == num_experts,
           fmt::format("'expert_ranks' has {} entries for {} experts", expert_ranks.size(), num_experts));
-  require(!expert_ranks.empty() && expert_ranks[0] == 0, "'expert_ranks' must begin with 0: the public expert is full-size");
+  require(!expert_ranks.empty() && expert_ranks[0] == 0,
+          "'expert_ranks' must begin with 0: the public expert is full-size");
   for (const int64_t rank : expert_ranks) {
-    require(rank >= 0 && rank <= max_rank(), fmt::format("'expert_ranks' must be in 0..{}, the smaller side of the FFN: {}", max_rank(), rank));
+    require(rank >= 0 && rank <= max_rank(),
+            fmt::format("'expert_ranks' must be in 0..{}, the smaller side of the FFN: {}", max_rank(), rank));
   }
   return wrong;
 }
@@ -232,7 +259,10 @@ Json DecoderConfig::to_json() const {
                {"hidden_act", "silu"},
                {"initializer_range", initializer_range},
                {"tie_word_embeddings", tie_word_embeddings},
-               {"attention_bias", attention_bias}};
+               {"attention_bias", attention_bias},
+               {"bos_token_id", bos_token_id},
+               {"eos_token_id", eos_token_id},
+               {"pad_token_id", pad_token_id}};
   if (family == Family::kLlama) json["mlp_bias"] = mlp_bias;
   if (is_mixture()) {
     json["num_experts"] = num_experts;
@@ -254,7 +284,9 @@ int64_t DecoderConfig::ffn_parameters() const {
   return num_layers * (3 * hidden_size * intermediate_size + (mlp_bias ? 2 * intermediate_size + hidden_size : 0));
 }
 
-int64_t DecoderConfig::low_rank_parameters(int64_t rank) const { return rank * 3 * (hidden_size + intermediate_size) * num_layers; }
+int64_t DecoderConfig::low_rank_parameters(int64_t rank) const {
+  return rank * 3 * (hidden_size + intermediate_size) * num_layers;
+}
 
 int64_t DecoderConfig::router_parameters(int64_t experts) const { return experts * num_layers * hidden_size; }
 

@@ -9,8 +9,8 @@
 
 namespace moraine::models {
 
-/// Architecture of a decoder, as in a Hugging Face config.json. Unknown model types and options we do not implement are errors.
-/// Defaults of absent keys are those of transformers 4.57 for the model type.
+/// Architecture of a decoder, as in a Hugging Face config.json. Unknown model types and options we do not implement are
+/// errors. Defaults of absent keys are those of transformers 4.57 for the model type.
 struct DecoderConfig {
   enum class Family { kLlama, kOlmo2, kFlexOlmo, kFlexMore };
   Family family = Family::kOlmo2;
@@ -19,11 +19,13 @@ struct DecoderConfig {
   int64_t max_position_embeddings = 2048;
   double rms_norm_eps = 1e-6, rope_theta = 10000, initializer_range = 0.02;
   bool tie_word_embeddings = false;
-  bool attention_bias = false, mlp_bias = false;              // llama only
+  bool attention_bias = false, mlp_bias = false;  // llama only
+  core::Json bos_token_id, eos_token_id,
+      pad_token_id;  // null, a number or a list; kept for files, nothing computes with them
   // Mixtures.
   int64_t num_experts = 1, num_experts_per_tok = 1;
   bool norm_topk_prob = false;
-  std::vector<int64_t> expert_ranks;                          // flexmore: 0 = full-size; entry 0 is the public expert
+  std::vector<int64_t> expert_ranks;  // flexmore: 0 = full-size; entry 0 is the public expert
 
   /// Throws one UserError naming `origin` and every key that is missing, of the wrong type, out of range or not
   /// implemented (rope scaling, clip_qkv, ...). Keys that no forward pass depends on are skipped.
@@ -42,8 +44,8 @@ struct DecoderConfig {
   int64_t max_rank() const { return hidden_size < intermediate_size ? hidden_size : intermediate_size; }
 
   // Closed-form parameter counts (FlexMoRE: S, F, router). Nothing is allocated.
-  int64_t shared_parameters() const;              // everything but FFNs and router
-  int64_t ffn_parameters() const;                 // one full FFN over all layers: 3 d h L
+  int64_t shared_parameters() const;                 // everything but FFNs and router
+  int64_t ffn_parameters() const;                    // one full FFN over all layers: 3 d h L
   int64_t low_rank_parameters(int64_t rank) const;   // rank * 3 (d + h) L
   int64_t router_parameters(int64_t experts) const;  // experts * L * d
   int64_t total_parameters() const;

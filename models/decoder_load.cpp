@@ -12,36 +12,42 @@
 namespace moraine::models {
 namespace {
 
-constexpr size_t kMaxListed = 12;   // keys per kind in a message
+constexpr size_t kMaxListed = 12;  // keys per kind in a message
 
 bool computes_in(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kDouble; }
 
 /// Sorts a checkpoint's keys into right and wrong ones and reports the wrong ones together.
 class KeyCheck {
  public:
-  void missing(const std::string& name, const Shape& shape) { missing_.push_back(fmt::format("{} [{}]", name, fmt::join(shape, ", "))); }
+  void missing(const std::string& name, const Shape& shape) {
+    missing_.push_back(fmt::format("{} [{}]", name, fmt::join(shape, ", ")));
+  }
   void left_over(const std::string& name) { left_over_.push_back(name); }
   void misfit(const std::string& name, const Shape& found, const Shape& expected) {
     misfits_.push_back(fmt::format("{} [{}], expected [{}]", name, fmt::join(found, ", "), fmt::join(expected, ", ")));
   }
   void throw_if_any(const std::string& origin) const {
     if (missing_.empty() && left_over_.empty() && misfits_.empty()) return;
-    throw core::UserError(fmt::format("models: {}: the weights do not fit the config:{}{}{}", origin, list("missing", missing_),
-                                      list("left over", left_over_), list("wrong shape", misfits_)),
-                          "check that config.json belongs to these weights and that the download is complete");
+    throw core::UserError(
+        fmt::format("models: {}: the weights do not fit the config:{}{}{}", origin, list("missing", missing_),
+                    list("left over", left_over_), list("wrong shape", misfits_)),
+        "check that config.json belongs to these weights and that the download is complete");
   }
 
  private:
   static std::string list(const char* kind, const std::vector<std::string>& names) {
     if (names.empty()) return "";
-    const std::vector<std::string> shown(names.begin(), names.begin() + static_cast<int64_t>(std::min(names.size(), kMaxListed)));
-    const std::string more = names.size() > kMaxListed ? fmt::format("\n    and {} more", names.size() - kMaxListed) : "";
+    const std::vector<std::string> shown(names.begin(),
+                                         names.begin() + static_cast<int64_t>(std::min(names.size(), kMaxListed)));
+    const std::string more =
+        names.size() > kMaxListed ? fmt::format("\n    and {} more", names.size() - kMaxListed) : "";
     return fmt::format("\n  {} ({}):\n    {}{}", kind, names.size(), fmt::join(shown, "\n    "), more);
   }
   std::vector<std::string> missing_, left_over_, misfits_;
 };
 
-std::vector<const core::TensorView*> matched(const DecoderConfig& config, const std::vector<core::TensorView>& tensors, const std::string& origin) {
+std::vector<const core::TensorView*> matched(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
+                                             const std::string& origin) {
   std::map<std::string_view, const core::TensorView*> found;
   for (const core::TensorView& view : tensors) found.emplace(view.name, &view);
   KeyCheck check;
@@ -66,7 +72,8 @@ at::ScalarType common_dtype(const std::vector<const core::TensorView*>& views, c
   for (const core::TensorView* view : views) {
     if (view->dtype == first && computes_in(scalar_type_of(first))) continue;
     throw core::UserError(fmt::format("models: {}: cannot compute in the stored types: '{}' is {}, '{}' is {}", origin,
-                                      views.front()->name, core::safetensors_name(first), view->name, core::safetensors_name(view->dtype)),
+                                      views.front()->name, core::safetensors_name(first), view->name,
+                                      core::safetensors_name(view->dtype)),
                           "set the model's dtype to float32 or bfloat16 to convert on load");
   }
   return scalar_type_of(first);
@@ -112,15 +119,17 @@ Decoder Decoder::from_directory(const std::filesystem::path& directory, std::opt
   return from_tensors(config, files->tensors(), directory.string(), dtype, files);
 }
 
-Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors, const std::string& origin,
-                              std::optional<at::ScalarType> dtype, std::shared_ptr<const void> owner) {
+Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
+                              const std::string& origin, std::optional<at::ScalarType> dtype,
+                              std::shared_ptr<const void> owner) {
   const std::vector<const core::TensorView*> views = matched(config, tensors, origin);
   const at::ScalarType compute = dtype ? *dtype : common_dtype(views, origin);
   std::map<std::string, at::Tensor> weights;
   for (const core::TensorView* view : views) {
     const at::Tensor stored = borrow(*view, owner);
     if (!stored.is_floating_point()) {
-      throw core::UserError(fmt::format("models: {}: '{}' holds {}, not floating-point weights", origin, view->name, core::safetensors_name(view->dtype)),
+      throw core::UserError(fmt::format("models: {}: '{}' holds {}, not floating-point weights", origin, view->name,
+                                        core::safetensors_name(view->dtype)),
                             "quantised checkpoints are not supported: use the original weights");
     }
     const bool must_copy = owner == nullptr && stored.scalar_type() == compute;

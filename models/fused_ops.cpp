@@ -24,12 +24,14 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int64_t kRowsPerBlock = 64;   // unit of parallel work, and of the weight gradient's partial sums
+constexpr int64_t kRowsPerBlock = 64;  // unit of parallel work, and of the weight gradient's partial sums
 
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-at::ScalarType accumulate_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulate_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Sums term(0) + ... + term(n - 1) in eight fixed lanes: the compiler may not reorder a plain floating-point sum.
 template <typename A, typename Term>
@@ -80,8 +82,8 @@ void rms_norm_rows(const T* x, const T* weight, int64_t rows, int64_t d, double 
 
 // dx = s (g - n mean(g n)) with n = x s, g = dy weight; dweight = sum over rows of dy n, when not null.
 template <typename T>
-void rms_norm_rows_backward(const T* dy, const T* x, const T* weight, const Accumulate<T>* inverse_rms, int64_t rows, int64_t d,
-                            T* dx, Accumulate<T>* block_sums) {
+void rms_norm_rows_backward(const T* dy, const T* x, const T* weight, const Accumulate<T>* inverse_rms, int64_t rows,
+                            int64_t d, T* dx, Accumulate<T>* block_sums) {
   using A = Accumulate<T>;
   for_row_blocks(rows, [&](int64_t first, int64_t last) {
     A* sums = block_sums == nullptr ? nullptr : block_sums + first / kRowsPerBlock * d;
@@ -90,9 +92,8 @@ void rms_norm_rows_backward(const T* dy, const T* x, const T* weight, const Accu
       const T* dyr = dy + row * d;
       T* dxr = dx + row * d;
       const A scale = inverse_rms[row];
-      const A dot = lane_sum<A>(d, [=](int64_t i) {
-        return static_cast<A>(dyr[i]) * static_cast<A>(weight[i]) * static_cast<A>(xr[i]);
-      });
+      const A dot = lane_sum<A>(
+          d, [=](int64_t i) { return static_cast<A>(dyr[i]) * static_cast<A>(weight[i]) * static_cast<A>(xr[i]); });
       const A along = dot * scale * scale / static_cast<A>(d);
       for (int64_t i = 0; i < d; ++i) {
         const A g = static_cast<A>(dyr[i]) * static_cast<A>(weight[i]);
@@ -126,7 +127,8 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
     const at::Tensor dy = gradients[0].contiguous();
     const int64_t d = x.size(-1), rows = inverse_rms.numel();
     at::Tensor dx = at::empty_like(x), sums, dweight;
-    if (context->needs_input_grad(1)) sums = at::zeros({(rows + kRowsPerBlock - 1) / kRowsPerBlock, d}, inverse_rms.options());
+    if (context->needs_input_grad(1))
+      sums = at::zeros({(rows + kRowsPerBlock - 1) / kRowsPerBlock, d}, inverse_rms.options());
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "rms_norm_backward", [&] {
       using A = Accumulate<scalar_t>;
       A* block_sums = sums.defined() ? sums.mutable_data_ptr<A>() : nullptr;
@@ -176,7 +178,8 @@ at::Tensor rotate_pairs(const at::Tensor& input, const at::Tensor& cos, const at
 
 class Rotate : public torch::autograd::Function<Rotate> {
  public:
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin) {
     context->save_for_backward({cos, sin});
     return rotate_pairs(x, cos, sin, false);
   }
@@ -212,7 +215,8 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
 
 at::Tensor rotate_reference(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   const at::ScalarType wide = accumulate_type(x);
-  const at::Tensor c = cos.slice(0, 0, x.size(1)).unsqueeze(1).to(wide), s = sin.slice(0, 0, x.size(1)).unsqueeze(1).to(wide);
+  const at::Tensor c = cos.slice(0, 0, x.size(1)).unsqueeze(1).to(wide),
+                   s = sin.slice(0, 0, x.size(1)).unsqueeze(1).to(wide);
   const int64_t half = x.size(3) / 2;
   const at::Tensor a = x.slice(3, 0, half).to(wide), b = x.slice(3, half).to(wide);
   return at::cat({a * c - b * s, b * c + a * s}, 3).to(x.scalar_type());

@@ -21,12 +21,15 @@ namespace moraine::models {
 
 /// Which tokens go to which expert, with what weight.
 struct MixtureFfn::Routing {
-  at::Tensor weight;                  // [N, E] in x's dtype; only selected entries mean anything
-  std::vector<at::Tensor> tokens;     // per expert the rows that selected it, ascending; empty when every token selects all
+  at::Tensor weight;  // [N, E] in x's dtype; only selected entries mean anything
+  std::vector<at::Tensor>
+      tokens;  // per expert the rows that selected it, ascending; empty when every token selects all
 
   bool everyone() const { return tokens.empty(); }
   bool nobody(int64_t expert) const { return !everyone() && tokens[expert].numel() == 0; }
-  at::Tensor gather(const at::Tensor& rows, int64_t expert) const { return everyone() ? rows : rows.index_select(0, tokens[expert]); }
+  at::Tensor gather(const at::Tensor& rows, int64_t expert) const {
+    return everyone() ? rows : rows.index_select(0, tokens[expert]);
+  }
   at::Tensor gate(int64_t expert) const { return gather(weight.slice(1, expert, expert + 1), expert); }
 };
 
@@ -61,9 +64,11 @@ at::Tensor add_low_rank(const at::Tensor& start, const at::Tensor& x, const LowR
 
 void check_shape(const char* what, size_t expert, const at::Tensor& tensor, int64_t rows, int64_t columns) {
   if (tensor.defined() && tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns) return;
-  throw core::UserError(fmt::format("models: expert {} does not fit the mixture: {} is {}, expected [{}, {}]", expert, what,
-                                    tensor.defined() ? fmt::format("[{}]", fmt::join(tensor.sizes().vec(), ", ")) : "absent", rows, columns),
-                        "all experts of a mixture must come from one public base");
+  throw core::UserError(
+      fmt::format("models: expert {} does not fit the mixture: {} is {}, expected [{}, {}]", expert, what,
+                  tensor.defined() ? fmt::format("[{}]", fmt::join(tensor.sizes().vec(), ", ")) : "absent", rows,
+                  columns),
+      "all experts of a mixture must come from one public base");
 }
 
 void check_pair(const char* what, size_t expert, const LowRank& delta, int64_t rows, int64_t columns) {
@@ -104,19 +109,23 @@ MixtureFfn::MixtureFfn(std::vector<at::Tensor> router, at::Tensor bias, std::vec
     : router_(std::move(router)), bias_(std::move(bias)), experts_(std::move(experts)), options_(options) {
   int64_t rows = 0;
   for (const at::Tensor& block : router_) {
-    MORAINE_CHECK(block.defined() && block.dim() == 2 && block.size(1) == router_[0].size(1), "router blocks must be [n, d] with one d");
+    MORAINE_CHECK(block.defined() && block.dim() == 2 && block.size(1) == router_[0].size(1),
+                  "router blocks must be [n, d] with one d");
     rows += block.size(0);
   }
   if (rows != num_experts()) {
-    throw core::UserError(fmt::format("models: a mixture of {} experts needs as many router rows: {}", num_experts(), rows));
+    throw core::UserError(
+        fmt::format("models: a mixture of {} experts needs as many router rows: {}", num_experts(), rows));
   }
-  MORAINE_CHECK(!bias_.defined() || (bias_.dim() == 1 && bias_.size(0) == num_experts() - 1), "router bias must be [E - 1]: expert 0 has none");
+  MORAINE_CHECK(!bias_.defined() || (bias_.dim() == 1 && bias_.size(0) == num_experts() - 1),
+                "router bias must be [E - 1]: expert 0 has none");
   set_top_k(options_.top_k);
 }
 
 void MixtureFfn::set_top_k(int64_t top_k) {
   if (top_k < 1 || top_k > num_experts()) {
-    throw core::UserError(fmt::format("models: top_k must be in 1..{} (the number of experts): {}", num_experts(), top_k));
+    throw core::UserError(
+        fmt::format("models: top_k must be in 1..{} (the number of experts): {}", num_experts(), top_k));
   }
   options_.top_k = top_k;
 }
@@ -138,9 +147,11 @@ NamedTensors MixtureFfn::parameters() const {
     const FfnExpert& e = experts_[i];
     const std::string path = fmt::format("experts.{}.", i + 1);
     const std::pair<const char*, const at::Tensor*> parts[] = {
-        {"gate_proj.weight", &e.gate},           {"up_proj.weight", &e.up},           {"down_proj.weight", &e.down},
-        {"gate_proj_a.weight", &e.gate_delta.a}, {"up_proj_a.weight", &e.up_delta.a}, {"down_proj_a.weight", &e.down_delta.a},
-        {"gate_proj_b.weight", &e.gate_delta.b}, {"up_proj_b.weight", &e.up_delta.b}, {"down_proj_b.weight", &e.down_delta.b}};
+        {"gate_proj.weight", &e.gate},           {"up_proj.weight", &e.up},
+        {"down_proj.weight", &e.down},           {"gate_proj_a.weight", &e.gate_delta.a},
+        {"up_proj_a.weight", &e.up_delta.a},     {"down_proj_a.weight", &e.down_delta.a},
+        {"gate_proj_b.weight", &e.gate_delta.b}, {"up_proj_b.weight", &e.up_delta.b},
+        {"down_proj_b.weight", &e.down_delta.b}};
     for (const auto& [name, tensor] : parts) all.emplace_back(path + name, *tensor);
   }
   std::erase_if(all, [](const auto& entry) { return !entry.second.defined() || !entry.second.requires_grad(); });
@@ -159,7 +170,7 @@ MixtureFfn::Routing MixtureFfn::route(const at::Tensor& x) {
   }
   const at::Tensor p = at::softmax(logits, -1);
   Routing routing;
-  at::Tensor selected;   // [N, E] bool; undefined = all
+  at::Tensor selected;  // [N, E] bool; undefined = all
   if (options_.top_k < num_experts()) {
     const at::Tensor choice = std::get<1>(at::topk(p.detach(), options_.top_k));
     selected = at::scatter(at::zeros_like(p, p.options().dtype(at::kBool).requires_grad(false)), 1, choice, true);
@@ -208,8 +219,8 @@ at::Tensor MixtureFfn::per_expert(const at::Tensor& x, const SlotBase& base, con
 
 at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
   const at::Tensor public_gate = apply_linear(x, base.gate), public_up = apply_linear(x, base.up);
-  RowSum hidden_sum(x.size(0), base.gate.size(0), x);   // sum p_e h_e over the public and the low-rank experts
-  RowSum sum(x.size(0), base.down.size(0), x);          // everything that does not go through the public down matrix
+  RowSum hidden_sum(x.size(0), base.gate.size(0), x);  // sum p_e h_e over the public and the low-rank experts
+  RowSum sum(x.size(0), base.down.size(0), x);         // everything that does not go through the public down matrix
   for (int64_t expert = 0; expert < num_experts(); ++expert) {
     if (routing.nobody(expert)) continue;
     const at::Tensor tokens = routing.everyone() ? at::Tensor() : routing.tokens[expert];

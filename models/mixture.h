@@ -32,7 +32,8 @@ enum class MixtureForward { kFactored, kPerExpert };
 ///
 ///   p = softmax_fp32(x Wr^T + min(bias, 0));  K = top-k of p;  y = sum_{e in K} p_e F_e(x)      (p is not renormalised
 ///   unless norm_topk_prob)
-///   factored: h_e = silu(g0 + B_g(A_g x)) * (u0 + B_u(A_u x));  y = W_d (sum p_e h_e) + sum p_e B_d (A_d h_e) + full experts' terms
+///   factored: h_e = silu(g0 + B_g(A_g x)) * (u0 + B_u(A_u x));  y = W_d (sum p_e h_e) + sum p_e B_d (A_d h_e) + full
+///   experts' terms
 ///
 /// Shapes: x [..., d]; router: blocks of rows [n_i, d] that together are Wr [E, d], so that frozen and trained rows are
 /// different tensors; bias [E - 1] (expert 0 has none) or undefined; experts: 1 .. E - 1.
@@ -57,7 +58,7 @@ class MixtureFfn : public SlotFunction {
   /// 1 <= top_k <= num_experts(), else UserError.
   void set_top_k(int64_t top_k);
   void set_forward(MixtureForward forward) { options_.forward = forward; }
-  int64_t num_experts() const { return static_cast<int64_t>(experts_.size()) + 1; }   // public expert included
+  int64_t num_experts() const { return static_cast<int64_t>(experts_.size()) + 1; }  // public expert included
 
   /// Router mass and selections since record_load(true): per expert, sum of p_e and number of tokens that selected it.
   struct Load {

@@ -18,21 +18,21 @@ enum class SlotKind { kLinear, kFfn };
 struct Slot {
   std::string path;
   SlotKind kind;
-  int64_t in, out;      // features
-  int64_t inner = 0;    // ffn only: intermediate size
+  int64_t in, out;    // features
+  int64_t inner = 0;  // ffn only: intermediate size
 };
 
 /// The frozen weights at a slot, as stored (Hugging Face orientation [out, in]).
 struct SlotBase {
-  at::Tensor weight, bias;           // linear; bias may be undefined
-  at::Tensor gate, up, down;         // ffn: [h, d], [h, d], [d, h]
-  at::Tensor gate_bias, up_bias, down_bias;   // ffn: Llama with mlp_bias only, else undefined
+  at::Tensor weight, bias;                   // linear; bias may be undefined
+  at::Tensor gate, up, down;                 // ffn: [h, d], [h, d], [d, h]
+  at::Tensor gate_bias, up_bias, down_bias;  // ffn: Llama with mlp_bias only, else undefined
 
   /// The frozen function itself: x W^T (+ b), or down(silu(gate x) * up x).
   at::Tensor forward(const at::Tensor& x) const;
 };
 
-using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;   // sorted by name
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;  // sorted by name
 
 /// What replaces a slot's function while attached. forward() sees the slot's input [..., in] and the frozen base and
 /// returns [..., out]. Differentiable through ATen's autograd.

@@ -44,8 +44,9 @@ at::ScalarType scalar_type_of(core::DType dtype) {
 at::Tensor borrow(const core::TensorView& view, std::shared_ptr<const void> owner) {
   const auto address = reinterpret_cast<std::uintptr_t>(view.data.data());
   if (view.data.empty() || address % core::size_of(view.dtype) != 0) return copy_of(view);
-  auto* bytes = const_cast<std::byte*>(view.data.data());   // ATen has no read-only tensors
-  return at::from_blob(bytes, view.shape, [owner = std::move(owner)](void*) {}, at::TensorOptions(scalar_type_of(view.dtype)));
+  auto* bytes = const_cast<std::byte*>(view.data.data());  // ATen has no read-only tensors
+  return at::from_blob(
+      bytes, view.shape, [owner = std::move(owner)](void*) {}, at::TensorOptions(scalar_type_of(view.dtype)));
 }
 
 at::Tensor copy_of(const core::TensorView& view) {
@@ -62,7 +63,9 @@ std::vector<core::TensorView> views_of(const NamedTensors& tensors, std::vector<
     MORAINE_CHECK(tensor.defined() && tensor.is_cpu(), "cannot serialise '{}': not a CPU tensor", name);
     const at::Tensor flat = tensor.detach().contiguous();
     keep.push_back(flat);
-    views.push_back({name, dtype_of(flat), flat.sizes().vec(),
+    views.push_back({name,
+                     dtype_of(flat),
+                     flat.sizes().vec(),
                      {static_cast<const std::byte*>(flat.const_data_ptr()), flat.nbytes()}});
   }
   return views;

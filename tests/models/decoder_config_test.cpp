@@ -48,19 +48,19 @@ TEST(ParameterCounts, EveryRowOfTheFlexMoreTableIsExact) {
   struct Row {
     int64_t rank, adapter, two, seven;
   };
-  constexpr Row kRows[] = {
-      {1, 1449984, 7300329472, 7308234752}, {2, 2899968, 7301779456, 7316934656},
-      {4, 5799936, 7304679424, 7334334464}, {8, 11599872, 7310479360, 7369134080},
-      {16, 23199744, 7322079232, 7438733312}, {32, 46399488, 7345278976, 7577931776},
-      {64, 92798976, 7391678464, 7856328704}, {128, 185597952, 7484477440, 8413122560},
-      {256, 371195904, 7670075392, 9526710272}, {512, 742391808, 8041271296, 11753885696},
-      {1024, 1484783616, 8783663104, 16208236544}, {2048, 2969567232, 10268446720, 25116938240},
-      {4096, 5939134464, 13238013952, 42934341632}};
+  constexpr Row kRows[] = {{1, 1449984, 7300329472, 7308234752},        {2, 2899968, 7301779456, 7316934656},
+                           {4, 5799936, 7304679424, 7334334464},        {8, 11599872, 7310479360, 7369134080},
+                           {16, 23199744, 7322079232, 7438733312},      {32, 46399488, 7345278976, 7577931776},
+                           {64, 92798976, 7391678464, 7856328704},      {128, 185597952, 7484477440, 8413122560},
+                           {256, 371195904, 7670075392, 9526710272},    {512, 742391808, 8041271296, 11753885696},
+                           {1024, 1484783616, 8783663104, 16208236544}, {2048, 2969567232, 10268446720, 25116938240},
+                           {4096, 5939134464, 13238013952, 42934341632}};
   for (const Row& row : kRows) {
     const DecoderConfig two = flex_7b({0, row.rank});
     EXPECT_EQ(two.low_rank_parameters(row.rank), row.adapter) << "rank " << row.rank;
     EXPECT_EQ(two.total_parameters(), row.two) << "rank " << row.rank;
-    EXPECT_EQ(flex_7b({0, row.rank, row.rank, row.rank, row.rank, row.rank, row.rank}).total_parameters(), row.seven) << "rank " << row.rank;
+    EXPECT_EQ(flex_7b({0, row.rank, row.rank, row.rank, row.rank, row.rank, row.rank}).total_parameters(), row.seven)
+        << "rank " << row.rank;
   }
   // Ranks chosen from effective ranks in the follow-up.
   EXPECT_EQ(flex_7b({0, 64, 64, 32, 32, 16, 16}).total_parameters(), 7'624'331'264);
@@ -85,6 +85,7 @@ TEST(DecoderConfigJson, RoundTripKeepsEveryField) {
   for (const Family family : {Family::kLlama, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore}) {
     DecoderConfig c = tiny_config(family);
     c.num_kv_heads = 2, c.head_dim = 6, c.rms_norm_eps = 3e-6, c.rope_theta = 1234, c.tie_word_embeddings = true;
+    c.eos_token_id = {7, 9}, c.pad_token_id = 3;
     c.norm_topk_prob = c.is_mixture();
     c.attention_bias = c.mlp_bias = family == Family::kLlama;
     const core::Json json = c.to_json();
@@ -95,7 +96,8 @@ TEST(DecoderConfigJson, RoundTripKeepsEveryField) {
 }
 
 TEST(DecoderConfigJson, AbsentKeysTakeTransformersDefaults) {
-  core::Json json = {{"model_type", "olmo2"}, {"vocab_size", 40}, {"hidden_size", 16}, {"intermediate_size", 24}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}};
+  core::Json json = {{"model_type", "olmo2"},   {"vocab_size", 40},       {"hidden_size", 16},
+                     {"intermediate_size", 24}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}};
   const DecoderConfig olmo = DecoderConfig::from_json(json, "test");
   EXPECT_EQ(olmo.rms_norm_eps, 1e-5);
   EXPECT_EQ(olmo.rope_theta, 10000);
@@ -113,24 +115,25 @@ TEST(DecoderConfigJson, ReadsRopeParametersOfTransformersFive) {
 }
 
 TEST(DecoderConfigJson, OptionsThatChangeTheMathsAreRefusedByName) {
-  const std::pair<const char*, core::Json> changes[] = {{"rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}},
-                                                        {"rope_parameters", {{"rope_type", "yarn"}, {"rope_theta", 1e4}}},
-                                                        {"hidden_act", "gelu"},
-                                                        {"clip_qkv", 8.0},
-                                                        {"sliding_window", 4096},
-                                                        {"quantization_config", {{"bits", 4}}},
-                                                        {"vocab_size", "many"},
-                                                        {"hidden_size", -16},
-                                                        {"head_dim", 5},
-                                                        {"num_key_value_heads", 3},
-                                                        {"rms_norm_eps", 0},
-                                                        {"num_experts_per_tok", 5},
-                                                        {"output_router_logits", true},
-                                                        {"expert_ranks", {0, 3, 0}},
-                                                        {"expert_ranks", {3, 3, 0, 5}},
-                                                        {"expert_ranks", {0, 17, 0, 5}},
-                                                        {"expert_ranks", {0, -1, 0, 5}},
-                                                        {"expert_ranks", {0, 1.5, 0, 5}}};
+  const std::pair<const char*, core::Json> changes[] = {
+      {"rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}},
+      {"rope_parameters", {{"rope_type", "yarn"}, {"rope_theta", 1e4}}},
+      {"hidden_act", "gelu"},
+      {"clip_qkv", 8.0},
+      {"sliding_window", 4096},
+      {"quantization_config", {{"bits", 4}}},
+      {"vocab_size", "many"},
+      {"hidden_size", -16},
+      {"head_dim", 5},
+      {"num_key_value_heads", 3},
+      {"rms_norm_eps", 0},
+      {"num_experts_per_tok", 5},
+      {"output_router_logits", true},
+      {"expert_ranks", {0, 3, 0}},
+      {"expert_ranks", {3, 3, 0, 5}},
+      {"expert_ranks", {0, 17, 0, 5}},
+      {"expert_ranks", {0, -1, 0, 5}},
+      {"expert_ranks", {0, 1.5, 0, 5}}};
   for (const auto& [key, value] : changes) {
     core::Json json = tiny_config(Family::kFlexMore).to_json();
     json[key] = value;

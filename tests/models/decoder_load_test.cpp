@@ -24,7 +24,9 @@ using testing::HasSubstr;
 
 class DecoderDirectory : public testing::Test {
  protected:
-  DecoderDirectory() : path_(fs::path(testing::TempDir()) / fmt::format("moraine_{}_{}", getpid(), testing::UnitTest::GetInstance()->current_test_info()->name())) {
+  DecoderDirectory()
+      : path_(fs::path(testing::TempDir()) /
+              fmt::format("moraine_{}_{}", getpid(), testing::UnitTest::GetInstance()->current_test_info()->name())) {
     fs::create_directories(path_);
   }
   ~DecoderDirectory() override { fs::remove_all(path_); }
@@ -33,8 +35,12 @@ class DecoderDirectory : public testing::Test {
     std::vector<at::Tensor> keep;
     core::write_atomically(path_ / name, core::serialize_safetensors(views_of(tensors, keep), {{"format", "pt"}}));
   }
-  void write_config(const DecoderConfig& config) const { core::write_atomically(path_ / "config.json", config.to_json().dump()); }
-  static NamedTensors tensors_of(const Decoder& decoder) { return {decoder.weights().begin(), decoder.weights().end()}; }
+  void write_config(const DecoderConfig& config) const {
+    core::write_atomically(path_ / "config.json", config.to_json().dump());
+  }
+  static NamedTensors tensors_of(const Decoder& decoder) {
+    return {decoder.weights().begin(), decoder.weights().end()};
+  }
 
   fs::path path_;
 };
@@ -59,8 +65,10 @@ TEST_F(DecoderDirectory, LoadsShards) {
   write_tensors(NamedTensors(all.begin(), half), "model-00001-of-00002.safetensors");
   write_tensors(NamedTensors(half, all.end()), "model-00002-of-00002.safetensors");
   core::Json map = core::Json::object();
-  for (auto at = all.begin(); at != all.end(); ++at) map[at->first] = at < half ? "model-00001-of-00002.safetensors" : "model-00002-of-00002.safetensors";
-  core::write_atomically(path_ / "model.safetensors.index.json", core::Json{{"metadata", core::Json::object()}, {"weight_map", map}}.dump());
+  for (auto at = all.begin(); at != all.end(); ++at)
+    map[at->first] = at < half ? "model-00001-of-00002.safetensors" : "model-00002-of-00002.safetensors";
+  core::write_atomically(path_ / "model.safetensors.index.json",
+                         core::Json{{"metadata", core::Json::object()}, {"weight_map", map}}.dump());
   write_config(original.config());
   EXPECT_TRUE(same_bits(Decoder::from_directory(path_, std::nullopt).forward(kTokens), original.forward(kTokens)));
 }
@@ -71,7 +79,8 @@ TEST_F(DecoderDirectory, ConvertsOnLoad) {
   write_tensors(tensors_of(original));
   const Decoder loaded = Decoder::from_directory(path_, at::kBFloat16);
   EXPECT_EQ(loaded.dtype(), at::kBFloat16);
-  EXPECT_TRUE(same_bits(loaded.weights().at("lm_head.weight"), original.weights().at("lm_head.weight").to(at::kBFloat16)));
+  EXPECT_TRUE(
+      same_bits(loaded.weights().at("lm_head.weight"), original.weights().at("lm_head.weight").to(at::kBFloat16)));
 }
 
 TEST_F(DecoderDirectory, MissingLeftOverAndMisshapenKeysAreListedTogether) {
@@ -83,7 +92,8 @@ TEST_F(DecoderDirectory, MissingLeftOverAndMisshapenKeysAreListedTogether) {
   write_config(original.config());
   write_tensors({weights.begin(), weights.end()});
   const std::string message = thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); });
-  EXPECT_THAT(message, AllOf(HasSubstr(path_.string()), HasSubstr("model.norm.weight [16]"), HasSubstr("lm_head.weight [40, 15], expected [40, 16]"),
+  EXPECT_THAT(message, AllOf(HasSubstr(path_.string()), HasSubstr("model.norm.weight [16]"),
+                             HasSubstr("lm_head.weight [40, 15], expected [40, 16]"),
                              HasSubstr("model.layers.0.mlp.extra.weight")));
 }
 
@@ -93,21 +103,25 @@ TEST_F(DecoderDirectory, StoredTypesThatCannotBeComputedInAreRefused) {
   std::map<std::string, at::Tensor> weights = original.weights();
   weights["model.norm.weight"] = weights["model.norm.weight"].to(at::kBFloat16);
   write_tensors({weights.begin(), weights.end()});
-  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }), AllOf(HasSubstr("model.norm.weight"), HasSubstr("BF16")));
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }),
+              AllOf(HasSubstr("model.norm.weight"), HasSubstr("BF16")));
   EXPECT_NO_THROW(Decoder::from_directory(path_, at::kFloat));
   weights["model.norm.weight"] = weights["model.norm.weight"].to(at::kChar);
   write_tensors({weights.begin(), weights.end()});
-  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, at::kFloat); }), AllOf(HasSubstr("model.norm.weight"), HasSubstr("I8")));
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, at::kFloat); }),
+              AllOf(HasSubstr("model.norm.weight"), HasSubstr("I8")));
 }
 
 TEST_F(DecoderDirectory, MissingAndTruncatedFilesAreNamed) {
   EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }), HasSubstr("config.json"));
   const Decoder original = Decoder::from_config(tiny_config(Family::kOlmo2), 3, at::kFloat);
   write_config(original.config());
-  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }), HasSubstr("model.safetensors"));
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }),
+              HasSubstr("model.safetensors"));
   write_tensors(tensors_of(original));
   fs::resize_file(path_ / "model.safetensors", fs::file_size(path_ / "model.safetensors") - 5);
-  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }), HasSubstr("model.safetensors"));
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }),
+              HasSubstr("model.safetensors"));
 }
 
 TEST_F(DecoderDirectory, TrainingNeverWritesToTheMappedFile) {
@@ -117,13 +131,15 @@ TEST_F(DecoderDirectory, TrainingNeverWritesToTheMappedFile) {
   Decoder loaded = Decoder::from_directory(path_, std::nullopt);
   for (auto& [name, leaf] : loaded.make_trainable()) leaf.detach().fill_(0.5);
   const Decoder again = Decoder::from_directory(path_, std::nullopt);
-  for (const auto& [name, tensor] : original.weights()) EXPECT_TRUE(same_bits(again.weights().at(name), tensor)) << name;
+  for (const auto& [name, tensor] : original.weights())
+    EXPECT_TRUE(same_bits(again.weights().at(name), tensor)) << name;
 }
 
 TEST(DecoderFromTensors, CopiesUnlessAnOwnerKeepsTheBytesAlive) {
   const Decoder original = Decoder::from_config(tiny_config(Family::kOlmo2), 3, at::kFloat);
   std::vector<at::Tensor> keep;
-  const auto bytes = std::make_shared<const core::Bytes>(core::serialize_safetensors(views_of({original.weights().begin(), original.weights().end()}, keep), {}));
+  const auto bytes = std::make_shared<const core::Bytes>(
+      core::serialize_safetensors(views_of({original.weights().begin(), original.weights().end()}, keep), {}));
   const core::Safetensors file = core::Safetensors::parse(*bytes, "memory");
   const void* stored = file.find("lm_head.weight")->data.data();
   const Decoder copied = Decoder::from_tensors(original.config(), file.tensors(), "memory", std::nullopt);
@@ -150,15 +166,15 @@ TEST(DecoderFromConfig, WeightsDependOnSeedAndNameAlone) {
     const at::Tensor head = tensor.flatten().slice(0, 0, 4).contiguous();
     distinct.emplace(static_cast<const char*>(head.const_data_ptr()), head.nbytes());
   }
-  EXPECT_EQ(distinct.size() + 2 * 4 + 1, one.weights().size());   // 4 norms a layer and the last one are all ones
+  EXPECT_EQ(distinct.size() + 2 * 4 + 1, one.weights().size());  // 4 norms a layer and the last one are all ones
 }
 
 TEST(DecoderFromConfig, WeightsHaveTheirDistribution) {
   DecoderConfig config = tiny_config(Family::kLlama);
   config.vocab_size = 4000, config.initializer_range = 0.02, config.attention_bias = true;
   const Decoder decoder = Decoder::from_config(config, 1, at::kFloat);
-  const at::Tensor embedding = decoder.weights().at("model.embed_tokens.weight");   // 64,000 values
-  EXPECT_NEAR(embedding.mean().item<double>(), 0.0, 5 * 0.02 / 253);                // five standard errors
+  const at::Tensor embedding = decoder.weights().at("model.embed_tokens.weight");  // 64,000 values
+  EXPECT_NEAR(embedding.mean().item<double>(), 0.0, 5 * 0.02 / 253);               // five standard errors
   EXPECT_NEAR(embedding.std().item<double>(), 0.02, 5 * 0.02 / 358);
   EXPECT_EQ(decoder.weights().at("model.norm.weight").eq(1).sum().item<int64_t>(), 16);
   EXPECT_EQ(decoder.weights().at("model.layers.1.self_attn.q_proj.bias").ne(0).sum().item<int64_t>(), 0);
@@ -167,7 +183,8 @@ TEST(DecoderFromConfig, WeightsHaveTheirDistribution) {
 TEST(DecoderFromConfig, RefusesNumbersThatCannotBeBuilt) {
   DecoderConfig config = tiny_config(Family::kFlexOlmo);
   config.num_experts_per_tok = 5;
-  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_config(config, 1, at::kFloat); }), HasSubstr("num_experts_per_tok"));
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_config(config, 1, at::kFloat); }),
+              HasSubstr("num_experts_per_tok"));
 }
 
 }  // namespace

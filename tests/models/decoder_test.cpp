@@ -34,7 +34,9 @@ std::shared_ptr<Scaled> scaled_by(double factor) {
 }
 
 /// Tilts the output: norms behind a slot remove a common factor.
-std::shared_ptr<Scaled> tilted(const Slot& slot) { return std::make_shared<Scaled>(random_tensor({slot.out}, 5, 0.3).add_(1).to(at::kFloat)); }
+std::shared_ptr<Scaled> tilted(const Slot& slot) {
+  return std::make_shared<Scaled>(random_tensor({slot.out}, 5, 0.3).add_(1).to(at::kFloat));
+}
 
 const at::Tensor kTokens = random_tokens(2, 9, 40, 2);
 
@@ -42,7 +44,8 @@ class EveryFamily : public testing::TestWithParam<Family> {
  protected:
   Decoder decoder_ = Decoder::from_config(tiny_config(GetParam()), 7, at::kFloat);
 };
-INSTANTIATE_TEST_SUITE_P(Decoder, EveryFamily, testing::Values(Family::kLlama, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore),
+INSTANTIATE_TEST_SUITE_P(Decoder, EveryFamily,
+                         testing::Values(Family::kLlama, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore),
                          [](const auto& test) { return std::string(tiny_config(test.param).to_json()["model_type"]); });
 
 TEST_P(EveryFamily, EverySlotChangesTheLogitsAndDetachRestoresEveryBit) {
@@ -130,7 +133,7 @@ TEST_P(EveryFamily, MakeTrainableGivesEveryWeightALeafThatTheModelFollows) {
   EXPECT_EQ(leaves.size(), expected_tensors(decoder_.config()).size());
   for (const auto& [name, leaf] : leaves) {
     EXPECT_TRUE(leaf.is_leaf() && leaf.requires_grad()) << name;
-    if (name.ends_with("layers.1.mlp.gate.weight")) continue;   // a small step may leave the router's choice as it is
+    if (name.ends_with("layers.1.mlp.gate.weight")) continue;  // a small step may leave the router's choice as it is
     const at::Tensor saved = leaf.detach().clone();
     leaf.detach().mul_(1.5).add_(0.5);
     EXPECT_GT(relative_error(decoder_.forward(kTokens), plain), 1e-5) << name;
@@ -145,24 +148,28 @@ TEST_P(EveryFamily, SharedModelsHaveTheirOwnSlots) {
   other.attach("lm_head", scaled_by(2.0));
   EXPECT_TRUE(same_bits(decoder_.forward(kTokens), plain));
   EXPECT_TRUE(same_bits(other.forward(kTokens), plain * 2));
-  EXPECT_EQ(other.weights().at("model.norm.weight").const_data_ptr(), decoder_.weights().at("model.norm.weight").const_data_ptr());
+  EXPECT_EQ(other.weights().at("model.norm.weight").const_data_ptr(),
+            decoder_.weights().at("model.norm.weight").const_data_ptr());
 }
 
 TEST_P(EveryFamily, LaterTokensDoNotChangeEarlierLogits) {
   const at::Tensor whole = decoder_.forward(kTokens);
-  EXPECT_LE(relative_error(decoder_.forward(kTokens.slice(1, 0, 5)), whole.slice(1, 0, 5)), 1e-5);   // float32, other matrix shapes
+  EXPECT_LE(relative_error(decoder_.forward(kTokens.slice(1, 0, 5)), whole.slice(1, 0, 5)),
+            1e-5);  // float32, other matrix shapes
 }
 
 TEST(DecoderSlots, UnknownPathNamesTheNearestOnes) {
   const Decoder decoder = Decoder::from_config(tiny_config(Family::kOlmo2), 7, at::kFloat);
-  EXPECT_THAT(thrown<core::UserError>([&] { decoder.base("model.layers.1.mlp.down"); }), HasSubstr("model.layers.1.mlp.down_proj"));
+  EXPECT_THAT(thrown<core::UserError>([&] { decoder.base("model.layers.1.mlp.down"); }),
+              HasSubstr("model.layers.1.mlp.down_proj"));
 }
 
 TEST(DecoderSlots, ASlotTakesOneFunctionAndNoneInsideAnother) {
   Decoder decoder = Decoder::from_config(tiny_config(Family::kOlmo2), 7, at::kFloat);
   decoder.attach("model.layers.1.mlp", scaled_by(1.0));
   EXPECT_THROW(decoder.attach("model.layers.1.mlp", scaled_by(1.0)), core::InternalError);
-  EXPECT_THAT(thrown<core::UserError>([&] { decoder.attach("model.layers.1.mlp.up_proj", scaled_by(1.0)); }), HasSubstr("'model.layers.1.mlp' is taken"));
+  EXPECT_THAT(thrown<core::UserError>([&] { decoder.attach("model.layers.1.mlp.up_proj", scaled_by(1.0)); }),
+              HasSubstr("'model.layers.1.mlp' is taken"));
   EXPECT_NO_THROW(decoder.attach("model.layers.0.mlp.up_proj", scaled_by(1.0)));
   EXPECT_THROW(decoder.attach("model.layers.0.mlp", scaled_by(1.0)), core::UserError);
 }
@@ -195,16 +202,18 @@ TEST(DecoderLoss, EqualsLogSoftmaxOverTheTargetsThatCount) {
   }
   EXPECT_EQ(loss.count, count);
   EXPECT_EQ(loss.correct, correct);
-  EXPECT_NEAR(loss.sum.item<double>(), expected, 1e-5 * expected);   // float32 logits
+  EXPECT_NEAR(loss.sum.item<double>(), expected, 1e-5 * expected);  // float32 logits
 }
 
 TEST(DecoderLoss, ALargeVocabularyInPiecesGivesTheSameSum) {
   DecoderConfig config = tiny_config(Family::kOlmo2);
-  config.vocab_size = int64_t{1} << 19;   // 32 rows of logits at a time
+  config.vocab_size = int64_t{1} << 19;  // 32 rows of logits at a time
   config.hidden_size = 4, config.num_heads = config.num_kv_heads = 1, config.num_layers = 1;
   Decoder decoder = Decoder::from_config(config, 7, at::kFloat);
   const at::Tensor tokens = random_tokens(1, 41, config.vocab_size, 3);
-  const at::Tensor all = at::log_softmax(decoder.forward(tokens.slice(1, 0, -1))[0], -1).gather(1, tokens[0].slice(0, 1).unsqueeze(1)).to(at::kDouble);
+  const at::Tensor all = at::log_softmax(decoder.forward(tokens.slice(1, 0, -1))[0], -1)
+                             .gather(1, tokens[0].slice(0, 1).unsqueeze(1))
+                             .to(at::kDouble);
   EXPECT_NEAR(decoder.loss(tokens).sum.item<double>(), -all.sum().item<double>(), 1e-4);
 }
 
@@ -230,7 +239,8 @@ TEST(DecoderMixture, OfPublicExpertsIsTheDenseModel) {
   for (const auto& [name, weight] : mixture.weights()) {
     if (name.ends_with("mlp.gate.weight")) continue;
     std::string source = name;
-    if (const size_t at = source.find(".experts."); at != std::string::npos) source.erase(at, std::string(".experts.0").size());
+    if (const size_t at = source.find(".experts."); at != std::string::npos)
+      source.erase(at, std::string(".experts.0").size());
     weight.copy_(dense.weights().at(source));
   }
   const at::Tensor expected = dense.forward(kTokens);

@@ -17,7 +17,8 @@ struct Outcome {
 // Runs y = f(x, weight) and the backward pass of a fixed direction.
 template <typename F>
 Outcome run(const F& f, const at::Tensor& x, const at::Tensor& weight) {
-  const at::Tensor input = x.detach().clone().set_requires_grad(true), w = weight.detach().clone().set_requires_grad(true);
+  const at::Tensor input = x.detach().clone().set_requires_grad(true),
+                   w = weight.detach().clone().set_requires_grad(true);
   const at::Tensor y = f(input, w);
   (y * random_tensor(y.sizes().vec(), 77).to(y.scalar_type())).sum().backward();
   return {y.detach(), input.grad(), w.grad()};
@@ -27,7 +28,9 @@ TEST(RmsNorm, ForwardAndGradientsEqualTheAtenComposition) {
   // 131 rows: the last block of rows is a partial one; d = 19: the lanes of the sum have a tail.
   const at::Tensor x = random_tensor({131, 19}, 1, 2.0), weight = random_tensor({19}, 2);
   const auto fused = [](const auto& a, const auto& w) { return rms_norm(a, w, 1e-6, NormRounding::kAfterWeight); };
-  const auto plain = [](const auto& a, const auto& w) { return rms_norm_reference(a, w, 1e-6, NormRounding::kAfterWeight); };
+  const auto plain = [](const auto& a, const auto& w) {
+    return rms_norm_reference(a, w, 1e-6, NormRounding::kAfterWeight);
+  };
   // Two orders of summing 131 terms; unit round-off 6e-8 and 1e-16.
   for (const auto& [dtype, tolerance] : {std::pair(at::kFloat, 2e-6), std::pair(at::kDouble, 1e-14)}) {
     const Outcome a = run(fused, x.to(dtype), weight.to(dtype)), b = run(plain, x.to(dtype), weight.to(dtype));
@@ -42,7 +45,8 @@ TEST(RmsNorm, RoundsBFloat16WhereEachFamilyDoes) {
   const at::Tensor after = rms_norm(x, weight, 1e-6, NormRounding::kAfterWeight);
   const at::Tensor before = rms_norm(x, weight, 1e-6, NormRounding::kBeforeWeight);
   const auto mismatches = [](const at::Tensor& a, const at::Tensor& b) { return a.ne(b).sum().item<int64_t>(); };
-  // The order of a float32 sum may move one value in a few thousand over a rounding boundary; the other rule moves a third of them.
+  // The order of a float32 sum may move one value in a few thousand over a rounding boundary; the other rule moves a
+  // third of them.
   EXPECT_LE(mismatches(after, rms_norm_reference(x, weight, 1e-6, NormRounding::kAfterWeight)), 8);
   EXPECT_LE(mismatches(before, rms_norm_reference(x, weight, 1e-6, NormRounding::kBeforeWeight)), 8);
   EXPECT_GT(mismatches(after, before), 200);
@@ -70,8 +74,11 @@ TEST(RmsNorm, FrozenWeightGetsNoGradient) {
 }
 
 TEST(RmsNorm, RefusesTensorsThatDoNotFit) {
-  EXPECT_THROW(rms_norm(random_tensor({4, 8}, 1), random_tensor({7}, 1), 1e-6, NormRounding::kAfterWeight), core::InternalError);
-  EXPECT_THROW(rms_norm(random_tensor({4, 8}, 1), random_tensor({8}, 1).to(at::kFloat), 1e-6, NormRounding::kAfterWeight), core::InternalError);
+  EXPECT_THROW(rms_norm(random_tensor({4, 8}, 1), random_tensor({7}, 1), 1e-6, NormRounding::kAfterWeight),
+               core::InternalError);
+  EXPECT_THROW(
+      rms_norm(random_tensor({4, 8}, 1), random_tensor({8}, 1).to(at::kFloat), 1e-6, NormRounding::kAfterWeight),
+      core::InternalError);
 }
 
 TEST(Rotate, ForwardAndGradientEqualTheAtenComposition) {
@@ -79,7 +86,8 @@ TEST(Rotate, ForwardAndGradientEqualTheAtenComposition) {
   const at::Tensor cos = angles.cos(), sin = angles.sin();
   const auto fused = [&](const auto& a, const auto&) { return rotate(a, cos, sin); };
   const auto plain = [&](const auto& a, const auto&) { return rotate_reference(a, cos, sin); };
-  for (const auto& [dtype, tolerance] : {std::pair(at::kFloat, 1e-6), std::pair(at::kDouble, 1e-14), std::pair(at::kBFloat16, 0.005)}) {
+  for (const auto& [dtype, tolerance] :
+       {std::pair(at::kFloat, 1e-6), std::pair(at::kDouble, 1e-14), std::pair(at::kBFloat16, 0.005)}) {
     const Outcome a = run(fused, x.to(dtype), x), b = run(plain, x.to(dtype), x);
     EXPECT_LE(relative_error(a.y, b.y), tolerance);
     EXPECT_LE(relative_error(a.dx, b.dx), tolerance);

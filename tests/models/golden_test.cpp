@@ -17,12 +17,15 @@ constexpr double kTolerance = 1e-5;
 
 class Golden : public testing::TestWithParam<const char*> {
  protected:
-  Golden() : file_(core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + GetParam() + ".safetensors")) {}
+  Golden()
+      : file_(core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + GetParam() +
+                                      ".safetensors")) {}
 
   at::Tensor stored(const std::string& name) const { return copy_of(*file_.find(name)); }
 
   Decoder model(std::optional<at::ScalarType> dtype = std::nullopt) const {
-    const DecoderConfig config = DecoderConfig::from_json(core::parse_json(file_.metadata().at("config"), "golden"), "golden");
+    const DecoderConfig config =
+        DecoderConfig::from_json(core::parse_json(file_.metadata().at("config"), "golden"), "golden");
     std::vector<core::TensorView> weights;
     for (core::TensorView view : file_.tensors()) {
       if (!view.name.starts_with("weight/")) continue;
@@ -68,14 +71,16 @@ TEST_P(Golden, BFloat16StaysNearFloat32) {
   Decoder decoder = model(at::kBFloat16);
   const at::Tensor logits = decoder.forward(stored("tokens").slice(1, 0, -1));
   EXPECT_EQ(logits.scalar_type(), at::kBFloat16);
-  // 8 bits of mantissa, some ten roundings in a row; a token of the mixtures may change its second expert, hence the mean.
+  // 8 bits of mantissa, some ten roundings in a row; a token of the mixtures may change its second expert, hence the
+  // mean.
   const at::Tensor expected = stored("logits");
   const double mean_error = ((logits.to(at::kFloat) - expected).abs().mean() / expected.abs().mean()).item<double>();
   EXPECT_LT(mean_error, 0.05);
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, Golden,
-                         testing::Values("llama_gqa_biases", "llama_tied", "olmo2", "olmo2_gqa", "flexolmo", "flexolmo_renormalised"),
+                         testing::Values("llama_gqa_biases", "llama_tied", "olmo2", "olmo2_gqa", "flexolmo",
+                                         "flexolmo_renormalised"),
                          [](const auto& test) { return std::string(test.param); });
 
 }  // namespace

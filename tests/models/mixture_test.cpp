@@ -26,12 +26,14 @@ constexpr int64_t kWidth = 6, kInner = 10, kTokens = 17;
 
 struct World {
   SlotBase base;
-  at::Tensor router, bias;             // [E, d], [E - 1]
+  at::Tensor router, bias;  // [E, d], [E - 1]
   std::vector<FfnExpert> experts;
-  at::Tensor x;                        // [17, d]
+  at::Tensor x;  // [17, d]
 };
 
-LowRank random_pair(int64_t out, int64_t in, int64_t rank, uint64_t seed) { return {random_tensor({rank, in}, seed, 0.5), random_tensor({out, rank}, seed + 1, 0.5)}; }
+LowRank random_pair(int64_t out, int64_t in, int64_t rank, uint64_t seed) {
+  return {random_tensor({rank, in}, seed, 0.5), random_tensor({out, rank}, seed + 1, 0.5)};
+}
 
 /// A public FFN with experts of these ranks (0 = full-size), everything float64.
 World make_world(const std::vector<int64_t>& ranks) {
@@ -46,7 +48,8 @@ World make_world(const std::vector<int64_t>& ranks) {
     FfnExpert& e = w.experts.emplace_back();
     const uint64_t seed = 100 * (i + 1);
     if (ranks[i] == 0) {
-      e.gate = random_tensor({kInner, kWidth}, seed, 0.5), e.up = random_tensor({kInner, kWidth}, seed + 1, 0.5), e.down = random_tensor({kWidth, kInner}, seed + 2, 0.5);
+      e.gate = random_tensor({kInner, kWidth}, seed, 0.5), e.up = random_tensor({kInner, kWidth}, seed + 1, 0.5),
+      e.down = random_tensor({kWidth, kInner}, seed + 2, 0.5);
     } else {
       e.gate_delta = random_pair(kInner, kWidth, ranks[i], seed);
       e.up_delta = random_pair(kInner, kWidth, ranks[i], seed + 10);
@@ -57,7 +60,8 @@ World make_world(const std::vector<int64_t>& ranks) {
   return w;
 }
 
-MixtureFfn make_mixture(const World& w, int64_t top_k, MixtureForward forward = MixtureForward::kFactored, bool renormalise = false) {
+MixtureFfn make_mixture(const World& w, int64_t top_k, MixtureForward forward = MixtureForward::kFactored,
+                        bool renormalise = false) {
   return MixtureFfn({w.router}, w.bias, w.experts, {top_k, renormalise, forward});
 }
 
@@ -126,7 +130,8 @@ TEST(MixtureFfn, BothFormsEqualPlainLoopsOverDenseExperts) {
         const at::Tensor expected = loop_mixture(w, top_k, renormalise);
         for (const MixtureForward form : {MixtureForward::kFactored, MixtureForward::kPerExpert}) {
           MixtureFfn mixture = make_mixture(w, top_k, form, renormalise);
-          EXPECT_LE(relative_error(mixture.forward(w.x, w.base), expected), 1e-12)   // float64, sums of some hundred terms
+          EXPECT_LE(relative_error(mixture.forward(w.x, w.base), expected),
+                    1e-12)  // float64, sums of some hundred terms
               << ranks.size() + 1 << " experts, top_k " << top_k;
         }
       }
@@ -139,10 +144,11 @@ TEST(MixtureFfn, FactoredEqualsPerExpertEqualsDensifiedInFloat32) {
   World w = make_world({2, 0, 1, 5});
   World dense = w;
   for (FfnExpert& e : dense.experts) e = densified(e, w.base);
-  const SlotBase base = {{}, {}, w.base.gate.to(at::kFloat), w.base.up.to(at::kFloat), w.base.down.to(at::kFloat), {}, {}, {}};
+  const SlotBase base = {{}, {}, w.base.gate.to(at::kFloat), w.base.up.to(at::kFloat), w.base.down.to(at::kFloat), {},
+                         {}, {}};
   const at::Tensor x = w.x.to(at::kFloat);
   for (const int64_t top_k : {1, 2, 5}) {
-    const at::Tensor factored = make_mixture(w, top_k).forward(x, base);   // float64 masters are cast at use
+    const at::Tensor factored = make_mixture(w, top_k).forward(x, base);  // float64 masters are cast at use
     EXPECT_EQ(factored.scalar_type(), at::kFloat);
     EXPECT_LE(relative_error(factored, make_mixture(w, top_k, MixtureForward::kPerExpert).forward(x, base)), 1e-5);
     EXPECT_LE(relative_error(factored, make_mixture(dense, top_k).forward(x, base)), 1e-5);
@@ -152,7 +158,8 @@ TEST(MixtureFfn, FactoredEqualsPerExpertEqualsDensifiedInFloat32) {
 TEST(MixtureFfn, SecondRunHasTheSameBits) {
   const World w = make_world({2, 0, 1, 5});
   const at::Tensor x = random_tensor({500, kWidth}, 8).to(at::kFloat);
-  const SlotBase base = {{}, {}, w.base.gate.to(at::kFloat), w.base.up.to(at::kFloat), w.base.down.to(at::kFloat), {}, {}, {}};
+  const SlotBase base = {{}, {}, w.base.gate.to(at::kFloat), w.base.up.to(at::kFloat), w.base.down.to(at::kFloat), {},
+                         {}, {}};
   for (const int64_t top_k : {2, 5}) {
     MixtureFfn mixture = make_mixture(w, top_k);
     EXPECT_TRUE(same_bits(mixture.forward(x, base), mixture.forward(x, base)));
@@ -180,10 +187,12 @@ TEST(MixtureFfn, OrderOfExpertsDoesNotMatterWhenAllAreActive) {
     bias.push_back(w.bias[order[i]]);
   }
   permuted.router = at::stack(rows), permuted.bias = at::stack(bias);
-  EXPECT_LE(relative_error(make_mixture(permuted, 5).forward(w.x, w.base), make_mixture(w, 5).forward(w.x, w.base)), 1e-13);
+  EXPECT_LE(relative_error(make_mixture(permuted, 5).forward(w.x, w.base), make_mixture(w, 5).forward(w.x, w.base)),
+            1e-13);
 }
 
-// FlexMoRE, check 10 (to rounding: the router's product has another shape). NaN shows that nothing of the expert is touched.
+// FlexMoRE, check 10 (to rounding: the router's product has another shape). NaN shows that nothing of the expert is
+// touched.
 TEST(MixtureFfn, DroppingAnExpertEqualsMaskingItsLogit) {
   World w = make_world({2, 0, 1});
   World masked = w;
@@ -194,7 +203,9 @@ TEST(MixtureFfn, DroppingAnExpertEqualsMaskingItsLogit) {
   w.router = at::cat({w.router.slice(0, 0, 2), w.router.slice(0, 3)});
   w.bias = at::cat({w.bias.slice(0, 0, 1), w.bias.slice(0, 2)});
   for (const int64_t top_k : {1, 2, 3}) {
-    EXPECT_LE(relative_error(make_mixture(masked, top_k).forward(w.x, w.base), make_mixture(w, top_k).forward(w.x, w.base)), 1e-13);
+    EXPECT_LE(
+        relative_error(make_mixture(masked, top_k).forward(w.x, w.base), make_mixture(w, top_k).forward(w.x, w.base)),
+        1e-13);
   }
 }
 
@@ -257,12 +268,14 @@ TEST(MixtureFfn, GradientsEqualFiniteDifferences) {
       World w = make_world({2, 0, 3});
       const std::vector<at::Tensor> leaves = make_leaves(w);
       const at::Tensor direction = random_tensor({kTokens, kWidth}, 10);
-      const auto value = [&] { return (make_mixture(w, top_k, form, renormalise).forward(w.x, w.base) * direction).sum(); };
+      const auto value = [&] {
+        return (make_mixture(w, top_k, form, renormalise).forward(w.x, w.base) * direction).sum();
+      };
       value().backward();
       for (size_t i = 0; i < leaves.size(); ++i) {
         double* numbers = leaves[i].detach().mutable_data_ptr<double>();
         for (int64_t j = 0; j < leaves[i].numel(); j += 1 + leaves[i].numel() / 5) {
-          constexpr double kStep = 1e-6;   // error: step^2 from curvature, 1e-16 / step from rounding
+          constexpr double kStep = 1e-6;  // error: step^2 from curvature, 1e-16 / step from rounding
           const double saved = numbers[j];
           numbers[j] = saved + kStep;
           const double above = value().item<double>();
@@ -270,7 +283,8 @@ TEST(MixtureFfn, GradientsEqualFiniteDifferences) {
           const double below = value().item<double>();
           numbers[j] = saved;
           const double gradient = leaves[i].grad().flatten()[j].item<double>();
-          EXPECT_NEAR(gradient, (above - below) / (2 * kStep), 1e-7 * std::max(1.0, std::abs(gradient))) << "leaf " << i << "[" << j << "], top_k " << top_k;
+          EXPECT_NEAR(gradient, (above - below) / (2 * kStep), 1e-7 * std::max(1.0, std::abs(gradient)))
+              << "leaf " << i << "[" << j << "], top_k " << top_k;
         }
       }
     }
@@ -279,11 +293,12 @@ TEST(MixtureFfn, GradientsEqualFiniteDifferences) {
 
 TEST(MixtureFfn, PositiveBiasIsClampedAndGetsNoGradient) {
   World w = make_world({2, 0, 1});
-  w.bias = at::stack({at::full({}, 0.7, at::kDouble), at::full({}, 0.0, at::kDouble), at::full({}, -0.3, at::kDouble)}).set_requires_grad(true);
+  w.bias = at::stack({at::full({}, 0.7, at::kDouble), at::full({}, 0.0, at::kDouble), at::full({}, -0.3, at::kDouble)})
+               .set_requires_grad(true);
   const at::Tensor y = make_mixture(w, 4).forward(w.x, w.base);
   (y * random_tensor({kTokens, kWidth}, 10)).sum().backward();
   EXPECT_EQ(w.bias.grad()[0].item<double>(), 0.0);
-  EXPECT_NE(w.bias.grad()[1].item<double>(), 0.0);   // at zero the bias must be able to fall
+  EXPECT_NE(w.bias.grad()[1].item<double>(), 0.0);  // at zero the bias must be able to fall
   EXPECT_NE(w.bias.grad()[2].item<double>(), 0.0);
   w.bias = at::stack({at::full({}, 0.0, at::kDouble), at::full({}, 0.0, at::kDouble), at::full({}, -0.3, at::kDouble)});
   EXPECT_LE(relative_error(make_mixture(w, 4).forward(w.x, w.base), y), 1e-14);
@@ -291,7 +306,8 @@ TEST(MixtureFfn, PositiveBiasIsClampedAndGetsNoGradient) {
 
 TEST(MixtureFfn, OnlyTrainedBlocksGetGradientsAndAreParameters) {
   World w = make_world({2});
-  const at::Tensor frozen = w.router.slice(0, 0, 1).clone(), trained = w.router.slice(0, 1).clone().to(at::kFloat).set_requires_grad(true);
+  const at::Tensor frozen = w.router.slice(0, 0, 1).clone(),
+                   trained = w.router.slice(0, 1).clone().to(at::kFloat).set_requires_grad(true);
   w.experts[0].up_delta.b.set_requires_grad(true);
   MixtureFfn mixture({frozen, trained}, at::Tensor(), w.experts, {2, false, MixtureForward::kFactored});
   const NamedTensors parameters = mixture.parameters();
@@ -299,7 +315,7 @@ TEST(MixtureFfn, OnlyTrainedBlocksGetGradientsAndAreParameters) {
   EXPECT_EQ(parameters[0].first, "experts.1.up_proj_b.weight");
   EXPECT_EQ(parameters[1].first, "router.1");
   mixture.forward(w.x, w.base).sum().backward();
-  EXPECT_EQ(trained.grad().scalar_type(), at::kFloat);   // a float32 master inside a float64 mixture
+  EXPECT_EQ(trained.grad().scalar_type(), at::kFloat);  // a float32 master inside a float64 mixture
   EXPECT_TRUE(w.experts[0].up_delta.b.grad().defined());
   EXPECT_FALSE(frozen.grad().defined());
   EXPECT_FALSE(w.base.gate.grad().defined());
@@ -308,7 +324,8 @@ TEST(MixtureFfn, OnlyTrainedBlocksGetGradientsAndAreParameters) {
 
 TEST(MixtureFfn, RouterBlocksAreOneRouter) {
   const World w = make_world({2, 0, 1});
-  MixtureFfn blocks({w.router.slice(0, 0, 1), w.router.slice(0, 1, 3), w.router.slice(0, 3)}, w.bias, w.experts, {2, false, MixtureForward::kFactored});
+  MixtureFfn blocks({w.router.slice(0, 0, 1), w.router.slice(0, 1, 3), w.router.slice(0, 3)}, w.bias, w.experts,
+                    {2, false, MixtureForward::kFactored});
   EXPECT_TRUE(same_bits(blocks.forward(w.x, w.base), make_mixture(w, 2).forward(w.x, w.base)));
 }
 
@@ -316,7 +333,10 @@ TEST(MixtureFfn, RouterBlocksAreOneRouter) {
 
 TEST(MixtureFfn, RefusesPartsThatDoNotFit) {
   World w = make_world({2, 0});
-  EXPECT_THAT(thrown<core::UserError>([&] { MixtureFfn({w.router.slice(0, 0, 2)}, {}, w.experts, {1, false, MixtureForward::kFactored}); }), HasSubstr("router rows"));
+  EXPECT_THAT(thrown<core::UserError>([&] {
+                MixtureFfn({w.router.slice(0, 0, 2)}, {}, w.experts, {1, false, MixtureForward::kFactored});
+              }),
+              HasSubstr("router rows"));
   EXPECT_THAT(thrown<core::UserError>([&] { make_mixture(w, 4); }), HasSubstr("top_k"));
   w.experts[1].up = random_tensor({kInner, kWidth + 1}, 1);
   EXPECT_THAT(thrown<core::UserError>([&] { make_mixture(w, 2).forward(w.x, w.base); }), HasSubstr("expert 2"));

@@ -24,7 +24,8 @@ at::Tensor random_tokens(int64_t batch, int64_t length, int64_t vocab, uint64_t 
   std::mt19937_64 generator(seed);
   at::Tensor tokens = at::empty({batch, length}, at::kLong);
   int64_t* values = tokens.mutable_data_ptr<int64_t>();
-  std::generate(values, values + tokens.numel(), [&] { return static_cast<int64_t>(generator() % static_cast<uint64_t>(vocab)); });
+  std::generate(values, values + tokens.numel(),
+                [&] { return static_cast<int64_t>(generator() % static_cast<uint64_t>(vocab)); });
   return tokens;
 }
 
@@ -33,7 +34,8 @@ double relative_error(const at::Tensor& a, const at::Tensor& b) {
   if (b.numel() == 0) return 0;
   const at::Tensor x = a.detach().to(at::kDouble), y = b.detach().to(at::kDouble);
   const double difference = (x - y).abs().max().item<double>(), scale = y.abs().max().item<double>();
-  if (at::isnan(x).any().item<bool>() || at::isnan(y).any().item<bool>()) return std::numeric_limits<double>::infinity();
+  if (at::isnan(x).any().item<bool>() || at::isnan(y).any().item<bool>())
+    return std::numeric_limits<double>::infinity();
   return scale > 0 ? difference / scale : difference;
 }
 

@@ -13,13 +13,15 @@ namespace {
 
 TEST(TensorIo, EveryFloatTypeSurvivesAFile) {
   NamedTensors tensors;
-  for (const auto& [name, dtype] : {std::pair("a", at::kDouble), std::pair("b", at::kFloat), std::pair("c", at::kBFloat16), std::pair("d", at::kHalf)}) {
+  for (const auto& [name, dtype] : {std::pair("a", at::kDouble), std::pair("b", at::kFloat),
+                                    std::pair("c", at::kBFloat16), std::pair("d", at::kHalf)}) {
     tensors.emplace_back(name, random_tensor({3, 5}, 1).to(dtype));
   }
   tensors.emplace_back("e", random_tokens(2, 2, 9, 1));
   tensors.emplace_back("f", random_tensor({0, 4}, 1));
   std::vector<at::Tensor> keep;
-  const core::Safetensors file = core::Safetensors::parse(core::Bytes(core::serialize_safetensors(views_of(tensors, keep), {})), "memory");
+  const core::Safetensors file =
+      core::Safetensors::parse(core::Bytes(core::serialize_safetensors(views_of(tensors, keep), {})), "memory");
   for (const auto& [name, tensor] : tensors) {
     EXPECT_TRUE(same_bits(borrow(*file.find(name)), tensor)) << name;
     EXPECT_TRUE(same_bits(copy_of(*file.find(name)), tensor)) << name;
