@@ -30,10 +30,10 @@ using Origin = std::string;
 struct ConfigNode {
   enum class Kind { kNull, kScalar, kList, kMap };
   Kind kind = Kind::kNull;
-  std::string text = {};  // scalars
-  bool quoted = false;    // a quoted scalar is text, never a number, a bool or null
-  std::filesystem::path directory = {};   // of the file it stands in; empty = the working directory
-  bool broken = false;    // a problem was reported for it already: nobody complains again
+  std::string text = {};                 // scalars
+  bool quoted = false;                   // a quoted scalar is text, never a number, a bool or null
+  std::filesystem::path directory = {};  // of the file it stands in; empty = the working directory
+  bool broken = false;                   // a problem was reported for it already: nobody complains again
   std::vector<ConfigNode> items = {};
   std::vector<std::pair<std::string, ConfigNode>> members = {};  // in file order, keys unique
   std::vector<Origin> member_origins = {};                       // of the keys, parallel to members

@@ -1,9 +1,9 @@
 #include "core/config_table.h"
 
-#include <filesystem>
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <filesystem>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -149,7 +149,9 @@ std::optional<Complaint> out_of_bounds(const FieldInfo& info, const Json& value)
 
 Json absolute_path(const ConfigNode& node, const std::string& text) {
   if (text.empty()) return text;
-  return std::filesystem::absolute(node.directory / text).lexically_normal().string();   // an absolute text wins over the directory
+  return std::filesystem::absolute(node.directory / text)
+      .lexically_normal()
+      .string();  // an absolute text wins over the directory
 }
 
 std::optional<Json> parse_element(const FieldInfo& info, const ConfigNode& node, const std::string& path,

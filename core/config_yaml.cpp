@@ -40,12 +40,13 @@ class TreeBuilder : public YAML::EventHandler {
   void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t, const std::string& value) override {
     ConfigNode node = leaf(mark, ConfigNode::Kind::kScalar);
     node.text = value;
-    node.quoted = tag == "!";   // yaml-cpp's mark of quoted and block scalars; plain ones carry "?"
+    node.quoted = tag == "!";  // yaml-cpp's mark of quoted and block scalars; plain ones carry "?"
     if (tag != "!") refuse_tag(node, tag);
     finish(std::move(node));
   }
 
-  void OnSequenceStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t, YAML::EmitterStyle::value) override {
+  void OnSequenceStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t,
+                       YAML::EmitterStyle::value) override {
     open_.push_back({.node = leaf(mark, ConfigNode::Kind::kList)});
     refuse_tag(open_.back().node, tag);
   }
@@ -62,7 +63,7 @@ class TreeBuilder : public YAML::EventHandler {
     ConfigNode node;
     std::optional<std::string> key = std::nullopt;
     Origin key_origin = "";
-    bool discard = false;   // the value of a refused key
+    bool discard = false;  // the value of a refused key
   };
 
   ConfigNode leaf(const YAML::Mark& mark, ConfigNode::Kind kind) const {
@@ -75,8 +76,10 @@ class TreeBuilder : public YAML::EventHandler {
   std::string path() const {
     std::string path;
     for (const auto& frame : open_) {
-      if (frame.node.kind == ConfigNode::Kind::kList) path = config_detail::child_path(path, std::to_string(frame.node.items.size()));
-      else if (frame.key) path = config_detail::child_path(path, *frame.key);
+      if (frame.node.kind == ConfigNode::Kind::kList)
+        path = config_detail::child_path(path, std::to_string(frame.node.items.size()));
+      else if (frame.key)
+        path = config_detail::child_path(path, *frame.key);
     }
     return path;
   }
@@ -87,7 +90,8 @@ class TreeBuilder : public YAML::EventHandler {
   }
 
   void refuse_tag(ConfigNode& node, const std::string& tag) {
-    if (!tag.empty() && tag != "?") complain(node, "the tag " + tag + " is not supported", "remove it; a key's type is fixed");
+    if (!tag.empty() && tag != "?")
+      complain(node, "the tag " + tag + " is not supported", "remove it; a key's type is fixed");
   }
 
   void close() {
@@ -107,6 +111,7 @@ class TreeBuilder : public YAML::EventHandler {
     } else if (!frame.key) {
       begin_member(frame, node);
     } else {
+      if (node.kind == ConfigNode::Kind::kNull) node.origin = frame.key_origin;  // yaml-cpp names the next line
       if (!frame.discard) {
         frame.node.members.emplace_back(*frame.key, std::move(node));
         frame.node.member_origins.push_back(frame.key_origin);
@@ -120,7 +125,7 @@ class TreeBuilder : public YAML::EventHandler {
     frame.key_origin = key.origin;
     if (key.kind != ConfigNode::Kind::kScalar || key.broken) {
       if (!key.broken) complain(key, "a key must be text", "");
-      frame.key = "?";
+      frame.key.emplace(1, '?');
       return;
     }
     frame.key = key.text;
@@ -155,11 +160,13 @@ ConfigNode parse_yaml(const std::string& text, const OriginOf& origin_of, Proble
       return empty;
     }
     ConfigNode root = builder.take_root();
-    if (parser.HandleNextDocument(builder)) problems.add(root.origin, "", "more than one YAML document", "remove what follows '---'");
+    if (parser.HandleNextDocument(builder))
+      problems.add(root.origin, "", "more than one YAML document", "remove what follows '---'");
     return root;
   } catch (const YAML::Exception& error) {
-    throw UserError(fmt::format("{}: not YAML: {}", builder.origin_at(error.mark), error.msg),
-                    "check indentation, quotes and brackets there; text with special characters needs quotes");
+    throw UserError(
+        fmt::format("{}: not YAML: {}", builder.origin_at(error.mark), error.msg),
+        "check indentation, quotes and brackets there; inside [] and {} a reference needs quotes: \"${key}\"");
   }
 }
 

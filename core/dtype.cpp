@@ -12,8 +12,8 @@ struct DTypeInfo {
   std::string_view name;
 };
 constexpr DTypeInfo kDTypes[] = {
-    {DType::kF64, 8, "F64"}, {DType::kF32, 4, "F32"}, {DType::kF16, 2, "F16"}, {DType::kBF16, 2, "BF16"},
-    {DType::kI64, 8, "I64"}, {DType::kI32, 4, "I32"}, {DType::kI16, 2, "I16"}, {DType::kI8, 1, "I8"},
+    {DType::kF64, 8, "F64"}, {DType::kF32, 4, "F32"},   {DType::kF16, 2, "F16"}, {DType::kBF16, 2, "BF16"},
+    {DType::kI64, 8, "I64"}, {DType::kI32, 4, "I32"},   {DType::kI16, 2, "I16"}, {DType::kI8, 1, "I8"},
     {DType::kU8, 1, "U8"},   {DType::kBool, 1, "BOOL"},
 };
 

@@ -52,7 +52,8 @@ std::string hint_for(int error) {
 }
 
 [[noreturn]] void throw_write_failed(const fs::path& path, size_t bytes, int error) {
-  throw IoError(fmt::format("cannot write {} ({} bytes): {}", path.string(), bytes, std::strerror(error)), hint_for(error));
+  throw IoError(fmt::format("cannot write {} ({} bytes): {}", path.string(), bytes, std::strerror(error)),
+                hint_for(error));
 }
 
 // Returns 0 or errno.
@@ -84,7 +85,8 @@ std::string read_text(const fs::path& path) {
     throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
   if (!file.ok()) throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(errno)));
   std::string text;
-  if (struct stat info{}; ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode)) text.reserve(static_cast<size_t>(info.st_size));
+  if (struct stat info{}; ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode))
+    text.reserve(static_cast<size_t>(info.st_size));
   char buffer[1 << 16];
   while (true) {
     const ssize_t count = ::read(file.get(), buffer, sizeof buffer);
@@ -100,7 +102,7 @@ void write_atomically(const fs::path& path, std::span<const std::byte> data) {
   std::error_code failed;
   fs::create_directories(directory, failed);
   if (failed) throw_write_failed(path, data.size(), failed.value());
-  std::random_device random;   // not the process id: in containers it repeats, and a crash may have left a file behind
+  std::random_device random;  // not the process id: in containers it repeats, and a crash may have left a file behind
   const fs::path temporary =
       directory / fmt::format(".{}.{:08x}{:08x}.tmp", path.filename().string(), random(), random());
   int error = write_new_file(temporary, data);
@@ -112,24 +114,29 @@ void write_atomically(const fs::path& path, std::span<const std::byte> data) {
   sync_directory(directory);
 }
 
-void write_atomically(const fs::path& path, std::string_view text) { write_atomically(path, std::as_bytes(std::span(text))); }
+void write_atomically(const fs::path& path, std::string_view text) {
+  write_atomically(path, std::as_bytes(std::span(text)));
+}
 
 void sync_directory(const fs::path& directory) {
   Descriptor handle(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   // EINVAL: some network file systems cannot sync a directory; the rename itself is then as durable as they make it.
   if (!handle.ok() || (::fsync(handle.get()) != 0 && errno != EINVAL))
-    throw IoError(fmt::format("cannot sync directory {}: {}", directory.string(), std::strerror(errno)), hint_for(errno));
+    throw IoError(fmt::format("cannot sync directory {}: {}", directory.string(), std::strerror(errno)),
+                  hint_for(errno));
 }
 
 std::optional<FileLock> FileLock::try_lock(const fs::path& path) {
-  std::error_code ignored;   // open() below reports what is wrong
+  std::error_code ignored;  // open() below reports what is wrong
   fs::create_directories(directory_of(path), ignored);
   const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-  if (fd < 0) throw IoError(fmt::format("cannot open lock file {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
+  if (fd < 0)
+    throw IoError(fmt::format("cannot open lock file {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
   FileLock lock(fd);
   while (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
     if (errno == EWOULDBLOCK) return std::nullopt;
-    if (errno != EINTR) throw IoError(fmt::format("cannot lock {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
+    if (errno != EINTR)
+      throw IoError(fmt::format("cannot lock {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
   }
   char host[256] = {};
   ::gethostname(host, sizeof host - 1);

@@ -16,7 +16,7 @@ namespace moraine::core {
 namespace {
 
 constexpr hsize_t kChunkElements = 1 << 16;
-constexpr int64_t kSmallElements = 4096;   // not worth a chunk index
+constexpr int64_t kSmallElements = 4096;  // not worth a chunk index
 
 std::mutex& library_mutex() {
   static std::mutex mutex;
@@ -43,7 +43,7 @@ class Id {
   Id(const Id&) = delete;
   Id& operator=(const Id&) = delete;
   Id(Id&& other) noexcept : id_(std::exchange(other.id_, -1)), close_(other.close_) {}
-  operator hid_t() const { return id_; }   // NOLINT(google-explicit-constructor): it is passed to the C API
+  operator hid_t() const { return id_; }  // NOLINT(google-explicit-constructor): it is passed to the C API
   bool ok() const { return id_ >= 0; }
 
  private:
@@ -65,13 +65,20 @@ std::string last_reason() {
 
 template <typename T>
 hid_t memory_type() {
-  if constexpr (std::is_same_v<T, uint8_t>) return H5T_NATIVE_UINT8;
-  else if constexpr (std::is_same_v<T, uint16_t>) return H5T_NATIVE_UINT16;
-  else if constexpr (std::is_same_v<T, int32_t>) return H5T_NATIVE_INT32;
-  else if constexpr (std::is_same_v<T, uint32_t>) return H5T_NATIVE_UINT32;
-  else if constexpr (std::is_same_v<T, int64_t>) return H5T_NATIVE_INT64;
-  else if constexpr (std::is_same_v<T, uint64_t>) return H5T_NATIVE_UINT64;
-  else if constexpr (std::is_same_v<T, float>) return H5T_NATIVE_FLOAT;
+  if constexpr (std::is_same_v<T, uint8_t>)
+    return H5T_NATIVE_UINT8;
+  else if constexpr (std::is_same_v<T, uint16_t>)
+    return H5T_NATIVE_UINT16;
+  else if constexpr (std::is_same_v<T, int32_t>)
+    return H5T_NATIVE_INT32;
+  else if constexpr (std::is_same_v<T, uint32_t>)
+    return H5T_NATIVE_UINT32;
+  else if constexpr (std::is_same_v<T, int64_t>)
+    return H5T_NATIVE_INT64;
+  else if constexpr (std::is_same_v<T, uint64_t>)
+    return H5T_NATIVE_UINT64;
+  else if constexpr (std::is_same_v<T, float>)
+    return H5T_NATIVE_FLOAT;
   else {
     static_assert(std::is_same_v<T, double>);
     return H5T_NATIVE_DOUBLE;
@@ -80,7 +87,7 @@ hid_t memory_type() {
 
 // HDF5 clips a value that does not fit; we refuse it.
 H5T_conv_ret_t refuse_lossy(H5T_conv_except_t what, hid_t, hid_t, void*, void*, void* lossy) {
-  if (what == H5T_CONV_EXCEPT_PRECISION) return H5T_CONV_UNHANDLED;   // rounding to a float
+  if (what == H5T_CONV_EXCEPT_PRECISION) return H5T_CONV_UNHANDLED;  // rounding to a float
   *static_cast<bool*>(lossy) = true;
   return H5T_CONV_ABORT;
 }
@@ -105,8 +112,9 @@ struct Hdf5File::Handle {
   }
   template <typename... Args>
   [[noreturn]] void fail_io(fmt::format_string<Args...> text, Args&&... args) const {
-    throw IoError(fmt::format("{}: {}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...), last_reason()),
-                  "check space and permissions there");
+    throw IoError(
+        fmt::format("{}: {}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...), last_reason()),
+        "check space and permissions there");
   }
 
   // H5Lexists wants every group on the way to exist.
@@ -145,27 +153,32 @@ struct Hdf5File::Handle {
   void read_number(const std::string& name, bool real, hid_t memory, void* out, hid_t attribute) const {
     const Id type(H5Aget_type(attribute), H5Tclose);
     const H5T_class_t kind = H5Tget_class(type);
-    if (kind != H5T_INTEGER && !(real && kind == H5T_FLOAT)) fail_user("attribute '{}' is not {}", name, real ? "a number" : "an integer");
+    if (kind != H5T_INTEGER && !(real && kind == H5T_FLOAT))
+      fail_user("attribute '{}' is not {}", name, real ? "a number" : "an integer");
     if (H5Aread(attribute, memory, out) < 0) fail_io("cannot read attribute '{}'", name);
   }
   void write_attribute(const std::string& name, hid_t type, const void* data) const {
-    if (H5Aexists(file, name.c_str()) > 0 && H5Adelete(file, name.c_str()) < 0) fail_io("cannot replace attribute '{}'", name);
+    if (H5Aexists(file, name.c_str()) > 0 && H5Adelete(file, name.c_str()) < 0)
+      fail_io("cannot replace attribute '{}'", name);
     const Id space(H5Screate(H5S_SCALAR), H5Sclose);
     const Id attribute(H5Acreate2(file, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
     if (!attribute.ok() || H5Awrite(attribute, type, data) < 0) fail_io("cannot write attribute '{}'", name);
   }
 
   void read_rows(const std::string& name, hid_t memory, int64_t first, int64_t count, void* out) const;
-  void write(const std::string& name, hid_t memory, const void* data, size_t size, const std::vector<int64_t>& shape) const;
+  void write(const std::string& name, hid_t memory, const void* data, size_t size,
+             const std::vector<int64_t>& shape) const;
 };
 
 void Hdf5File::Handle::read_rows(const std::string& name, hid_t memory, int64_t first, int64_t count, void* out) const {
   const Id dataset = open(name);
   const Id type(H5Dget_type(dataset), H5Tclose);
-  if (const H5T_class_t kind = H5Tget_class(type); kind != H5T_INTEGER && kind != H5T_FLOAT) fail_user("'{}' does not hold numbers", name);
+  if (const H5T_class_t kind = H5Tget_class(type); kind != H5T_INTEGER && kind != H5T_FLOAT)
+    fail_user("'{}' does not hold numbers", name);
   const auto shape = shape_of(dataset);
   const int64_t rows = shape.empty() ? 1 : shape[0];
-  if (first < 0 || count < 0 || first > rows - count) fail_user("'{}' has {} rows, asked for {} from row {}", name, rows, count, first);
+  if (first < 0 || count < 0 || first > rows - count)
+    fail_user("'{}' has {} rows, asked for {} from row {}", name, rows, count, first);
   std::vector<hsize_t> start(shape.size(), 0), extent(shape.begin(), shape.end());
   if (std::find(extent.begin(), extent.end(), hsize_t{0}) != extent.end() || count == 0) return;
   const Id space(H5Dget_space(dataset), H5Sclose);
@@ -174,7 +187,9 @@ void Hdf5File::Handle::read_rows(const std::string& name, hid_t memory, int64_t 
     extent[0] = static_cast<hsize_t>(count);
     H5Sselect_hyperslab(space, H5S_SELECT_SET, start.data(), nullptr, extent.data(), nullptr);
   }
-  const Id target(shape.empty() ? H5Screate(H5S_SCALAR) : H5Screate_simple(static_cast<int>(extent.size()), extent.data(), nullptr), H5Sclose);
+  const Id target(
+      shape.empty() ? H5Screate(H5S_SCALAR) : H5Screate_simple(static_cast<int>(extent.size()), extent.data(), nullptr),
+      H5Sclose);
   const Id transfer(H5Pcreate(H5P_DATASET_XFER), H5Pclose);
   bool lossy = false;
   H5Pset_type_conv_cb(transfer, refuse_lossy, &lossy);
@@ -198,14 +213,15 @@ void Hdf5File::Handle::write(const std::string& name, hid_t memory, const void* 
     H5Pset_deflate(layout, 4);
   }
   const Id dataset(H5Dcreate2(file, name.c_str(), memory, space, links, layout, H5P_DEFAULT), H5Dclose);
-  if (!dataset.ok() || H5Dwrite(dataset, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0) fail_io("cannot write dataset '{}'", name);
+  if (!dataset.ok() || H5Dwrite(dataset, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0)
+    fail_io("cannot write dataset '{}'", name);
 }
 
 Hdf5File::Hdf5File(const std::filesystem::path& path, Mode mode) : handle_(std::make_unique<Handle>()) {
   const Library library;
   handle_->path = path;
   if (mode == Mode::kCreate) {
-    std::error_code ignored;   // H5Fcreate reports what is wrong
+    std::error_code ignored;  // H5Fcreate reports what is wrong
     if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path(), ignored);
     handle_->file = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
     if (handle_->file < 0) handle_->fail_io("cannot create the file");
@@ -235,8 +251,9 @@ void Hdf5File::close() {
   const std::string reason = flushed ? "" : last_reason();
   const bool closed = H5Fclose(file) >= 0;
   if (!flushed || !closed)
-    throw IoError(fmt::format("{}: cannot write the file out: {}", handle_->path.string(), flushed ? last_reason() : reason),
-                  "check space and permissions there");
+    throw IoError(
+        fmt::format("{}: cannot write the file out: {}", handle_->path.string(), flushed ? last_reason() : reason),
+        "check space and permissions there");
 }
 
 bool Hdf5File::has(const std::string& dataset) const {
@@ -274,9 +291,9 @@ void Hdf5File::write(const std::string& dataset, std::span<const T> data, const 
   handle_->write(dataset, memory_type<T>(), data.data(), data.size(), shape);
 }
 
-#define MORAINE_INSTANTIATE(T)                                                                         \
-  template std::vector<T> Hdf5File::read<T>(const std::string&, int64_t, int64_t) const;               \
-  template std::vector<T> Hdf5File::read_all<T>(const std::string&) const;                             \
+#define MORAINE_INSTANTIATE(T)                                                           \
+  template std::vector<T> Hdf5File::read<T>(const std::string&, int64_t, int64_t) const; \
+  template std::vector<T> Hdf5File::read_all<T>(const std::string&) const;               \
   template void Hdf5File::write<T>(const std::string&, std::span<const T>, const std::vector<int64_t>&);
 MORAINE_INSTANTIATE(uint8_t)
 MORAINE_INSTANTIATE(uint16_t)
@@ -303,7 +320,7 @@ std::optional<std::string> Hdf5File::text_attribute(const std::string& name) con
   }
   std::string value(H5Tget_size(type), '\0');
   if (H5Aread(*attribute, type, value.data()) < 0) handle_->fail_io("cannot read attribute '{}'", name);
-  value.resize(std::min(value.size(), value.find('\0')));   // fixed-length text is padded
+  value.resize(std::min(value.size(), value.find('\0')));  // fixed-length text is padded
   return value;
 }
 

@@ -19,7 +19,8 @@ namespace moraine::core {
 class Hdf5File {
  public:
   enum class Mode { kRead, kCreate };
-  /// kCreate replaces a file. Throws UserError if a file to read is missing or is no HDF5 file, IoError if one cannot be made.
+  /// kCreate replaces a file. Throws UserError if a file to read is missing or is no HDF5 file, IoError if one cannot
+  /// be made.
   Hdf5File(const std::filesystem::path& path, Mode mode);
   /// Closes; a failure then can only be logged. Call close() after writing.
   ~Hdf5File();
@@ -30,14 +31,15 @@ class Hdf5File {
   bool has(const std::string& dataset) const;
   /// Shape of a dataset. Throws UserError naming file and dataset when absent.
   std::vector<int64_t> shape(const std::string& dataset) const;
-  /// Reads `count` rows from `first` along axis 0, converted to T. T: uint8_t, uint16_t, int32_t, uint32_t, int64_t, uint64_t, float, double.
-  /// Throws UserError when the rows are not there, the dataset is not numeric, or a value does not fit T.
+  /// Reads `count` rows from `first` along axis 0, converted to T. T: uint8_t, uint16_t, int32_t, uint32_t, int64_t,
+  /// uint64_t, float, double. Throws UserError when the rows are not there, the dataset is not numeric, or a value does
+  /// not fit T.
   template <typename T>
   std::vector<T> read(const std::string& dataset, int64_t first, int64_t count) const;
   template <typename T>
   std::vector<T> read_all(const std::string& dataset) const;
-  /// Creates a dataset, chunked, shuffled and deflated (level 4) when it has more than 4096 elements. Groups in the path are made.
-  /// Throws IoError.
+  /// Creates a dataset, chunked, shuffled and deflated (level 4) when it has more than 4096 elements. Groups in the
+  /// path are made. Throws IoError.
   template <typename T>
   void write(const std::string& dataset, std::span<const T> data, const std::vector<int64_t>& shape);
 

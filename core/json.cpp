@@ -46,7 +46,7 @@ Json parse_json(std::string_view text, const std::string& origin) {
     const std::string_view before = text.substr(0, error.byte > 0 ? error.byte - 1 : 0);
     const auto line = 1 + std::count(before.begin(), before.end(), '\n');
     const size_t start = before.rfind('\n') == std::string_view::npos ? 0 : before.rfind('\n') + 1;
-    std::string what = error.what();   // "[json.exception.parse_error.101] parse error at line 1, column 2: reason"
+    std::string what = error.what();  // "[json.exception.parse_error.101] parse error at line 1, column 2: reason"
     if (const size_t reason = what.find(": "); reason != std::string::npos) what.erase(0, reason + 2);
     throw UserError(fmt::format("{}:{}:{}: not valid JSON: {}", origin, line, before.size() - start + 1, what));
   }

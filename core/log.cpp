@@ -24,16 +24,20 @@ std::optional<Level> level_named(std::string_view name) {
 
 spdlog::level::level_enum to_spdlog(Level level) {
   switch (level) {
-    case Level::kDebug: return spdlog::level::debug;
-    case Level::kInfo: return spdlog::level::info;
-    case Level::kWarn: return spdlog::level::warn;
-    case Level::kError: break;
+    case Level::kDebug:
+      return spdlog::level::debug;
+    case Level::kInfo:
+      return spdlog::level::info;
+    case Level::kWarn:
+      return spdlog::level::warn;
+    case Level::kError:
+      break;
   }
   return spdlog::level::err;
 }
 
 std::string pattern(const std::string& origin) {
-  std::string escaped;   // '%' starts a pattern flag
+  std::string escaped;  // '%' starts a pattern flag
   for (char c : origin) escaped += c == '%' ? std::string("%%") : std::string(1, c);
   return "%Y-%m-%d %H:%M:%S.%e %^%-5!l%$ " + (escaped.empty() ? "" : escaped + " ") + "%v";
 }
@@ -59,7 +63,7 @@ struct Terminal {
 };
 
 Terminal& terminal() {
-  static auto* instance = new Terminal;   // never destroyed: destructors of statics may still log
+  static auto* instance = new Terminal;  // never destroyed: destructors of statics may still log
   return *instance;
 }
 
@@ -69,7 +73,8 @@ Level level_from_environment(Level fallback) {
   const char* name = std::getenv("MORAINE_LOG");
   if (name == nullptr || *name == '\0') return fallback;
   if (const auto level = level_named(name)) return *level;
-  throw UserError(fmt::format("environment MORAINE_LOG: no such log level: {}", name), "valid: debug, error, info, warn");
+  throw UserError(fmt::format("environment MORAINE_LOG: no such log level: {}", name),
+                  "valid: debug, error, info, warn");
 }
 
 void configure(Level level, std::string origin) {

@@ -17,7 +17,7 @@ namespace {
 class JsonlSink : public Sink {
  public:
   explicit JsonlSink(const std::filesystem::path& path) : path_(path) {
-    std::error_code ignored;   // open() below reports what is wrong
+    std::error_code ignored;  // open() below reports what is wrong
     if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path(), ignored);
     fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (fd_ < 0) fail();

@@ -9,8 +9,8 @@ namespace moraine::core::metrics {
 
 /// One measured value of one unit at one step.
 struct Record {
-  std::string unit;    // unit label, "train/german"
-  std::string key;     // "train_loss", "learning_rate", "tokens_per_s"
+  std::string unit;  // unit label, "train/german"
+  std::string key;   // "train_loss", "learning_rate", "tokens_per_s"
   int64_t step = 0;
   double value = 0;
 };

@@ -15,8 +15,8 @@ namespace moraine::core {
 
 namespace {
 
-constexpr double kRedrawEvery = 0.1;   // seconds, on a terminal
-constexpr double kLineEvery = 10.0;    // seconds, elsewhere
+constexpr double kRedrawEvery = 0.1;  // seconds, on a terminal
+constexpr double kLineEvery = 10.0;   // seconds, elsewhere
 constexpr int kBarWidth = 24;
 
 size_t terminal_width() {
@@ -36,7 +36,7 @@ std::string bar_line(double share, const std::string& eta, const std::string& ru
   const int filled = static_cast<int>(share * kBarWidth);
   std::string line = fmt::format("[{}{}] {:3.0f}%  ETA {}  {}", std::string(static_cast<size_t>(filled), '#'),
                                  std::string(static_cast<size_t>(kBarWidth - filled), '.'), 100 * share, eta, running);
-  if (line.size() >= width) line.resize(width - 1);   // a wrapped line could not be redrawn in place
+  if (line.size() >= width) line.resize(width - 1);  // a wrapped line could not be redrawn in place
   return line;
 }
 
@@ -68,7 +68,7 @@ void Progress::update(double done, double total, const std::string& running) {
     state.started = true;
     state.first_done = done;
     state.started_at = now;
-    if (!state.terminal) state.drawn_at = now;   // the first line comes after kLineEvery: short runs stay quiet
+    if (!state.terminal) state.drawn_at = now;  // the first line comes after kLineEvery: short runs stay quiet
   }
   if (now - state.drawn_at < (state.terminal ? kRedrawEvery : kLineEvery)) return;
   state.drawn_at = now;

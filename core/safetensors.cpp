@@ -24,7 +24,7 @@ namespace fs = std::filesystem;
 
 static_assert(std::endian::native == std::endian::little, "safetensors is little-endian and mapped as it is");
 constexpr size_t kLengthBytes = 8;
-constexpr uint64_t kMaxHeaderBytes = 100'000'000;   // the limit of the reference implementation
+constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the reference implementation
 constexpr const char* kMetadataKey = "__metadata__";
 
 // Bytes of a tensor; nullopt when a side is negative or the product leaves 63 bits.
@@ -71,7 +71,8 @@ class HeaderParser {
   }
 
   Json read_header() {
-    if (file_.size() < kLengthBytes) fail("truncated: expected at least {} bytes, the file has {}", kLengthBytes, file_.size());
+    if (file_.size() < kLengthBytes)
+      fail("truncated: expected at least {} bytes, the file has {}", kLengthBytes, file_.size());
     uint64_t length = 0;
     std::memcpy(&length, file_.data(), kLengthBytes);
     if (length > kMaxHeaderBytes) fail("header length {} is above the limit of {} bytes", length, kMaxHeaderBytes);
@@ -95,7 +96,8 @@ class HeaderParser {
   }
 
   int64_t read_size(const Json& value, const std::string& name, const char* what) const {
-    if (!value.is_number_unsigned() || value.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
+    if (!value.is_number_unsigned() ||
+        value.get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
       fail("tensor '{}': {} must be non-negative integers, found {}", name, what, value.dump());
     return value.get<int64_t>();
   }
@@ -113,10 +115,11 @@ class HeaderParser {
     const auto bytes = byte_size(tensor.shape, *dtype);
     if (!bytes) fail("tensor '{}': the number of bytes of shape {} overflows", name, shape.dump());
     if (!offsets.is_array() || offsets.size() != 2) fail("tensor '{}': data_offsets is not a pair", name);
-    const int64_t begin = read_size(offsets[0], name, "data_offsets"), end = read_size(offsets[1], name, "data_offsets");
+    const int64_t begin = read_size(offsets[0], name, "data_offsets"),
+                  end = read_size(offsets[1], name, "data_offsets");
     if (end < begin || end - begin != *bytes)
-      fail("tensor '{}': {} {} needs {} bytes, data_offsets {} hold {}", name, safetensors_name(*dtype), shape.dump(), *bytes,
-           offsets.dump(), end - begin);
+      fail("tensor '{}': {} {} needs {} bytes, data_offsets {} hold {}", name, safetensors_name(*dtype), shape.dump(),
+           *bytes, offsets.dump(), end - begin);
     if (static_cast<uint64_t>(end) > data_.size())
       fail("truncated: tensor '{}' ends at byte {} of the data, the file has {}", name, end, data_.size());
     tensor.data = data_.subspan(static_cast<size_t>(begin), static_cast<size_t>(*bytes));
@@ -132,8 +135,9 @@ class HeaderParser {
     const std::byte* expected = data_.data();
     for (const auto& tensor : tensors) {
       if (tensor.data.data() != expected)
-        fail("tensor '{}' starts at byte {} of the data, expected {} ({})", tensor.name, tensor.data.data() - data_.data(),
-             expected - data_.data(), tensor.data.data() < expected ? "tensors overlap" : "a gap that no tensor covers");
+        fail("tensor '{}' starts at byte {} of the data, expected {} ({})", tensor.name,
+             tensor.data.data() - data_.data(), expected - data_.data(),
+             tensor.data.data() < expected ? "tensors overlap" : "a gap that no tensor covers");
       expected = end_of(tensor);
     }
     if (const auto rest = data_.data() + data_.size() - expected) fail("{} bytes after the last tensor", rest);
@@ -146,7 +150,8 @@ class HeaderParser {
 // weight_map of a Hugging Face index, checked: file name -> names of its tensors.
 std::map<std::string, std::set<std::string>> read_index(const fs::path& path) {
   const Json index = read_json(path);
-  if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object() || index["weight_map"].empty())
+  if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object() ||
+      index["weight_map"].empty())
     throw UserError(fmt::format("{}: no weight_map in the index", path.string()), "download the model again");
   std::map<std::string, std::set<std::string>> shards;
   for (const auto& [name, file] : index["weight_map"].items()) {
@@ -167,7 +172,8 @@ Bytes::Bytes(std::vector<std::byte> data) {
 
 Bytes Bytes::map_file(const fs::path& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
+  if (fd < 0 && (errno == ENOENT || errno == ENOTDIR))
+    throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
   struct stat info {};
   const bool readable = fd >= 0 && ::fstat(fd, &info) == 0;
   const auto size = static_cast<size_t>(info.st_size);
@@ -175,7 +181,8 @@ Bytes Bytes::map_file(const fs::path& path) {
   if (readable && S_ISREG(info.st_mode) && size > 0) data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
   const int error = errno;
   if (fd >= 0) ::close(fd);
-  if (!readable || data == MAP_FAILED) throw IoError(fmt::format("cannot map {}: {}", path.string(), std::strerror(error)));
+  if (!readable || data == MAP_FAILED)
+    throw IoError(fmt::format("cannot map {}: {}", path.string(), std::strerror(error)));
   if (!S_ISREG(info.st_mode)) throw UserError(fmt::format("not a file: {}", path.string()), "check the path");
   if (size == 0) return {};
   return {std::shared_ptr<const void>(data, [size](const void* start) { ::munmap(const_cast<void*>(start), size); }),
@@ -206,15 +213,16 @@ std::vector<std::byte> serialize_safetensors(std::span<const TensorView> tensors
   for (const auto& tensor : tensors) order.push_back(&tensor);
   // Wide elements first: gaps are not allowed, so this alone keeps every tensor aligned to its element.
   std::sort(order.begin(), order.end(), [](const TensorView* a, const TensorView* b) {
-    return std::pair(-static_cast<int64_t>(size_of(a->dtype)), a->name) < std::pair(-static_cast<int64_t>(size_of(b->dtype)), b->name);
+    return std::pair(-static_cast<int64_t>(size_of(a->dtype)), a->name) <
+           std::pair(-static_cast<int64_t>(size_of(b->dtype)), b->name);
   });
   Json header = Json::object();
   if (!metadata.empty()) header[kMetadataKey] = metadata;
   size_t end = 0;
   for (const auto* tensor : order) {
     const auto bytes = byte_size(tensor->shape, tensor->dtype);
-    MORAINE_CHECK(bytes && static_cast<size_t>(*bytes) == tensor->data.size(), "tensor '{}': {} bytes do not fit its shape and dtype",
-                  tensor->name, tensor->data.size());
+    MORAINE_CHECK(bytes && static_cast<size_t>(*bytes) == tensor->data.size(),
+                  "tensor '{}': {} bytes do not fit its shape and dtype", tensor->name, tensor->data.size());
     MORAINE_CHECK(!header.contains(tensor->name), "tensor name '{}' stands twice or is reserved", tensor->name);
     header[tensor->name] = {{"dtype", safetensors_name(tensor->dtype)},
                             {"shape", tensor->shape},
@@ -253,11 +261,13 @@ ShardedSafetensors ShardedSafetensors::open(const fs::path& directory) {
                           "index and shards belong to different versions: download the model again");
       for (const auto& tensor : shard.tensors())
         if (!names.contains(tensor.name))
-          throw UserError(fmt::format("{}: tensor '{}' is not listed for this shard in the index", shard.origin(), tensor.name),
-                          "index and shards belong to different versions: download the model again");
+          throw UserError(
+              fmt::format("{}: tensor '{}' is not listed for this shard in the index", shard.origin(), tensor.name),
+              "index and shards belong to different versions: download the model again");
     }
   }
-  for (const auto& file : model.files_) model.tensors_.insert(model.tensors_.end(), file.tensors().begin(), file.tensors().end());
+  for (const auto& file : model.files_)
+    model.tensors_.insert(model.tensors_.end(), file.tensors().begin(), file.tensors().end());
   std::sort(model.tensors_.begin(), model.tensors_.end(), by_name);
   return model;
 }

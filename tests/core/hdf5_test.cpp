@@ -1,0 +1,152 @@
+#include "core/hdf5.h"
+
+#include <numeric>
+#include <thread>
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "python_peer.h"
+#include "temporary_directory.h"
+
+namespace moraine::core {
+namespace {
+
+template <typename Call>
+std::string user_complaint(const Call& call, const std::filesystem::path& path) {
+  try {
+    call();
+  } catch (const UserError& error) {
+    const std::string what = error.what(), prefix = path.string() + ": ";
+    return what.rfind(prefix, 0) == 0 ? what.substr(prefix.size()) : what;
+  }
+  return "accepted";
+}
+
+std::vector<int32_t> ramp(size_t size) {
+  std::vector<int32_t> values(size);
+  std::iota(values.begin(), values.end(), 0);
+  return values;
+}
+
+TEST(Hdf5, WrittenDatasetsReadBackByRows) {
+  const TemporaryDirectory directory;
+  const auto path = directory / "new/file.h5";
+  const auto values = ramp(3 * 70000);
+  Hdf5File out(path, Hdf5File::Mode::kCreate);
+  out.write<int32_t>("train/deep/wide", values, {3, 70000});
+  out.write<int32_t>("none", {}, {0, 5});
+  out.set_attribute("name", std::string("x"));
+  out.set_attribute("name", std::string("grüß"));
+  out.set_attribute("count", int64_t{-3});
+  out.set_attribute("ratio", 0.5);
+  out.close();
+
+  const Hdf5File in(path, Hdf5File::Mode::kRead);
+  EXPECT_TRUE(in.has("train/deep/wide"));
+  EXPECT_FALSE(in.has("train/none/wide"));
+  EXPECT_EQ(in.shape("train/deep/wide"), (std::vector<int64_t>{3, 70000}));
+  EXPECT_EQ(in.read_all<int32_t>("train/deep/wide"), values);
+  EXPECT_EQ(in.read<int64_t>("train/deep/wide", 1, 1),
+            std::vector<int64_t>(values.begin() + 70000, values.begin() + 140000));
+  EXPECT_TRUE(in.read_all<int32_t>("none").empty());
+  EXPECT_EQ(in.text_attribute("name"), "grüß");
+  EXPECT_EQ(in.int_attribute("count"), -3);
+  EXPECT_EQ(in.real_attribute("ratio"), 0.5);
+  EXPECT_EQ(in.real_attribute("count"), -3.0);
+  EXPECT_EQ(in.text_attribute("absent"), std::nullopt);
+}
+
+TEST(Hdf5, ReadsWhatH5pyWrites) {
+  if (const auto reason = PythonPeer::missing("h5py")) GTEST_SKIP() << *reason;
+  const TemporaryDirectory directory;
+  const auto path = directory / "theirs.h5";
+  PythonPeer::run("write-hdf5", path.string());
+  const Hdf5File file(path, Hdf5File::Mode::kRead);
+  EXPECT_EQ(file.read<int32_t>("train/tokens", 9998, 2), (std::vector<int32_t>{9998, 9999}));
+  EXPECT_EQ(file.read<float>("matrix", 1, 2), (std::vector<float>{2, 3, 4, 5}));
+  EXPECT_EQ(file.read_all<uint8_t>("big_endian"), (std::vector<uint8_t>{1, 2, 3}));
+  EXPECT_EQ(file.read_all<double>("scalar"), (std::vector<double>{2.5}));
+  EXPECT_EQ(file.text_attribute("name"), "grüß");
+  EXPECT_EQ(file.text_attribute("fixed"), "fixed");
+  EXPECT_EQ(file.int_attribute("count"), 42);
+  EXPECT_EQ(file.real_attribute("ratio"), 0.25);
+
+  const auto complaint = [&](const auto& call) { return user_complaint(call, path); };
+  EXPECT_EQ(complaint([&] { file.read_all<uint16_t>("train/wide"); }),
+            "'train/wide' holds a value that does not fit the type it is read as");
+  EXPECT_EQ(complaint([&] { file.read_all<int32_t>("scalar"); }),
+            "'scalar' holds a value that does not fit the type it is read as");
+  EXPECT_EQ(complaint([&] { file.read_all<int32_t>("words"); }), "'words' does not hold numbers");
+  EXPECT_EQ(complaint([&] { file.read_all<int32_t>("train/absent"); }), "no dataset 'train/absent'");
+  EXPECT_EQ(complaint([&] { file.read<float>("matrix", 2, 2); }), "'matrix' has 3 rows, asked for 2 from row 2");
+  EXPECT_EQ(complaint([&] { file.read<float>("matrix", -1, 1); }), "'matrix' has 3 rows, asked for 1 from row -1");
+  EXPECT_EQ(complaint([&] { file.text_attribute("count"); }), "attribute 'count' is not text");
+  EXPECT_EQ(complaint([&] { file.int_attribute("ratio"); }), "attribute 'ratio' is not an integer");
+  EXPECT_EQ(complaint([&] { file.real_attribute("name"); }), "attribute 'name' is not a number");
+  EXPECT_EQ(complaint([&] { file.int_attribute("several"); }), "attribute 'several' does not hold one value");
+}
+
+TEST(Hdf5, H5pyReadsWhatWeWrite) {
+  if (const auto reason = PythonPeer::missing("h5py")) GTEST_SKIP() << *reason;
+  const TemporaryDirectory directory;
+  const auto path = directory / "ours.h5";
+  Hdf5File file(path, Hdf5File::Mode::kCreate);
+  const std::vector<uint8_t> small = {1, 2, 3};
+  file.write<int32_t>("a/large", ramp(10000), {10000});
+  file.write<uint8_t>("small", small, {3, 1});
+  file.set_attribute("name", std::string("german"));
+  file.set_attribute("count", int64_t{7});
+  file.set_attribute("ratio", 0.25);
+  file.close();
+  EXPECT_EQ(PythonPeer::run("read-hdf5", path.string()),
+            "a/large int32 [10000] 49995000.0 gzip\n"
+            "small uint8 [3, 1] 6.0 None\n"
+            "count int64 7\nname str german\nratio float64 0.25\n");
+}
+
+TEST(Hdf5, FilesThatAreNoneAreTheUsersToFix) {
+  const TemporaryDirectory directory;
+  const auto text = directory.write("text.h5", "plain text");
+  EXPECT_EQ(user_complaint([&] { Hdf5File(directory / "none.h5", Hdf5File::Mode::kRead); }, ""),
+            "no such file: " + (directory / "none.h5").string());
+  EXPECT_EQ(user_complaint([&] { Hdf5File(text, Hdf5File::Mode::kRead); }, text), "is no HDF5 file");
+  { Hdf5File(directory / "cut.h5", Hdf5File::Mode::kCreate).write<int32_t>("x", ramp(5000), {5000}); }
+  std::filesystem::resize_file(directory / "cut.h5", 1000);
+  EXPECT_EQ(user_complaint([&] { Hdf5File(directory / "cut.h5", Hdf5File::Mode::kRead); }, directory / "cut.h5")
+                .rfind("cannot be opened: truncated file", 0),
+            0U);
+  EXPECT_THROW(Hdf5File("/dev/full/x.h5", Hdf5File::Mode::kCreate), IoError);
+}
+
+TEST(Hdf5, WritingADatasetTwiceSaysSo) {
+  const TemporaryDirectory directory;
+  Hdf5File file(directory / "x.h5", Hdf5File::Mode::kCreate);
+  file.write<int32_t>("x", ramp(2), {2});
+  try {
+    file.write<int32_t>("x", ramp(2), {2});
+    FAIL() << "accepted";
+  } catch (const IoError& error) {
+    EXPECT_NE(std::string(error.what()).find("cannot write dataset 'x': "), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("exists"), std::string::npos) << error.what();
+  }
+}
+
+TEST(Hdf5, ManyThreadsReadOneFile) {
+  const TemporaryDirectory directory;
+  const auto path = directory / "x.h5";
+  Hdf5File(path, Hdf5File::Mode::kCreate).write<int32_t>("x", ramp(50000), {50000});
+  const Hdf5File file(path, Hdf5File::Mode::kRead);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([&, t] {
+      for (int64_t first = t; first < 50000; first += 1000)
+        if (file.read<int32_t>("x", first, 1)[0] != first) ++wrong;
+    });
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+}  // namespace
+}  // namespace moraine::core

@@ -1,0 +1,41 @@
+#include "core/json.h"
+
+#include <gtest/gtest.h>
+
+#include "core/error.h"
+#include "temporary_directory.h"
+
+namespace moraine::core {
+namespace {
+
+std::string complaint(const std::string& text) {
+  try {
+    parse_json(text, "x.json");
+  } catch (const UserError& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST(Json, DumpDoesNotDependOnKeyOrder) {
+  EXPECT_EQ(parse_json(R"({"b":1,"a":[2.50]})", "x").dump(), parse_json(R"({"a":[2.5], "b":1})", "y").dump());
+}
+
+TEST(Json, ErrorsNameLineAndColumn) {
+  EXPECT_EQ(complaint("{\"a\": 1,\n  oops}").rfind("x.json:2:3: not valid JSON: ", 0), 0U)
+      << complaint("{\"a\": 1,\n  oops}");
+}
+
+TEST(Json, RefusesAKeyThatStandsTwice) {
+  EXPECT_EQ(complaint(R"({"a":{"k":1},"b":{"k":1}})"), "accepted");
+  EXPECT_EQ(complaint(R"({"a":{"k":1,"k":2}})"), "x.json: key 'k' stands twice in one object");
+}
+
+TEST(Json, MissingFileIsTheUsersToFix) {
+  const TemporaryDirectory directory;
+  EXPECT_THROW(read_json(directory / "none.json"), UserError);
+  EXPECT_THROW(read_json(directory.path()), IoError);
+}
+
+}  // namespace
+}  // namespace moraine::core
