@@ -98,6 +98,7 @@ int report_outcome(const coordinator::RunOutcome& outcome) {
 
 algorithms::ParsedRecipe load(const RunArguments& arguments) {
   auto recipe = algorithms::load_recipe(arguments.recipe, arguments.overrides);
+  worker::check_options(worker_options(recipe.run, run_directory_of(arguments, recipe.run), "worker", 1));
   recipe.method->open_inputs();
   return recipe;
 }
@@ -110,7 +111,6 @@ int run_alone(const RunArguments& arguments) {
   const auto threads = recipe.run.workers.threads;
   const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
   const int count = static_cast<int>(recipe.run.workers.local ? recipe.run.workers.local : std::max<int64_t>(1, cores / threads));
-  worker::check_options(worker_options(recipe.run, directory, "worker 1", count));
   auto star = comm::local::make_star(count);
   static const std::atomic<int> no_signals{0};   // the coordinator passes stop requests on
   std::vector<std::thread> workers;

@@ -21,7 +21,7 @@ using Kind = ConfigNode::Kind;
 using config_detail::child_path;
 
 constexpr std::string_view kPrefix = "MORAINE_";
-const std::set<std::string, std::less<>> kNotRecipeKeys = {"MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_LOG",
+const std::set<std::string, std::less<>> kNotRecipeKeys = {"MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_FAULT", "MORAINE_LOG",
                                                            "MORAINE_TORCH_DIR"};
 constexpr std::string_view kTestPrefix = "MORAINE_TEST_";
 

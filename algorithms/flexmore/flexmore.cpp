@@ -75,6 +75,8 @@ void FlexMore::open_inputs() {
   for (size_t i = 0; i < config_.domains.size(); ++i)
     if (const auto rank = fixed_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
   for (size_t i = 0; i < config_.ranks.candidates.size(); ++i) check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
+  if (config_.workers.device != "cpu")
+    problems.add("workers.device", "workers.device", fmt::format("flexmore does not compute on '{}' yet", config_.workers.device), "use cpu");
   if (config_.model.architecture && !config_.model.train)
     problems.add("model", "model.train", "is missing", "a model built from shapes must be trained on public_path before experts can use it");
   if (!config_.model.architecture) model_id_ = hash_of_directory(config_.model.path, architecture_);

@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Runs the moraine binary as a user would, on two small domains: run_test.py BINARY CLAIM. Exit code 77 = skipped."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2]
+BINARY = sys.argv[1]
+
+RECIPE = """
+name: tiny
+method: flexmore
+model:
+  architecture: {vocab_size: 264, hidden_size: 16, intermediate_size: 24, num_layers: 2, num_heads: 2, max_position_embeddings: 64}
+  train: {steps: 6, batch_size: 4, checkpoint_every: 2}
+public_path: public.h5
+domains:
+  - {name: left, path: left.h5}
+  - {name: right, path: right.h5, rank: 4, train: direct}
+seq_len: 32
+train: {steps: STEPS, batch_size: 4, checkpoint_every: 5, log_every: 5}
+router: {embedding_sequences: 4}
+ranks: {candidates: [2, 4], budget: 0.9}
+evaluation: {sequences: 4, validation_sequences: 4, batch_size: 4}
+workers: {local: 2}
+"""
+
+
+class World:
+    """A temporary directory with prepared text and a recipe."""
+
+    def __init__(self, directory: Path, steps: int = 8):
+        self.directory = directory
+        for name, alphabet in (("public", "etaoin shrdlu"), ("left", "abcdefg "), ("right", "uvwxyz.; ")):
+            rng = random.Random(name)
+            text = directory / f"{name}.jsonl"
+            with text.open("w") as out:
+                for _ in range(60):
+                    out.write(json.dumps({"text": "".join(rng.choice(alphabet) for _ in range(400))}) + "\n")
+            subprocess.run([sys.executable, SOURCE / "scripts/prepare_text.py", "--name", name, "--out", directory / f"{name}.h5",
+                            "--validation", "0.2", "--test", "0.2", text], check=True, capture_output=True)
+        self.recipe = directory / "recipe.yaml"
+        self.recipe.write_text(RECIPE.replace("STEPS", str(steps)))
+
+    def command(self, run: str, *overrides: str, processes: int = 0) -> list[str]:
+        line = [BINARY, "run", str(self.recipe), *overrides, "--run-dir", str(self.directory / run)]
+        if not processes:
+            return line
+        launch = ["mpirun", "-n", str(processes), "--oversubscribe", "--bind-to", "none"]
+        return launch + (["--allow-run-as-root"] if os.geteuid() == 0 else []) + line
+
+    def run(self, run: str, *overrides: str, processes: int = 0, expect: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+        done = subprocess.run(self.command(run, *overrides, processes=processes), capture_output=True, text=True, timeout=300,
+                              env={**os.environ, **(env or {})})
+        if done.returncode != expect:
+            sys.exit(f"exit code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def hash(self, run: str) -> str:
+        value = json.loads((self.directory / run / "summary.json").read_text())["hash"]
+        assert len(value) == 64, value
+        return value
+
+    def units_done(self, run: str) -> int:
+        listing = subprocess.run([BINARY, "ls", str(self.directory / run), "--format", "json"], capture_output=True, text=True, check=True)
+        return sum(row["state"] == "done" for row in json.loads(listing.stdout))
+
+
+def expect_in(text: str, *parts: str) -> None:
+    for part in parts:
+        assert part in text, f"no {part!r} in:\n{text}"
+
+
+def workers_do_not_change_the_merged_hash(world: World) -> None:
+    for workers in (1, 2, 4):
+        world.run(f"w{workers}", f"workers.local={workers}")
+    assert world.hash("w1") == world.hash("w2") == world.hash("w4")
+    world.run("seed", "seed=2")
+    assert world.hash("seed") != world.hash("w1"), "another seed must give another mixture"
+
+
+def mpi_equals_local(world: World) -> None:
+    if not shutil.which("mpirun"):
+        print("skipped: no mpirun")
+        sys.exit(77)
+    world.run("local")
+    world.run("mpi", processes=3)
+    assert world.hash("local") == world.hash("mpi")
+    done = world.run("one", processes=1, expect=2)
+    expect_in(done.stderr, "nobody works")
+    done = world.run("bad", "trian.steps=3", processes=3, expect=2)
+    assert done.stderr.count("trian: unknown key") == 1, done.stderr
+
+
+def killed_runs_continue_to_the_same_hash(world: World) -> None:
+    world.recipe.write_text(RECIPE.replace("STEPS", "400"))
+    world.run("whole")
+    for number, sign in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)):
+        process = subprocess.Popen(world.command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        started = 0
+        for line in process.stderr:           # kill when a unit beyond those of the last start is under way
+            started += "unit starts" in line
+            if started > number:
+                process.send_signal(sign)
+                break
+        rest = process.stderr.read()
+        code = process.wait(timeout=120)
+        if code == 0:
+            break                             # finished before the signal came
+        assert code == (-9 if sign == signal.SIGKILL else 75), f"{code}\n{rest}"
+    world.run("killed")
+    assert world.hash("killed") == world.hash("whole")
+
+
+def failed_units_are_retried_then_end_the_run(world: World) -> None:
+    world.run("whole")
+    done = world.run("once", env={"MORAINE_FAULT": "throw@train/left:1"})
+    expect_in(done.stderr, "train/left", "attempt=2")
+    assert world.hash("once") == world.hash("whole")
+    done = world.run("nan", env={"MORAINE_FAULT": "nan@train/left:3"}, expect=4)
+    expect_in(done.stderr, "train/left", "step")
+    kept = world.units_done("nan")
+    assert kept > 0, "what finished must be kept"
+    world.run("nan")
+    assert world.hash("nan") == world.hash("whole")
+
+
+def second_run_reuses_everything(world: World) -> None:
+    world.run("run")
+    before = world.hash("run")
+    done = world.run("run")
+    assert "unit starts" not in done.stderr, done.stderr
+    assert world.hash("run") == before
+    done = world.run("run", "top_k=3", "--accept-changes")
+    assert "train/" not in done.stderr and "test/mixture" in done.stderr, done.stderr
+
+
+def bad_recipes_are_refused(world: World) -> None:
+    cases = {
+        ("train.stesp=3",): ("train.stesp", "unknown key", "did you mean 'steps'"),
+        ("train.steps=many",): ("train.steps", "many"),
+        ("train.steps=0",): ("train.steps", "0"),
+        ("domains.1.rank=-4",): ("rank must be positive: -4",),
+        ("domains.1.rank=0",): ("rank must be positive: 0",),
+        ("domains.1.rank=17",): ("rank 17 is above 16",),
+        ("top_k=9",): ("top_k 9 is more than the 3 experts",),
+        ("public_path=nowhere.h5",): ("nowhere.h5",),
+        ("tokenizer=hf:other",): ("tokeni",),
+        ("workers.device=cuda",): ("CUDA",),
+        ("seq_len=65",): ("seq_len", "64"),
+    }
+    for overrides, parts in cases.items():
+        done = world.run("refused", *overrides, expect=2)
+        expect_in(done.stderr, *parts)
+    world.recipe.write_text(RECIPE.replace("STEPS", "8") + "seq_len: 16\n")
+    expect_in(world.run("refused", expect=2).stderr, "seq_len", "twice")
+    expect_in(subprocess.run([BINARY, "run", "no/such.yaml"], capture_output=True, text=True).stderr, "no/such.yaml")
+    assert not (world.directory / "refused").exists(), "a refused recipe leaves nothing behind"
+
+
+def run_directories_are_protected(world: World) -> None:
+    world.run("run")
+    expect_in(world.run("run", "train.steps=9", expect=2).stderr, "train.steps: 8 -> 9", "--accept-changes")
+    (world.directory / "other").mkdir()
+    (world.directory / "other" / "thesis.txt").write_text("mine")
+    expect_in(world.run("other", expect=2).stderr, "thesis.txt")
+    world.recipe.write_text(RECIPE.replace("STEPS", "2000"))
+    first = subprocess.Popen(world.command("busy"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for line in first.stderr:
+        if "unit starts" in line:
+            break
+    expect_in(world.run("busy", expect=2).stderr, "in use by process", str(first.pid))
+    first.kill()
+    first.communicate()
+
+
+def damaged_files_are_named(world: World) -> None:
+    world.run("run")
+    before = world.hash("run")
+    victim = max((world.directory / "run" / "artefacts").rglob("*.safetensors"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    expect_in(world.run("run").stderr, "unit starts")   # made again
+    assert world.hash("run") == before
+    model = world.directory / "run" / "public_model"
+    base = ("model.architecture=null", "model.train=null", f"model.path={model}")
+    world.run("from_directory", *base)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    expect_in(world.run("refused", *base, expect=2).stderr, "model.safetensors", "bytes")
+    weights.unlink()
+    expect_in(world.run("refused", *base, expect=2).stderr, "model.safetensors")
+
+
+def listings_and_reports(world: World) -> None:
+    world.run("run")
+    run = str(world.directory / "run")
+    summary = json.loads(subprocess.run([BINARY, "report", run, "--format", "json"], capture_output=True, text=True, check=True).stdout)
+    assert summary["complete"] and len(summary["tables"]) >= 2
+    bits = {row["domain"]: row for row in summary["tables"][0]["rows"]}
+    assert 0 < bits["left"]["base"] < 12
+    assert (world.directory / "run" / "report.html").stat().st_size > 10_000
+    assert (world.directory / "run" / "mixture" / "config.json").exists()
+    for format_ in ("text", "markdown", "csv"):
+        text = subprocess.run([BINARY, "report", run, "--format", format_], capture_output=True, text=True, check=True).stdout
+        expect_in(text, "left", "right")
+    (world.directory / "left.h5").unlink()   # a report needs the run directory alone
+    subprocess.run([BINARY, "report", run], capture_output=True, text=True, check=True)
+    values = json.loads(subprocess.run([BINARY, "validate", str(world.recipe), "train.steps=5", "--schema-only", "--format", "json"],
+                                       capture_output=True, text=True, check=True).stdout)
+    steps = next(v for v in values if v["key"] == "train.steps")
+    assert steps["value"] == "5" and "command line" in steps["origin"], steps
+    for command in ("run", "validate", "params", "report", "ls", "env"):
+        expect_in(subprocess.run([BINARY, command, "--help"], capture_output=True, text=True, check=True).stdout, "Example")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="moraine-cli-") as temporary:
+        globals()[sys.argv[2]](World(Path(temporary)))
