@@ -144,7 +144,7 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
     s.base = model_id_;
   } else {
     core::Json spec = {{"architecture", architecture_.to_json()}, {"initializer_range", architecture_.initializer_range},
-                       {"train", train_identity(*config_.model.train)}, {"save_dtype", config_.model.save_dtype},
+                       {"train", train_identity(*config_.model.train)}, {"log_every", config_.model.train->log_every}, {"save_dtype", config_.model.save_dtype},
                        {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "base")}, {"data", data_spec("public", "train")}};
     s.base = plan.need(make_unit("train_base", "train/public", std::move(spec), {}, training_cost(*config_.model.train, model), s));
     if (!s.base) return s;
@@ -162,7 +162,7 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
   // One expert per domain; its cuts; their scores on validation text.
   bool ranks_known = true;
   for (const auto& d : config_.domains) {
-    core::Json spec = {{"name", d.name}, {"rank", d.train == "direct" ? *fixed_rank(d) : 0}, {"train", train_identity(config_.train)},
+    core::Json spec = {{"name", d.name}, {"rank", d.train == "direct" ? *fixed_rank(d) : 0}, {"train", train_identity(config_.train)}, {"log_every", config_.train.log_every},
                        {"router", values.at("router")}, {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "expert/" + d.name)},
                        {"data", data_spec(d.name, "train")}};
     const auto expert = plan.need(make_unit("train_expert", "train/" + d.name, std::move(spec), {*s.public_embedding}, training_cost(config_.train, 1.5 * model), s));
