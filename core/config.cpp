@@ -21,8 +21,10 @@ using Kind = ConfigNode::Kind;
 using config_detail::child_path;
 
 constexpr std::string_view kPrefix = "MORAINE_";
-const std::set<std::string, std::less<>> kNotRecipeKeys = {"MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_FAULT", "MORAINE_LOG",
-                                                           "MORAINE_TORCH_DIR"};
+// Variables of the scripts, the build, the log and fault injection (worker/fault.h).
+const std::set<std::string, std::less<>> kNotRecipeKeys = {
+    "MORAINE_BENCH", "MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_FAULT",
+    "MORAINE_LOG",   "MORAINE_RESULTS",   "MORAINE_SKIP_APT",    "MORAINE_TORCH_DIR"};
 constexpr std::string_view kTestPrefix = "MORAINE_TEST_";
 
 std::vector<std::string> split_path(std::string_view path) {
