@@ -16,7 +16,7 @@ namespace moraine::comm {
 /// tells the conversation. `unit` and `artefact` are ids, `attempt` counts from 1.
 enum class MessageType : uint16_t {
   kHello = 1,     // worker -> coordinator: {host, pid, threads, device, version}: first words of a worker
-  kRefuse = 2,    // coordinator -> worker: {code, text}: the worker exits
+  kRefuse = 2,    // coordinator -> worker: {code, text}: the worker exits with that code
   kPoll = 3,      // worker -> coordinator: {}: ready for a unit; answered by kLease as soon as there is one
   kLease = 4,     // coordinator -> worker: {unit: Unit::to_json, attempt}
   kFetch = 5,     // worker -> coordinator: {artefact}: send me this input

@@ -191,7 +191,7 @@ void Coordinator::receive() {
   if (!received.value()) return;
   const comm::Envelope envelope = std::move(*received.value());
   const auto malformed = [&](const std::exception& error) {
-    apply(effect::Refuse{envelope.peer, "malformed",
+    apply(effect::Refuse{envelope.peer, core::kExitInternal,
                          fmt::format("message type {}: {}", static_cast<int>(envelope.message.type), error.what())});
     handle(event::Gone{envelope.peer, "it sent a malformed message"});
   };

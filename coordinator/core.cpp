@@ -60,7 +60,7 @@ void Core::on(const event::Hello& hello) {
   Worker& worker = workers_[static_cast<size_t>(hello.worker)];
   if (hello.info.version != options_.version) {
     effects_.push_back(
-        effect::Refuse{hello.worker, "version",
+        effect::Refuse{hello.worker, core::kExitUser,
                        fmt::format("the coordinator is version {}, worker {} on {} is version {}", options_.version,
                                    hello.worker, hello.info.host, hello.info.version)});
     on(event::Gone{hello.worker, "it is of another version"});
@@ -76,7 +76,7 @@ void Core::on(const event::Poll& poll) {
   Worker& worker = workers_[static_cast<size_t>(poll.worker)];
   if (worker.gone) return;  // it was refused and has not read that yet
   if (!worker.greeted) {
-    effects_.push_back(effect::Refuse{poll.worker, "hello", "the first message of a worker must be hello"});
+    effects_.push_back(effect::Refuse{poll.worker, core::kExitInternal, "the first message of a worker must be hello"});
     on(event::Gone{poll.worker, "it polled before it said hello"});
   } else if (worker.unit.empty()) {
     worker.waiting = true;

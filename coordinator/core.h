@@ -66,7 +66,7 @@ namespace effect {
 struct Lease { int worker; algorithms::Unit unit; int attempt; };   // worker 0: run it here
 struct Accept { algorithms::Unit unit; std::string host; event::Finished result; };   // store, journal, then event::Accepted
 struct RecordFailure { std::string unit, label; int worker; std::string host; int attempt; Problem problem; };
-struct Refuse { int worker; std::string code, text; };
+struct Refuse { int worker; int code; std::string text; };   // code: the exit code of the worker
 struct StopWorkers { std::string reason; };
 struct Log { core::log::Level level; std::string text; };
 struct Finish { RunOutcome outcome; };   // the last effect of a run

@@ -161,7 +161,7 @@ class CoordinatorTest : public testing::Test {
       CrashingChannel channel(std::move(star.coordinator), crash_at);
       const RunState* state = nullptr;
       Coordinator coordinator(
-          run_directory, channel, toy_plan,
+          run_directory, channel, plan_,
           [&](const Unit& unit) {
             return toy_execute(unit, [&](const std::string& id) { return state->artefact(id); });
           },
@@ -186,6 +186,7 @@ class CoordinatorTest : public testing::Test {
   TempDirectory directory_;
   std::filesystem::path root_ = directory_.path() / "run";
   std::atomic<int> signals_ = 0;
+  Core::Planner plan_ = toy_plan;
 };
 
 TEST_F(CoordinatorTest, ResultDoesNotDependOnTheNumberOfWorkers) {
@@ -378,6 +379,19 @@ TEST_F(CoordinatorTest, ADiskThatCannotTakeAnArtefactEndsTheRunAndLosesNothing) 
   ASSERT_EQ(run(1).exit_code, 0);
   EXPECT_EQ(read_run(root_).units[kept - 1].epoch, 1);
   EXPECT_EQ(read_run(root_).units.back().epoch, 2);
+}
+
+TEST_F(CoordinatorTest, APlanThatThrowsStopsTheWorkersAndGivesItsExitCode) {
+  plan_ = [](const RunState& state) -> Plan {
+    Plan plan = toy_plan(state);
+    if (!plan.finished.empty()) throw core::UserError("algorithms/toy: experts do not fit", "choose others");
+    return plan;
+  };
+  const RunOutcome outcome = run(2);
+  EXPECT_EQ(outcome.exit_code, core::kExitUser);
+  EXPECT_EQ(outcome.message, "algorithms/toy: experts do not fit");
+  EXPECT_EQ(outcome.hint, "choose others");
+  EXPECT_EQ(read_run(root_).units.size(), 1u);
 }
 
 TEST(ReadRun, RefusesADirectoryThatIsNoRun) {

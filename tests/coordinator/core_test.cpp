@@ -298,9 +298,9 @@ TEST(Core, StopsWorkersWhenSomethingElseBreaksAndEndsWithThatCode) {
 TEST(Core, RefusesWorkersOfAnotherVersion) {
   Script script(2, {toy_unit("a")});
   script.start();
-  EXPECT_THAT(script.feed(event::Hello{1, {"host", 1, 1, "cpu", "2"}}), ElementsAre("refuse 1 version"));
+  EXPECT_THAT(script.feed(event::Hello{1, {"host", 1, 1, "cpu", "2"}}), ElementsAre("refuse 1 2"));
   EXPECT_THAT(script.poll(1), IsEmpty());
-  EXPECT_THAT(script.feed(event::Poll{2}), ElementsAre("refuse 2 hello", "stop stop", "finish 3"));
+  EXPECT_THAT(script.feed(event::Poll{2}), ElementsAre("refuse 2 70", "stop stop", "finish 3"));
 }
 
 TEST(Core, SaysOnceWhichWorkersHaveNothingToDo) {
