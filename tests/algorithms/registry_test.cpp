@@ -34,9 +34,13 @@ TEST(Registry, EveryMethodFolderIsRegisteredAndHasReadmeRecipeAndTest) {
 }
 
 TEST(Registry, EveryRecipeParses) {
-  for (const auto& file : fs::recursive_directory_iterator(kSource / "recipes"))
-    if (file.path().extension() == ".yaml" && fs::exists(kSource / "recipes/models/tiny-public/config.json"))
-      EXPECT_NO_THROW(load_recipe(file.path(), {})) << file.path();
+  int recipes = 0;
+  for (const auto& file : fs::recursive_directory_iterator(kSource / "recipes")) {
+    if (file.path().extension() != ".yaml") continue;
+    EXPECT_NO_THROW(load_recipe(file.path(), {})) << file.path();
+    ++recipes;
+  }
+  EXPECT_GE(recipes, 4);
 }
 
 }  // namespace
