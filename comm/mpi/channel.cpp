@@ -63,11 +63,11 @@ class MpiChannel final : public Channel {
   ~MpiChannel() override {
     const auto end = Clock::now() + kLinger;
     auto nap = kFirstNap;
-    while (settle_sends().ok() && !outgoing_.empty() && Clock::now() < end) rest(nap);
-    if (outgoing_.empty()) return;
-    core::log::warn("a peer does not take its last messages: process={} messages={}", self_, outgoing_.size());
+    while (settle_sends().ok() && !outgoing_->empty() && Clock::now() < end) rest(nap);
+    if (outgoing_->empty()) return;
+    core::log::warn("a peer does not take its last messages: process={} messages={}", self_, outgoing_->size());
     // MPI may still read these buffers: they must outlive the channel, so they are never freed.
-    static_cast<void>(new std::deque<Outgoing>(std::move(outgoing_)));
+    static_cast<void>(outgoing_.release());
   }
 
   int peers() const override { return self_ == 0 ? size_ - 1 : 1; }
@@ -81,9 +81,9 @@ class MpiChannel final : public Channel {
     std::memcpy(out.control.data(), &header, sizeof header);
     std::memcpy(out.control.data() + sizeof header, text.data(), text.size());
     out.payload = std::move(message.payload);
-    outgoing_.push_back(std::move(out));
-    if (auto sent = start_send(peer, outgoing_.back().control); !sent.ok()) return sent;
-    for (auto remaining = outgoing_.back().payload.span(); !remaining.empty();) {
+    outgoing_->push_back(std::move(out));
+    if (auto sent = start_send(peer, outgoing_->back().control); !sent.ok()) return sent;
+    for (auto remaining = outgoing_->back().payload.span(); !remaining.empty();) {
       const auto chunk = remaining.first(std::min(chunk_bytes_, remaining.size()));
       if (auto sent = start_send(peer, chunk); !sent.ok()) return sent;
       remaining = remaining.subspan(chunk.size());
@@ -120,22 +120,21 @@ class MpiChannel final : public Channel {
   }
 
   core::Result<void> start_send(int peer, std::span<const std::byte> bytes) {
-    MPI_Request request = MPI_REQUEST_NULL;
-    const int code =
-        MPI_Isend(bytes.data(), static_cast<int>(bytes.size()), MPI_BYTE, peer, kTag, MPI_COMM_WORLD, &request);
+    MPI_Request& request = outgoing_->back().requests.emplace_back(MPI_REQUEST_NULL);
+    const int size = static_cast<int>(bytes.size());
+    const int code = MPI_Isend(bytes.data(), size, MPI_BYTE, peer, kTag, MPI_COMM_WORLD, &request);
     if (code != MPI_SUCCESS) return core::Failure{fmt::format("comm/mpi: send to process {}: {}", peer, reason(code))};
-    outgoing_.back().requests.push_back(request);
     return {};
   }
 
   /// Lets MPI work on what is being sent and drops what has left.
   core::Result<void> settle_sends() {
-    for (auto out = outgoing_.begin(); out != outgoing_.end();) {
+    for (auto out = outgoing_->begin(); out != outgoing_->end();) {
       int done = 0;
       const int code =
           MPI_Testall(static_cast<int>(out->requests.size()), out->requests.data(), &done, MPI_STATUSES_IGNORE);
       if (code != MPI_SUCCESS) return core::Failure{reason(code)};
-      out = done != 0 ? outgoing_.erase(out) : std::next(out);
+      out = done != 0 ? outgoing_->erase(out) : std::next(out);
     }
     return {};
   }
@@ -205,7 +204,7 @@ class MpiChannel final : public Channel {
   size_t chunk_bytes_;
   int next_ = 0;
   std::vector<Incoming> incoming_;  // by peer
-  std::deque<Outgoing> outgoing_;
+  std::unique_ptr<std::deque<Outgoing>> outgoing_ = std::make_unique<std::deque<Outgoing>>();
 };
 
 }  // namespace

@@ -17,7 +17,8 @@ bool available() { return true; }
 
 Session::Session() : exceptions_at_start_(std::uncaught_exceptions()) {
   if (launched()) {
-    // The signal is for deaths from now on; a launcher that died before this line makes MPI_Init fail.
+    // Open MPI notices a dead launcher by itself only while its own threads get to run. The signal is for deaths from
+    // now on; a launcher that died before this line makes MPI_Init fail.
     prctl(PR_SET_PDEATHSIG, SIGKILL);
   }
   int provided = MPI_THREAD_SINGLE;
