@@ -1,6 +1,7 @@
 #include "core/hdf5.h"
 
 #include <algorithm>
+#include <exception>
 #include <mutex>
 #include <numeric>
 #include <type_traits>
@@ -9,6 +10,7 @@
 #include <hdf5.h>
 
 #include "core/error.h"
+#include "core/file.h"
 #include "core/log.h"
 
 namespace moraine::core {
@@ -16,6 +18,7 @@ namespace moraine::core {
 namespace {
 
 constexpr hsize_t kChunkElements = 1 << 16;
+constexpr size_t kMemoryStep = 1 << 20;   // bytes by which a file in memory grows
 constexpr int64_t kSmallElements = 4096;  // not worth a chunk index
 
 std::mutex& library_mutex() {
@@ -103,6 +106,8 @@ std::vector<hsize_t> chunk_of(const std::vector<hsize_t>& dims) {
 
 struct Hdf5File::Handle {
   std::filesystem::path path;
+  bool is_new = false;
+  int unwinding = std::uncaught_exceptions();
   hid_t file = -1;
 
   template <typename... Args>
@@ -114,7 +119,7 @@ struct Hdf5File::Handle {
   [[noreturn]] void fail_io(fmt::format_string<Args...> text, Args&&... args) const {
     throw IoError(
         fmt::format("{}: {}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...), last_reason()),
-        "check space and permissions there");
+        "check the path and the memory left");
   }
 
   // H5Lexists wants every group on the way to exist.
@@ -221,9 +226,11 @@ Hdf5File::Hdf5File(const std::filesystem::path& path, Mode mode) : handle_(std::
   const Library library;
   handle_->path = path;
   if (mode == Mode::kCreate) {
-    std::error_code ignored;  // H5Fcreate reports what is wrong
-    if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path(), ignored);
-    handle_->file = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    // In memory: HDF5 1.10 crashes at exit after it could not write a file out.
+    const Id access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
+    H5Pset_fapl_core(access, kMemoryStep, /*backing_store=*/0);
+    handle_->is_new = true;
+    handle_->file = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access);
     if (handle_->file < 0) handle_->fail_io("cannot create the file");
     return;
   }
@@ -234,8 +241,10 @@ Hdf5File::Hdf5File(const std::filesystem::path& path, Mode mode) : handle_(std::
 }
 
 Hdf5File::~Hdf5File() {
+  if (!handle_) return;
+  if (std::uncaught_exceptions() > handle_->unwinding) handle_->is_new = false;
   try {
-    if (handle_) close();
+    close();
   } catch (const Error& error) {
     log::error("closing a file failed: {}", error.what());
   }
@@ -244,16 +253,19 @@ Hdf5File::~Hdf5File() {
 Hdf5File::Hdf5File(Hdf5File&&) noexcept = default;
 
 void Hdf5File::close() {
-  const Library library;
-  const hid_t file = std::exchange(handle_->file, -1);
-  if (file < 0) return;
-  const bool flushed = H5Fflush(file, H5F_SCOPE_LOCAL) >= 0;
-  const std::string reason = flushed ? "" : last_reason();
-  const bool closed = H5Fclose(file) >= 0;
-  if (!flushed || !closed)
-    throw IoError(
-        fmt::format("{}: cannot write the file out: {}", handle_->path.string(), flushed ? last_reason() : reason),
-        "check space and permissions there");
+  if (handle_->file < 0) return;
+  std::vector<std::byte> image;
+  {
+    const Library library;
+    const Id file(std::exchange(handle_->file, -1), H5Fclose);
+    if (!handle_->is_new) return;
+    const bool flushed = H5Fflush(file, H5F_SCOPE_LOCAL) >= 0;
+    const ssize_t size = flushed ? H5Fget_file_image(file, nullptr, 0) : -1;
+    if (size > 0) image.resize(static_cast<size_t>(size));
+    if (size < 0 || H5Fget_file_image(file, image.data(), image.size()) != size)
+      handle_->fail_io("cannot finish the file");
+  }
+  write_atomically(handle_->path, image);
 }
 
 bool Hdf5File::has(const std::string& dataset) const {

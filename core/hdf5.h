@@ -19,13 +19,13 @@ namespace moraine::core {
 class Hdf5File {
  public:
   enum class Mode { kRead, kCreate };
-  /// kCreate replaces a file. Throws UserError if a file to read is missing or is no HDF5 file, IoError if one cannot
-  /// be made.
+  /// kCreate builds the file in memory; it appears whole, replacing what was there, when it is closed.
+  /// Throws UserError if a file to read is missing or is no HDF5 file.
   Hdf5File(const std::filesystem::path& path, Mode mode);
-  /// Closes; a failure then can only be logged. Call close() after writing.
+  /// Closes; a failure then can only be logged, and while an exception unwinds nothing is written. Call close().
   ~Hdf5File();
   Hdf5File(Hdf5File&&) noexcept;
-  /// Writes out and closes. Throws IoError, for instance when the disk is full. Nothing may be called afterwards.
+  /// Writes a new file out as write_atomically does, and closes. Throws IoError. Nothing may be called afterwards.
   void close();
 
   bool has(const std::string& dataset) const;

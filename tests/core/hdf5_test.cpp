@@ -1,11 +1,15 @@
 #include "core/hdf5.h"
 
+#include <csignal>
 #include <numeric>
 #include <thread>
+
+#include <sys/resource.h>
 
 #include <gtest/gtest.h>
 
 #include "core/error.h"
+#include "core/hash.h"
 #include "python_peer.h"
 #include "temporary_directory.h"
 
@@ -116,7 +120,43 @@ TEST(Hdf5, FilesThatAreNoneAreTheUsersToFix) {
   EXPECT_EQ(user_complaint([&] { Hdf5File(directory / "cut.h5", Hdf5File::Mode::kRead); }, directory / "cut.h5")
                 .rfind("cannot be opened: truncated file", 0),
             0U);
-  EXPECT_THROW(Hdf5File("/dev/full/x.h5", Hdf5File::Mode::kCreate), IoError);
+}
+
+// A file size limit stands in for a full disk.
+void write_past_the_limit(const std::filesystem::path& path) {
+  std::signal(SIGXFSZ, SIG_IGN);
+  const rlimit limit{1 << 16, 1 << 16};
+  ::setrlimit(RLIMIT_FSIZE, &limit);
+  try {
+    Hdf5File file(path, Hdf5File::Mode::kCreate);
+    auto values = ramp(1 << 20);
+    for (auto& value : values)
+      value = static_cast<int32_t>(crc32c(std::as_bytes(std::span(&value, 1))));  // deflate finds nothing
+    file.write<int32_t>("x", values, {1 << 20});
+    file.close();
+  } catch (const IoError& error) {
+    std::fputs(error.what(), stderr);
+    std::exit(error.exit_code());
+  }
+}
+
+TEST(Hdf5, FullDiskIsAnIoErrorAndKeepsTheOldFile) {
+  const TemporaryDirectory directory;
+  const auto path = directory.write("x.h5", "old");
+  EXPECT_EXIT(write_past_the_limit(path), testing::ExitedWithCode(kExitIo),
+              "cannot write " + path.string() + " \\([0-9]+ bytes\\): File too large");
+  EXPECT_TRUE(read_text(path) == "old");
+}
+
+TEST(Hdf5, AnUnfinishedFileNeverAppears) {
+  const TemporaryDirectory directory;
+  try {
+    Hdf5File file(directory / "x.h5", Hdf5File::Mode::kCreate);
+    file.write<int32_t>("x", ramp(2), {2});
+    throw UserError("stop");
+  } catch (const UserError&) {
+    EXPECT_FALSE(std::filesystem::exists(directory / "x.h5"));
+  }
 }
 
 TEST(Hdf5, WritingADatasetTwiceSaysSo) {
