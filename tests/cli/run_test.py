@@ -194,7 +194,7 @@ def damaged_files_are_named(world: World) -> None:
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    expect_in(world.run("refused", *base, expect=2).stderr, "model.safetensors", "bytes")
+    expect_in(world.run("refused", *base, expect=2).stderr, "model.safetensors", "truncated")
     weights.unlink()
     expect_in(world.run("refused", *base, expect=2).stderr, "model.safetensors")
 

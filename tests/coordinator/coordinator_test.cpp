@@ -391,7 +391,7 @@ TEST_F(CoordinatorTest, APlanThatThrowsStopsTheWorkersAndGivesItsExitCode) {
   EXPECT_EQ(outcome.exit_code, core::kExitUser);
   EXPECT_EQ(outcome.message, "algorithms/toy: experts do not fit");
   EXPECT_EQ(outcome.hint, "choose others");
-  EXPECT_EQ(read_run(root_).units.size(), 1u);
+  EXPECT_GE(read_run(root_).units.size(), 1u);   // the other worker may have finished its own before it was stopped
 }
 
 TEST(ReadRun, RefusesADirectoryThatIsNoRun) {

@@ -157,7 +157,7 @@ Vec get(const Memory& memory, int64_t count, DType dtype) {
 
 Random::Random() {
   const char* given = std::getenv("MORAINE_TEST_SEED");
-  seed_ = given != nullptr ? std::strtoull(given, nullptr, 10) : std::random_device{}();
+  seed_ = given != nullptr ? std::strtoull(given, nullptr, 10) : 20260208;   // fixed, so that a change of the code is the only thing that can break a test
   engine_.seed(seed_);
 }
 

@@ -55,7 +55,7 @@ double rounded(double x, DType dtype);
 /// Random values rounded to the type.
 class Random {
  public:
-  Random();  // a fresh seed each run, MORAINE_TEST_SEED repeats one
+  Random();  // a fixed seed; MORAINE_TEST_SEED chooses another
   uint64_t seed() const { return seed_; }
   Vec normal(int64_t count, DType dtype, double deviation = 1.0);
   int64_t below(int64_t bound);
