@@ -35,7 +35,7 @@ class Decoder {
   /// borrow the bytes when an `owner` is given that keeps them alive (an ArtefactPtr), else they are copied.
   static Decoder from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
                               const std::string& origin, std::optional<at::ScalarType> dtype,
-                              std::shared_ptr<const void> owner = nullptr);
+                              const std::shared_ptr<const void>& owner = nullptr);
   /// Shares this model's weights, frozen; slots start empty (mixture configs: with a fresh mixture attached).
   Decoder share() const;
 

@@ -121,7 +121,7 @@ Decoder Decoder::from_directory(const std::filesystem::path& directory, std::opt
 
 Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
                               const std::string& origin, std::optional<at::ScalarType> dtype,
-                              std::shared_ptr<const void> owner) {
+                              const std::shared_ptr<const void>& owner) {
   const std::vector<const core::TensorView*> views = matched(config, tensors, origin);
   const at::ScalarType compute = dtype ? *dtype : common_dtype(views, origin);
   std::map<std::string, at::Tensor> weights;
