@@ -11,6 +11,10 @@
 /// Both keep, for each output element, one order of operations that no blocking, tile shape or thread count changes:
 /// dot_rows sums lane l over columns l, l + W, .. of a chunk of kChunk columns, adds the lanes by a fixed tree and the chunks in
 /// order; multiply_rows is one chain over k. Internal linkage throughout, for the reason given in cpu_vec_x86.h.
+
+// Tiles must live in registers; left to itself GCC keeps some of them in memory.
+#define MORAINE_UNROLL _Pragma("GCC unroll 16")
+
 namespace moraine::kernels {
 namespace {
 
@@ -48,39 +52,54 @@ struct Gemm {
     Reg acc[M][N];
     const S* xr[M];
     const S* ar[N];
+    MORAINE_UNROLL
     for (int m = 0; m < M; ++m) xr[m] = x[m];
+    MORAINE_UNROLL
     for (int n = 0; n < N; ++n) ar[n] = a[n];
+    MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
+      MORAINE_UNROLL
       for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
     int64_t c = 0;
     if constexpr (requires { V::dot_pairs(xr[0], ar[0], acc[0][0]); }) {
       for (; c + V::kPairWidth <= len; c += V::kPairWidth)
+        MORAINE_UNROLL
         for (int n = 0; n < N; ++n)
+          MORAINE_UNROLL
           for (int m = 0; m < M; ++m) acc[m][n] = V::dot_pairs(xr[m] + c, ar[n] + c, acc[m][n]);
     }
     for (; c + W <= len; c += W) {
       Reg xv[M];
+      MORAINE_UNROLL
       for (int m = 0; m < M; ++m) xv[m] = V::load(xr[m] + c);
+      MORAINE_UNROLL
       for (int n = 0; n < N; ++n) {
         const Reg av = V::load(ar[n] + c);
+        MORAINE_UNROLL
         for (int m = 0; m < M; ++m) acc[m][n] = V::fma(xv[m], av, acc[m][n]);
       }
     }
     if (c < len) {
       const int tail = static_cast<int>(len - c);
+      MORAINE_UNROLL
       for (int n = 0; n < N; ++n) {
         const Reg av = V::load_n(ar[n] + c, tail);
+        MORAINE_UNROLL
         for (int m = 0; m < M; ++m) acc[m][n] = V::fma(V::load_n(xr[m] + c, tail), av, acc[m][n]);
       }
     }
+    MORAINE_UNROLL
     for (int m = 0; m < M; ++m) {
       Acc sums[N];
       if constexpr (N % 4 == 0) {  // the same tree as sum, four at a time
+        MORAINE_UNROLL
         for (int n = 0; n < N; n += 4) V::sum4(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], sums + n);
       } else {
+        MORAINE_UNROLL
         for (int n = 0; n < N; ++n) sums[n] = V::sum(acc[m][n]);
       }
       Acc* o = out + m * ldo;
+      MORAINE_UNROLL
       for (int n = 0; n < N; ++n) o[n] = accumulate ? o[n] + sums[n] : sums[n];
     }
   }
@@ -115,23 +134,31 @@ struct Gemm {
   [[gnu::always_inline]] static void tile(Left left, int64_t depth, RowOf q, Acc* const* c, int64_t column, bool accumulate,
                                           int tail) {
     Reg acc[M][NV];
+    MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
+      MORAINE_UNROLL
       for (int v = 0; v < NV; ++v) {
         const Acc* at = c[m] + column + v * W;
         acc[m][v] = !accumulate ? V::zero() : Tail ? V::load_n(at, tail) : V::load(at);
       }
     const Acc* p[M];
+    MORAINE_UNROLL
     for (int m = 0; m < M; ++m) p[m] = left.p + m * left.step_m;
     for (int64_t k = 0; k < depth; ++k) {
       const auto* row = q(k);
       Reg b[NV];
+      MORAINE_UNROLL
       for (int v = 0; v < NV; ++v) b[v] = Tail ? V::load_n(row, tail) : V::load(row + v * W);
+      MORAINE_UNROLL
       for (int m = 0; m < M; ++m) {
         const Reg s = V::set1(p[m][k * left.step_k]);
+        MORAINE_UNROLL
         for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(s, b[v], acc[m][v]);
       }
     }
+    MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
+      MORAINE_UNROLL
       for (int v = 0; v < NV; ++v) {
         Acc* at = c[m] + column + v * W;
         if constexpr (Tail) {

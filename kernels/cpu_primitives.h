@@ -9,12 +9,13 @@
 namespace moraine::kernels {
 namespace {
 
-constexpr int64_t kTokenBlock = 48;        // rows of a shrink task
+constexpr int64_t kTokenBlock = 96;        // rows of a shrink task
 constexpr int64_t kRankBlock = 128;        // ranks of a shrink task
-constexpr int64_t kPairBlock = 384;        // pairs of an expand task
+constexpr int64_t kPairBlock = 512;        // pairs of an expand task
+constexpr int64_t kSmallRank = 64;         // see combine
 constexpr int64_t kOuterStrip = 256;       // columns of an outer task
 constexpr int64_t kHiddenStrip = 128;      // columns of a hidden task; fixes the order of <h, q>
-constexpr size_t kBufferBytes = 192 << 10; // pair rows of one expand task: half of a small L2 cache
+constexpr size_t kBufferBytes = 512 << 10; // pair rows of one expand task; those of one expert should fit the L2 cache
 
 struct ThreadScratch {
   alignas(64) char panel[kPanelBytes];
@@ -23,9 +24,9 @@ struct ThreadScratch {
 };
 static_assert(kTokenBlock * kChunk * sizeof(double) <= 2 * kBufferBytes);
 
-/// Tokens of one expand task. Pair rows of 64 columns of double must fit the buffer, so at most kBufferBytes / 512 = 384.
-inline int64_t token_block(int64_t tokens, int64_t slots) {
-  const int64_t block = kPairBlock / slots > 0 ? kPairBlock / slots : 1;
+/// Tokens of one expand task: at most kPairBlock pair rows (of 64 columns of double they just fit the buffer).
+inline int64_t token_block(int64_t tokens, int64_t slots, int64_t pairs = kPairBlock) {
+  const int64_t block = pairs / slots > 0 ? pairs / slots : 1;
   return smaller(block, tokens);
 }
 
@@ -202,8 +203,14 @@ struct Cpu {
   static void combine(const CombineArgs& a, void* scratch, const Exec&) {
     const Route& route = *a.route;
     if (route.tokens == 0 || a.width == 0) return;
-    const int64_t block = token_block(route.tokens, route.slots), rows = block * route.slots;
-    int64_t strip = static_cast<int64_t>(kBufferBytes / sizeof(Acc)) / rows / 64 * 64;
+    // Small ranks: pair rows are the traffic, keep them in half of a small L2. Large ranks: weights are, read them once in
+    // long strips. Neither choice changes a bit.
+    int64_t max_rank = 0;
+    for (int i = 0; i < a.num_terms; ++i)
+      max_rank = a.terms[i].segments.max_rank > max_rank ? a.terms[i].segments.max_rank : max_rank;
+    const bool small = max_rank <= kSmallRank;
+    const int64_t block = token_block(route.tokens, route.slots, small ? kPairBlock / 2 : kPairBlock), rows = block * route.slots;
+    int64_t strip = static_cast<int64_t>((small ? kBufferBytes / 2 : kBufferBytes) / sizeof(Acc)) / rows / 64 * 64;
     strip = smaller<int64_t>(strip, 1024);
     const int64_t strips = ceil_div(a.width, strip), blocks = ceil_div(route.tokens, block);
     double flops = static_cast<double>(route.pairs() * a.width);
