@@ -332,6 +332,26 @@ void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, co
         << what << "[" << i << "] = " << out[i] << ", expected " << ref[i];
 }
 
+namespace {
+double unit_roundoff(DType dtype) {
+  switch (dtype) {
+    case DType::kBF16: return std::ldexp(1.0, -8);
+    case DType::kF16: return std::ldexp(1.0, -11);
+    case DType::kF32: return std::ldexp(1.0, -24);
+    default: return std::ldexp(1.0, -53);
+  }
+}
+}  // namespace
+
+void expect_close_terms(const Vec& out, const Vec& ref, const Vec& stored, const Vec& summed, int roundings, int64_t depth,
+                        DType dtype, const std::string& what) {
+  ASSERT_EQ(out.size(), ref.size()) << what;
+  const double u = roundings * unit_roundoff(dtype), wide = static_cast<double>(depth) * unit_roundoff(accumulate_dtype(dtype));
+  for (size_t i = 0; i < ref.size(); ++i)
+    ASSERT_LE(std::abs(out[i] - ref[i]), u * stored[i] + wide * summed[i])
+        << what << "[" << i << "] = " << out[i] << ", expected " << ref[i];
+}
+
 void expect_same_bits(const Vec& a, const Vec& b, const std::string& what) {
   ASSERT_EQ(a.size(), b.size()) << what;
   for (size_t i = 0; i < a.size(); ++i)

@@ -118,6 +118,15 @@ struct Tolerance {
 Tolerance output_tolerance(DType dtype);
 double gate_tolerance(DType dtype);  // on the vector over all pairs: single entries cancel
 void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, const std::string& what);
+/// Bound by condition, for sums whose terms may cancel and whose terms have heavy tails (products of normal variables: with two
+/// pairs of an expert an element can be 0.036 rms off by correct rounding alone, above rms_share):
+///
+///   |out - ref| <= roundings u stored + depth u' summed
+///
+/// u, u': unit roundoffs of the storage and accumulate types; roundings: times a factor of each product was stored; depth:
+/// longest chain of additions behind an element. First order, rigorous for any order of summation.
+void expect_close_terms(const Vec& out, const Vec& ref, const Vec& stored, const Vec& summed, int roundings, int64_t depth,
+                        DType dtype, const std::string& what);
 void expect_close_norm(const Vec& out, const Vec& ref, double relative, const std::string& what);
 void expect_same_bits(const Vec& a, const Vec& b, const std::string& what);
 

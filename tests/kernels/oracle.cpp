@@ -74,6 +74,44 @@ DeltaGrads delta_backward(const Experts& x, const Routing& r, const Vec& in, con
   return g;
 }
 
+GradMagnitudes delta_backward_magnitudes(const Experts& x, const Routing& r, const Vec& in, const Vec& dy) {
+  const DeltaGrads zeros{{}, Vec(x.a.size(), 0.0), Vec(x.bt.size(), 0.0), Vec(r.gates.size(), 0.0)};
+  GradMagnitudes m{zeros, zeros};
+  const std::vector<int64_t> offsets = x.offsets();
+  for (int64_t p = 0; p < r.tokens * r.slots; ++p) {
+    const int64_t e = r.index[at(p)], t = p / r.slots;
+    if (e < 0) continue;
+    const double s = x.scale[at(e)], w = std::abs(r.gates[at(p)]) * s;
+    const double *xt = &in[at(t * x.d_in)], *dyt = &dy[at(t * x.d_out)];
+    for (int64_t i = offsets[at(e)]; i < offsets[at(e + 1)]; ++i) {
+      double u = 0, v = 0, u_terms = 0, v_terms = 0;
+      for (int64_t c = 0; c < x.d_in; ++c) {
+        const double term = x.a[at(i * x.d_in + c)] * xt[c];
+        u += term, u_terms += std::abs(term);
+      }
+      if (x.dense) {
+        v = dyt[i - offsets[at(e)]], v_terms = std::abs(v);
+      } else {
+        for (int64_t c = 0; c < x.d_out; ++c) {
+          const double term = x.bt[at(i * x.d_out + c)] * dyt[c];
+          v += term, v_terms += std::abs(term);
+        }
+        for (int64_t c = 0; c < x.d_out; ++c) {
+          m.stored.dbt[at(i * x.d_out + c)] += w * std::abs(u * dyt[c]);
+          m.summed.dbt[at(i * x.d_out + c)] += w * u_terms * std::abs(dyt[c]);
+        }
+      }
+      for (int64_t c = 0; c < x.d_in; ++c) {
+        m.stored.da[at(i * x.d_in + c)] += w * std::abs(v * xt[c]);
+        m.summed.da[at(i * x.d_in + c)] += w * v_terms * std::abs(xt[c]);
+      }
+      m.stored.dgates[at(p)] += s * std::abs(u * v);
+      m.summed.dgates[at(p)] += s * (u_terms * std::abs(v) + std::abs(u) * v_terms);
+    }
+  }
+  return m;
+}
+
 namespace {
 struct Activation {
   Vec a, b, h;

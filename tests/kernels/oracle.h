@@ -39,6 +39,14 @@ Vec expert_backward(const Experts& x, int64_t e, const double* in, const double*
 Vec delta_forward(const Experts& x, const Routing& r, const Vec& in, const Vec& y0);
 DeltaGrads delta_backward(const Experts& x, const Routing& r, const Vec& in, const Vec& dy, const Vec& dx0);
 
+/// What rounding errors of the weight and gate gradients are in proportion to (first order): `stored` sums the absolute
+/// products whose factor u or v is rounded to the storage type, `summed` those with u or v replaced by the sum of the absolute
+/// products it is made of, which errors of the accumulate type follow.
+struct GradMagnitudes {
+  DeltaGrads stored, summed;  // dx stays empty
+};
+GradMagnitudes delta_backward_magnitudes(const Experts& x, const Routing& r, const Vec& in, const Vec& dy);
+
 struct Ffn {
   Experts gate, up, down;
 };
