@@ -1,12 +1,14 @@
 #include "core/log.h"
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <mutex>
 #include <optional>
 
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
+#include <unistd.h>
 
 #include "core/error.h"
 
@@ -22,32 +24,30 @@ std::optional<Level> level_named(std::string_view name) {
   return std::nullopt;
 }
 
-spdlog::level::level_enum to_spdlog(Level level) {
-  switch (level) {
-    case Level::kDebug:
-      return spdlog::level::debug;
-    case Level::kInfo:
-      return spdlog::level::info;
-    case Level::kWarn:
-      return spdlog::level::warn;
-    case Level::kError:
-      break;
-  }
-  return spdlog::level::err;
+struct LevelStyle {
+  std::string_view name;  // as wide as the longest
+  std::string_view color;
+};
+constexpr LevelStyle kStyles[] = {
+    {"debug", "\x1b[36m"}, {"info ", "\x1b[32m"}, {"warn ", "\x1b[33m\x1b[1m"}, {"error", "\x1b[31m\x1b[1m"}};
+
+// "2026-11-24 00:29:17.042", local time.
+std::string time_text() {
+  const auto now = std::chrono::system_clock::now();
+  const auto since_epoch = std::chrono::duration_cast<std::chrono::milliseconds>(now.time_since_epoch()).count();
+  const std::time_t seconds = std::chrono::system_clock::to_time_t(now);
+  std::tm local{};
+  localtime_r(&seconds, &local);
+  char text[32];
+  std::strftime(text, sizeof text, "%Y-%m-%d %H:%M:%S", &local);
+  return fmt::format("{}.{:03}", text, since_epoch % 1000);
 }
 
-std::string pattern(const std::string& origin) {
-  std::string escaped;  // '%' starts a pattern flag
-  for (char c : origin) escaped += c == '%' ? std::string("%%") : std::string(1, c);
-  return "%Y-%m-%d %H:%M:%S.%e %^%-5!l%$ " + (escaped.empty() ? "" : escaped + " ") + "%v";
-}
-
-// The logger and the status line below it, which share the terminal.
+// The log and the status line below it, which share the terminal.
 struct Terminal {
-  Terminal() : logger("moraine", std::make_shared<spdlog::sinks::stderr_color_sink_mt>()) {
+  Terminal() {
     const char* name = std::getenv("MORAINE_LOG");
-    logger.set_pattern(pattern(""));
-    logger.set_level(to_spdlog(level_named(name ? name : "").value_or(Level::kInfo)));
+    level = level_named(name ? name : "").value_or(Level::kInfo);
   }
   void erase_status() const {
     if (!status.empty()) std::fputs("\r\x1b[K", stderr);
@@ -58,8 +58,10 @@ struct Terminal {
   }
 
   std::mutex mutex;
-  spdlog::logger logger;
+  std::atomic<Level> level;
+  std::string origin;
   std::string status;
+  const bool colored = ::isatty(STDERR_FILENO) == 1;
 };
 
 Terminal& terminal() {
@@ -80,19 +82,23 @@ Level level_from_environment(Level fallback) {
 void configure(Level level, std::string origin) {
   auto& out = terminal();
   const std::lock_guard lock(out.mutex);
-  out.logger.set_pattern(pattern(origin));
-  out.logger.set_level(to_spdlog(level));
+  out.level = level;
+  out.origin = origin.empty() ? "" : std::move(origin) + " ";
 }
 
 void write(Level level, std::string_view line) {
+  if (!enabled(level)) return;
   auto& out = terminal();
+  const auto [name, color] = kStyles[static_cast<size_t>(level)];
   const std::lock_guard lock(out.mutex);
   out.erase_status();
-  out.logger.log(to_spdlog(level), spdlog::string_view_t(line.data(), line.size()));
+  const std::string text = fmt::format("{} {}{}{} {}{}\n", time_text(), out.colored ? color : "", name,
+                                       out.colored ? "\x1b[m" : "", out.origin, line);
+  std::fwrite(text.data(), 1, text.size(), stderr);
   out.draw_status();
 }
 
-bool enabled(Level level) { return terminal().logger.should_log(to_spdlog(level)); }
+bool enabled(Level level) { return level >= terminal().level; }
 
 void set_status(std::string line) {
   auto& out = terminal();

@@ -10,7 +10,6 @@ namespace {
 
 using testing::EndsWith;
 using testing::HasSubstr;
-using testing::Not;
 
 size_t count(const std::string& text, const std::string& part) {
   size_t found = 0;
@@ -68,15 +67,6 @@ TEST_F(ProgressTest, LogLinesDoNotMixWithTheBar) {
     testing::internal::CaptureStderr();
   }
   testing::internal::GetCapturedStderr();
-}
-
-TEST_F(ProgressTest, LevelsBelowTheConfiguredOneAreSilent) {
-  log::configure(log::Level::kWarn, "host/test");
-  log::info("quiet: x={}", 1);
-  log::warn("loud: share={}%", 1);
-  const std::string out = testing::internal::GetCapturedStderr();
-  EXPECT_THAT(out, Not(HasSubstr("quiet")));
-  EXPECT_THAT(out, HasSubstr("loud: share=1%"));
 }
 
 }  // namespace
