@@ -1,6 +1,7 @@
 #include "coordinator/coordinator.h"
 
 #include "coordinator/messages.h"
+#include "coordinator/run_record.h"
 #include "coordinator/verify.h"
 #include "core/error.h"
 #include "core/log.h"
@@ -114,17 +115,17 @@ void Coordinator::apply(const effect::Accept& accept) {
   const event::Finished& result = accept.result;
   const std::string& artefact = result.artefact->id();
   state_.store(*result.artefact);
-  journal_.append(RecordType::kAccept, {{"unit", result.unit},
-                                        {"kind", accept.unit.kind},
-                                        {"label", accept.unit.label},
-                                        {"artefact", artefact},
-                                        {"worker", result.worker},
-                                        {"host", accept.host},
-                                        {"attempt", result.attempt},
-                                        {"started", started_[result.unit]},
-                                        {"ended", unix_time()},
-                                        {"seconds", result.seconds},
-                                        {"stats", result.stats}});
+  journal_.append(RecordType::kAccept, UnitRecord{.unit = result.unit,
+                                                  .kind = accept.unit.kind,
+                                                  .label = accept.unit.label,
+                                                  .artefact = artefact,
+                                                  .host = accept.host,
+                                                  .worker = result.worker,
+                                                  .attempt = result.attempt,
+                                                  .started = started_[result.unit],
+                                                  .ended = unix_time(),
+                                                  .seconds = result.seconds,
+                                                  .stats = result.stats});
   state_.accept(result.unit, artefact);
   std::error_code ignored;  // most units have no checkpoint, and one left behind does no harm
   std::filesystem::remove(layout_.checkpoint(result.unit), ignored);
@@ -134,14 +135,17 @@ void Coordinator::apply(const effect::Accept& accept) {
 }
 
 void Coordinator::apply(const effect::RecordFailure& failure) {
-  journal_.append(RecordType::kFail, {{"unit", failure.unit},
-                                      {"label", failure.label},
-                                      {"worker", failure.worker},
-                                      {"host", failure.host},
-                                      {"attempt", failure.attempt},
-                                      {"kind", failure.problem.kind},
-                                      {"text", failure.problem.text.substr(0, kLongestFailureText)},
-                                      {"time", unix_time()}});
+  const std::string unit = failure.unit.id();
+  journal_.append(RecordType::kFail, FailureRecord{.unit = unit,
+                                                   .kind = failure.unit.kind,
+                                                   .label = failure.unit.label,
+                                                   .host = failure.host,
+                                                   .problem = failure.problem.kind,
+                                                   .text = failure.problem.text.substr(0, kLongestFailureText),
+                                                   .worker = failure.worker,
+                                                   .attempt = failure.attempt,
+                                                   .started = started_[unit],
+                                                   .time = unix_time()});
 }
 
 void Coordinator::apply(const effect::Refuse& refuse) {

@@ -274,8 +274,8 @@ void Core::withdraw_unit_of(int index, const Problem& problem) {
 void Core::fail_attempt(const std::string& unit, const Problem& problem) {
   Job& job = jobs_.at(unit);
   const int attempt = job.attempt;
-  effects_.push_back(effect::RecordFailure{unit, job.unit.label, job.worker,
-                                           workers_[static_cast<size_t>(job.worker)].info.host, attempt, problem});
+  effects_.push_back(effect::RecordFailure{job.unit, job.worker, workers_[static_cast<size_t>(job.worker)].info.host,
+                                           attempt, problem});
   job.failed_on.insert(job.worker);
   job.state = Job::State::kReady;
   job.share_done = 0;

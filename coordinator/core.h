@@ -65,7 +65,7 @@ using Event = std::variant<event::Start, event::Hello, event::Poll, event::Heard
 namespace effect {
 struct Lease { int worker; algorithms::Unit unit; int attempt; };   // worker 0: run it here
 struct Accept { algorithms::Unit unit; std::string host; event::Finished result; };   // store, journal, then event::Accepted
-struct RecordFailure { std::string unit, label; int worker; std::string host; int attempt; Problem problem; };
+struct RecordFailure { algorithms::Unit unit; int worker; std::string host; int attempt; Problem problem; };
 struct Refuse { int worker; int code; std::string text; };   // code: the exit code of the worker
 struct StopWorkers { std::string reason; };
 struct Log { core::log::Level level; std::string text; };

@@ -16,7 +16,7 @@ namespace moraine::coordinator {
 enum class RecordType : uint16_t {
   kEpoch = 1,   // a start: {version, processes, time}
   kAccept = 2,  // {unit, kind, label, artefact, worker, host, attempt, started, ended, seconds, stats}
-  kFail = 3,    // {unit, label, attempt, worker, host, kind, text, time}
+  kFail = 3,    // {unit, unit_kind, label, attempt, worker, host, kind, text, started, time}
   kStop = 4,    // stopped before the end: {reason, time}
   kDone = 5,    // the plan has nothing left: {time}
 };

@@ -3,36 +3,24 @@
 #include "core/error.h"
 
 namespace moraine::coordinator {
-namespace {
-
-UnitRecord unit_record(const core::Json& body, int epoch) {
-  return {.unit = body.at("unit"),
-          .kind = body.at("kind"),
-          .label = body.at("label"),
-          .artefact = body.at("artefact"),
-          .host = body.at("host"),
-          .worker = body.at("worker"),
-          .attempt = body.at("attempt"),
-          .epoch = epoch,
-          .started = body.at("started"),
-          .ended = body.at("ended"),
-          .seconds = body.at("seconds"),
-          .stats = body.at("stats")};
+void to_json(core::Json& json, const FailureRecord& record) {
+  json = {{"unit", record.unit},       {"unit_kind", record.kind},  {"label", record.label},  {"worker", record.worker},
+          {"host", record.host},       {"attempt", record.attempt}, {"kind", record.problem}, {"text", record.text},
+          {"started", record.started}, {"time", record.time}};
 }
 
-FailureRecord failure_record(const core::Json& body, int epoch) {
-  return {.unit = body.at("unit"),
-          .label = body.at("label"),
-          .host = body.at("host"),
-          .kind = body.at("kind"),
-          .text = body.at("text"),
-          .worker = body.at("worker"),
-          .attempt = body.at("attempt"),
-          .epoch = epoch,
-          .time = body.at("time")};
+void from_json(const core::Json& json, FailureRecord& record) {
+  json.at("unit").get_to(record.unit);
+  record.kind = json.value("unit_kind", "");
+  json.at("label").get_to(record.label);
+  json.at("worker").get_to(record.worker);
+  json.at("host").get_to(record.host);
+  json.at("attempt").get_to(record.attempt);
+  json.at("kind").get_to(record.problem);
+  json.at("text").get_to(record.text);
+  json.at("time").get_to(record.time);
+  record.started = json.value("started", record.time);
 }
-
-}  // namespace
 
 RunRecord read_run(const std::filesystem::path& root) {
   const RunLayout layout{root};
@@ -57,10 +45,12 @@ RunRecord read_run(const std::filesystem::path& root) {
         break;
       case RecordType::kAccept:
         std::erase_if(run.units, [&](const UnitRecord& unit) { return unit.unit == body.at("unit"); });
-        run.units.push_back(unit_record(body, epoch));
+        run.units.push_back(body);
+        run.units.back().epoch = epoch;
         break;
       case RecordType::kFail:
-        run.failures.push_back(failure_record(body, epoch));
+        run.failures.push_back(body);
+        run.failures.back().epoch = epoch;
         break;
       case RecordType::kStop:
       case RecordType::kDone:

@@ -11,24 +11,30 @@
 
 namespace moraine::coordinator {
 
-/// One accepted unit. Times are unix seconds.
+/// One accepted unit: the body of an ACCEPT record. Times are unix seconds.
 struct UnitRecord {
   std::string unit, kind, label, artefact, host;
   int worker = 0;  // 0 = the coordinator
   int attempt = 1;
-  int epoch = 1;  // which start of the run it was finished in
+  int epoch = 1;  // which start of the run it was finished in; follows from the record's place
   double started = 0, ended = 0;
   double seconds = 0;  // as the worker measured it, resumed parts excluded
   core::Json stats;
 };
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(UnitRecord, unit, kind, label, artefact, host, worker, attempt, started, ended,
+                                   seconds, stats)
 
+/// One failed attempt: the body of a FAIL record.
 struct FailureRecord {
-  std::string unit, label, host, kind, text;
+  std::string unit, kind, label, host;  // kind: of the unit; "" in journals of older versions
+  std::string problem, text;            // problem: Problem::kind, the record's key "kind"
   int worker = 0;
   int attempt = 1;
   int epoch = 1;
-  double time = 0;
+  double started = 0, time = 0;  // time: of the failure; also `started` where an older version did not record that
 };
+void to_json(core::Json& json, const FailureRecord& record);
+void from_json(const core::Json& json, FailureRecord& record);
 
 struct EpochRecord {
   std::string version;

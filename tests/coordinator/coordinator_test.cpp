@@ -219,6 +219,24 @@ TEST_F(CoordinatorTest, RecordsUnitsMetricsAndTimesForReports) {
   EXPECT_EQ(std::count(metrics.begin(), metrics.end(), '\n'), 6) << "one finite value per worker unit";
 }
 
+TEST_F(CoordinatorTest, ReadsFailuresOfOlderJournals) {
+  const RunDirectory run_directory = RunDirectory::open(root_, {"toy", "toy", {{"seed", 1}}}, false);
+  Journal(run_directory.layout().journal())
+      .append(RecordType::kFail, {{"unit", "ab"},
+                                  {"label", "train/2"},
+                                  {"attempt", 1},
+                                  {"worker", 2},
+                                  {"host", "here"},
+                                  {"kind", "io"},
+                                  {"text", "it broke"},
+                                  {"time", 7.5}});
+  const auto failures = read_run(root_).failures;
+  ASSERT_EQ(failures.size(), 1u);
+  EXPECT_EQ(failures[0].problem, "io");
+  EXPECT_EQ(failures[0].kind, "");
+  EXPECT_EQ(failures[0].started, 7.5) << "a failure without a length";
+}
+
 TEST_F(CoordinatorTest, FaultsOfWorkersChangeNothingInTheResult) {
   ASSERT_EQ(run(1).exit_code, 0);
   const std::string expected = final_artefact();
@@ -232,7 +250,13 @@ TEST_F(CoordinatorTest, FaultsOfWorkersChangeNothingInTheResult) {
     EXPECT_EQ(final_artefact(), expected) << "fault " << static_cast<int>(fault);
     const auto failures = read_run(root_).failures;
     ASSERT_EQ(failures.size(), fault == Fault::kTwice ? 0u : 1u) << "fault " << static_cast<int>(fault);
-    for (const auto& failure : failures) EXPECT_EQ(failure.label, "train/2");
+    for (const auto& failure : failures) {
+      EXPECT_EQ(failure.label, "train/2");
+      EXPECT_EQ(failure.kind, "train");
+      EXPECT_NE(failure.problem, "");
+      EXPECT_GT(failure.started, 0);
+      EXPECT_LE(failure.started, failure.time);
+    }
   }
 }
 

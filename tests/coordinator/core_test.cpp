@@ -88,7 +88,7 @@ class Script {
   }
   void note(const effect::RecordFailure& failure, std::vector<std::string>& lines) {
     lines.push_back(
-        fmt::format("failure {} {} {} {}", failure.worker, failure.label, failure.attempt, failure.problem.kind));
+        fmt::format("failure {} {} {} {}", failure.worker, failure.unit.label, failure.attempt, failure.problem.kind));
   }
   void note(const effect::Refuse& refuse, std::vector<std::string>& lines) {
     lines.push_back(fmt::format("refuse {} {}", refuse.worker, refuse.code));
