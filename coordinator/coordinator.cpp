@@ -234,7 +234,7 @@ void Coordinator::watch_clock() {
   last_tick_ = now();
   handle(event::Tick{});
   const Core::Work work = core_.work();
-  progress_.update(work.done, work.total, work.running);
+  progress_.update(work.total > 0 ? work.done / work.total : 0, work.remaining_s, work.running);
 }
 
 void Coordinator::send(int worker, comm::Message message) {

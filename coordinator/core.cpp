@@ -1,6 +1,7 @@
 #include "coordinator/core.h"
 
 #include <algorithm>
+#include <limits>
 
 #include <fmt/ranges.h>
 
@@ -88,7 +89,9 @@ void Core::on(const event::Poll& poll) {
 void Core::on(const event::Progress& progress) {
   const auto found = jobs_.find(progress.unit);
   if (found == jobs_.end() || found->second.worker != progress.worker || !(progress.total > 0)) return;
-  found->second.share_done = std::clamp(progress.done / progress.total, 0.0, 1.0);
+  Job& job = found->second;
+  job.last = {now_, std::clamp(progress.done / progress.total, 0.0, 1.0)};
+  if (!job.first) job.first = job.last;
 }
 
 void Core::on(const event::Finished& result) {
@@ -104,7 +107,6 @@ void Core::on(const event::Finished& result) {
   Job& job = jobs_.at(result.unit);
   Worker& worker = workers_[static_cast<size_t>(result.worker)];
   job.state = Job::State::kStoring;
-  job.share_done = 1;
   worker.unit.clear();
   scheduler_.measured(job.unit.kind, result.worker, job.unit.cost, result.seconds);
   effects_.push_back(effect::Accept{job.unit, worker.info.host, result});
@@ -258,7 +260,8 @@ void Core::lease(int index, const std::string& unit) {
   Worker& worker = workers_[static_cast<size_t>(index)];
   job.state = Job::State::kLeased;
   job.worker = index;
-  job.share_done = 0;
+  job.leased_at = now_;
+  job.first = job.last = std::nullopt;
   worker.unit = unit;
   worker.waiting = false;
   worker.ever_leased = true;
@@ -278,7 +281,6 @@ void Core::fail_attempt(const std::string& unit, const Problem& problem) {
                                            attempt, problem});
   job.failed_on.insert(job.worker);
   job.state = Job::State::kReady;
-  job.share_done = 0;
   ++job.attempt;
   // The coordinator itself would only meet the same wrong input again.
   const bool hopeless = job.worker == 0 && problem.kind == "user";
@@ -345,17 +347,56 @@ std::string Core::name_of(int worker) const {
   return fmt::format("worker {} ({})", worker, workers_[static_cast<size_t>(worker)].info.host);
 }
 
+std::optional<double> Core::Job::measured_seconds() const {
+  if (!first || !(last->share > first->share)) return std::nullopt;
+  return (last->at - first->at) / (last->share - first->share);
+}
+
 Core::Work Core::work() const {
+  Scheduler corrected = scheduler_;
+  for (const auto& [id, job] : jobs_) {
+    if (job.state != Job::State::kLeased) continue;
+    if (const auto seconds = job.measured_seconds())
+      corrected.measured(job.unit.kind, job.worker, job.unit.cost, *seconds);
+  }
   Work work;
-  for (const Candidate& unit : finished_) work.done += scheduler_.predicted_seconds(unit.kind, unit.cost);
+  for (const Candidate& unit : finished_) work.done += corrected.predicted_seconds(unit.kind, unit.cost);
   work.total = work.done;
   for (const auto& [id, job] : jobs_) {
-    const double seconds = scheduler_.predicted_seconds(job.unit.kind, job.unit.cost);
+    const double seconds = corrected.predicted_seconds(job.unit.kind, job.unit.cost);
     work.total += seconds;
-    work.done += seconds * job.share_done;
+    if (job.state != Job::State::kReady) work.done += seconds * job.share_done();
     if (job.state == Job::State::kLeased) work.running += (work.running.empty() ? "" : ", ") + job.unit.label;
   }
+  work.remaining_s = remaining_seconds(corrected);
   return work;
+}
+
+double Core::remaining_seconds(const Scheduler& scheduler) const {
+  if (!scheduler.has_measured() && !jobs_.empty()) return std::numeric_limits<double>::infinity();
+  std::vector<double> here_busy = {0}, busy, here_waiting, waiting;
+  for (const auto& [id, job] : jobs_) {
+    const bool here = job.unit.place == algorithms::Place::kCoordinator;
+    const double seconds = scheduler.predicted_seconds(job.unit.kind, job.unit.cost);
+    if (job.state == Job::State::kReady) {
+      (here ? here_waiting : waiting).push_back(seconds);
+    } else if (job.state == Job::State::kLeased) {
+      const double elapsed = now_ - job.leased_at;
+      double left = seconds - elapsed;
+      if (const auto measured = job.measured_seconds())
+        left = (1 - job.last->share) * *measured - (now_ - job.last->at);
+      if (left < 0) left = elapsed / 10;  // overdue, for nobody knows how long: not "now" and not the prediction
+      if (here) {
+        here_busy[0] = left;
+      } else {
+        busy.push_back(left);
+      }
+    }
+  }
+  const auto workers = std::count_if(workers_.begin() + 1, workers_.end(),
+                                     [](const Worker& worker) { return worker.greeted && !worker.gone; });
+  busy.resize(std::max({busy.size(), static_cast<size_t>(workers), size_t{1}}));
+  return std::max(seconds_to_finish(here_busy, here_waiting), seconds_to_finish(busy, waiting));
 }
 
 }  // namespace moraine::coordinator

@@ -95,11 +95,14 @@ class Core {
   /// `now` is in seconds, from any monotonic origin. Throws only what the planner throws; event::Broken may follow.
   std::vector<Effect> step(double now, const Event& event);
 
-  /// For a progress bar, in predicted seconds of work; units finished in earlier starts count as done.
+  /// For a progress bar. In predicted seconds; units finished in earlier starts count as done. A unit that tells its
+  /// progress corrects the prediction of its kind, so that a wrong one does not last until a unit has ended. Units that
+  /// the plan will only ask for later are not in it.
   struct Work {
     double done = 0;
     double total = 0;
-    std::string running;  // labels
+    double remaining_s = 0;  // until the workers are through, longest unit first; infinite while no speed is known
+    std::string running;     // labels
   };
   Work work() const;
 
@@ -121,7 +124,15 @@ class Core {
     int worker = 0;
     int attempt = 1;
     std::set<int> failed_on;
-    double share_done = 0;
+    double leased_at = 0;
+    struct Report {
+      double at = 0, share = 0;
+    };
+    std::optional<Report> first, last;  // progress in this attempt; a resumed unit begins in the middle
+
+    double share_done() const { return state == State::kStoring ? 1 : (last ? last->share : 0); }
+    /// What the whole unit takes at the speed between its reports; nullopt before they tell one.
+    std::optional<double> measured_seconds() const;
   };
   struct Ending {
     RunOutcome outcome;
@@ -154,6 +165,7 @@ class Core {
   bool running_anywhere() const;
   bool may_try(const Job& job, int worker) const;
   std::string name_of(int worker) const;
+  double remaining_seconds(const Scheduler& scheduler) const;
   template <typename... Args>
   void log(core::log::Level level, fmt::format_string<Args...> text, Args&&... args) {
     effects_.push_back(effect::Log{level, fmt::format(text, std::forward<Args>(args)...)});

@@ -1,6 +1,7 @@
 #include "coordinator/scheduler.h"
 
 #include <algorithm>
+#include <functional>
 
 namespace moraine::coordinator {
 namespace {
@@ -48,6 +49,12 @@ void Scheduler::sort(std::vector<int>& workers) const {
     const double speed_a = relative_speed(a), speed_b = relative_speed(b);
     return speed_a != speed_b ? speed_a > speed_b : a < b;
   });
+}
+
+double seconds_to_finish(std::vector<double> busy, std::vector<double> units) {
+  std::ranges::sort(units, std::greater<>());
+  for (const double seconds : units) *std::ranges::min_element(busy) += seconds;
+  return *std::ranges::max_element(busy);
 }
 
 }  // namespace moraine::coordinator

@@ -24,6 +24,8 @@ class Scheduler {
   void measured(const std::string& kind, int worker, double cost, double seconds);
   /// cost / speed of the kind; an unmeasured kind has the mean speed of the measured ones, without any 1e9 FLOP/s.
   double predicted_seconds(const std::string& kind, double cost) const;
+  /// Whether anything was measured: before that predicted seconds rank units but are no times.
+  bool has_measured() const { return !kind_speed_.empty(); }
   /// Speed of a worker relative to the others; 1 until it was measured.
   double relative_speed(int worker) const;
 
@@ -36,5 +38,9 @@ class Scheduler {
   std::map<std::string, double> kind_speed_;  // cost per second
   std::map<int, double> worker_speed_;
 };
+
+/// When the last of `units` ends if workers that are busy for `busy` more seconds take them longest first. All in
+/// seconds; `busy` has one entry per worker and at least one.
+double seconds_to_finish(std::vector<double> busy, std::vector<double> units);
 
 }  // namespace moraine::coordinator

@@ -25,7 +25,7 @@ size_t terminal_width() {
 }
 
 std::string duration(double seconds) {
-  if (!std::isfinite(seconds)) return "?";
+  if (!std::isfinite(seconds) || seconds < 0) return "?";
   const auto total = static_cast<int64_t>(std::llround(seconds));
   if (total < 60) return fmt::format("{}s", total);
   if (total < 3600) return fmt::format("{}m{:02}s", total / 60, total % 60);
@@ -46,14 +46,7 @@ struct Progress::State {
   bool terminal;
   std::function<double()> now_s;
   bool started = false;
-  double first_done = 0, started_at = 0;
   double drawn_at = -std::numeric_limits<double>::infinity();
-
-  // Work done before this process started (a resumed run) says nothing about its speed.
-  double eta(double done, double total, double now) const {
-    const double speed = (done - first_done) / (now - started_at);
-    return done >= total ? 0 : (total - done) / speed;
-  }
 };
 
 Progress::Progress(bool terminal, std::function<double()> now_s)
@@ -61,19 +54,17 @@ Progress::Progress(bool terminal, std::function<double()> now_s)
 
 Progress::~Progress() { clear(); }
 
-void Progress::update(double done, double total, const std::string& running) {
+void Progress::update(double share, double eta_s, const std::string& running) {
   auto& state = *state_;
   const double now = state.now_s();
   if (!state.started) {
     state.started = true;
-    state.first_done = done;
-    state.started_at = now;
     if (!state.terminal) state.drawn_at = now;  // the first line comes after kLineEvery: short runs stay quiet
   }
   if (now - state.drawn_at < (state.terminal ? kRedrawEvery : kLineEvery)) return;
   state.drawn_at = now;
-  const double share = total > 0 ? std::clamp(done / total, 0.0, 1.0) : 0.0;
-  const std::string eta = duration(state.eta(done, total, now));
+  share = std::clamp(share, 0.0, 1.0);
+  const std::string eta = duration(eta_s);
   if (state.terminal) {
     log::set_status(bar_line(share, eta, running, terminal_width()));
   } else {

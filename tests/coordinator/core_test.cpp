@@ -337,5 +337,44 @@ TEST(Core, MeasuresWorkInPredictedSecondsIncludingEarlierStarts) {
   EXPECT_EQ(work.running, "half");
 }
 
+TEST(Core, KnowsNoRemainingTimeBeforeAnythingWasMeasured) {
+  Script script(1, {toy_unit("a", 4)});
+  script.start();
+  script.join(1);
+  EXPECT_FALSE(std::isfinite(script.core().work().remaining_s));
+  script.finish(1, "a");
+  EXPECT_DOUBLE_EQ(script.core().work().remaining_s, 0);
+}
+
+TEST(Core, CorrectsTheRemainingTimeByTheSpeedOfRunningUnits) {
+  Script script(2, {toy_unit("a", 4), toy_unit("b", 3), toy_unit("c", 2)});
+  script.start();
+  script.join(1);
+  script.join(2);
+  script.now = 100;
+  script.feed(event::Progress{1, script.ids.at("a"), 1, 10});
+  script.now = 110;
+  script.feed(event::Progress{1, script.ids.at("a"), 2, 10});
+  // A tenth of a took 10 s: a takes 100 s (4 were predicted) and has 80 left; b should have ended, c waits for it.
+  EXPECT_DOUBLE_EQ(script.core().work().remaining_s, 80);
+  script.now = 115;
+  script.feed(event::Tick{});
+  EXPECT_DOUBLE_EQ(script.core().work().remaining_s, 75);
+  script.now = 1000;
+  script.feed(event::Tick{});
+  EXPECT_DOUBLE_EQ(script.core().work().remaining_s, 150) << "a and b are overdue by 1000 / 10 s, c takes 50";
+}
+
+TEST(Core, CountsTheSpeedOfAResumedUnitFromItsFirstReport) {
+  Script script(1, {toy_unit("a", 4)});
+  script.start();
+  script.join(1);
+  script.now = 1;
+  script.feed(event::Progress{1, script.ids.at("a"), 80, 100});
+  script.now = 11;
+  script.feed(event::Progress{1, script.ids.at("a"), 90, 100});
+  EXPECT_NEAR(script.core().work().remaining_s, 10, 1e-9) << "a tenth in 10 s; counting the first 80 would say 1 s";
+}
+
 }  // namespace
 }  // namespace moraine::coordinator

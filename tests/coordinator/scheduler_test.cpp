@@ -55,5 +55,11 @@ TEST(Scheduler, IgnoresMeasurementsWithoutCostOrTime) {
   EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("train", 1e9), 1);
 }
 
+TEST(Scheduler, PredictsTheEndOfALongestFirstSchedule) {
+  EXPECT_DOUBLE_EQ(seconds_to_finish({0, 0}, {}), 0);
+  EXPECT_DOUBLE_EQ(seconds_to_finish({3, 0}, {2, 4, 1}), 5) << "4 then 1 beside 3 then 2";
+  EXPECT_DOUBLE_EQ(seconds_to_finish({9, 0}, {1}), 9) << "a running unit can be the last to end";
+}
+
 }  // namespace
 }  // namespace moraine::coordinator
