@@ -1,11 +1,13 @@
 #include "coordinator/accepted_state.h"
 
 #include "core/error.h"
+#include "core/file.h"
 #include "core/log.h"
 
 namespace moraine::coordinator {
 
-AcceptedState::AcceptedState(const RunLayout& layout, std::span<const Record> records) : store_(layout.artefacts()) {
+AcceptedState::AcceptedState(std::filesystem::path artefacts, std::span<const Record> records)
+    : directory_(std::move(artefacts)) {
   for (const Record& record : records) {
     if (record.type == RecordType::kAccept) accept(record.body.at("unit"), record.body.at("artefact"));
   }
@@ -18,33 +20,50 @@ std::optional<std::string> AcceptedState::result(const std::string& unit_id) con
 }
 
 core::ArtefactPtr AcceptedState::artefact(const std::string& id) const {
-  {
-    const std::lock_guard lock(mutex_);
-    MORAINE_CHECK(artefacts_.contains(id), "artefact was never accepted: {}", id);
+  const std::lock_guard lock(mutex_);
+  const auto known = artefacts_.find(id);
+  MORAINE_CHECK(known != artefacts_.end(), "artefact was never accepted: {}", id);
+  if (known->second == nullptr) known->second = open(id);
+  return known->second;
+}
+
+std::filesystem::path AcceptedState::path_of(const std::string& artefact_id) const {
+  MORAINE_CHECK_EQ(artefact_id.size(), size_t{64});
+  return directory_ / artefact_id.substr(0, 2) / (artefact_id.substr(2) + ".safetensors");
+}
+
+core::ArtefactPtr AcceptedState::open(const std::string& id) const {
+  const std::filesystem::path path = path_of(id);
+  return core::Artefact::parse(core::Bytes::map_file(path), id, path.string());
+}
+
+void AcceptedState::store(const core::Artefact& artefact) const {
+  try {
+    open(artefact.id());
+  } catch (const core::UserError&) {  // missing or damaged: write it
+    core::write_atomically(path_of(artefact.id()), artefact.bytes().span());
   }
-  return store_.get(id);
 }
 
 void AcceptedState::accept(const std::string& unit_id, const std::string& artefact_id) {
   const std::lock_guard lock(mutex_);
   results_[unit_id] = artefact_id;
-  artefacts_.insert(artefact_id);
+  artefacts_.try_emplace(artefact_id);
 }
 
 void AcceptedState::forget_damaged() {
   const std::lock_guard lock(mutex_);
   std::erase_if(results_, [this](const auto& entry) {
     try {
-      store_.get(entry.second);
+      artefacts_[entry.second] = open(entry.second);
       return false;
     } catch (const core::UserError& error) {
       core::log::warn("artefact is missing or damaged, its unit runs again: unit={} reason={}", entry.first,
                       error.what());
+      artefacts_.erase(entry.second);
       return true;
     }
   });
-  artefacts_.clear();
-  for (const auto& [unit, artefact] : results_) artefacts_.insert(artefact);
 }
 
 }  // namespace moraine::coordinator

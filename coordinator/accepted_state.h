@@ -1,32 +1,32 @@
 #pragma once
 
+#include <filesystem>
 #include <map>
 #include <mutex>
-#include <set>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "algorithms/unit.h"
 #include "coordinator/journal.h"
-#include "coordinator/run_directory.h"
-#include "coordinator/store.h"
 
 namespace moraine::coordinator {
 
-/// What a run directory's journal and store hold, as plan(), reports and `moraine ls` see it. Works on a directory that
-/// another process is writing. Thread-safe.
+/// What a run directory's journal and artefacts hold, as plan(), reports and `moraine ls` see it. Artefacts lie on disk by
+/// id: DIRECTORY/ab/cd<rest of the id>.safetensors. Works on a directory that another process is writing. Thread-safe.
 class AcceptedState final : public algorithms::RunState {
  public:
   /// Replays the ACCEPT records; the last one of a unit counts. Reads no artefact.
-  AcceptedState(const RunLayout& layout, std::span<const Record> records);
+  AcceptedState(std::filesystem::path artefacts, std::span<const Record> records);
 
   std::optional<std::string> result(const std::string& unit_id) const override;
-  /// Throws InternalError if the id was never accepted, UserError if its file is missing or damaged.
+  /// Mapped from its file; the hash is checked the first time. Throws InternalError if the id was never accepted,
+  /// UserError if its file is missing or damaged.
   core::ArtefactPtr artefact(const std::string& id) const override;
+  std::filesystem::path path_of(const std::string& artefact_id) const;
 
-  /// Stores the artefact durably. Throws IoError.
-  void store(const core::Artefact& artefact) { store_.put(artefact); }
+  /// Durable when it returns; a file of that id that is whole already is left alone. Throws IoError (disk full,
+  /// read-only).
+  void store(const core::Artefact& artefact) const;
   /// Notes a stored artefact as the result of a unit.
   void accept(const std::string& unit_id, const std::string& artefact_id);
   /// Reads every accepted artefact and forgets the units whose artefact is missing or damaged, with a warning each, so
@@ -34,10 +34,13 @@ class AcceptedState final : public algorithms::RunState {
   void forget_damaged();
 
  private:
-  mutable Store store_;  // caches mappings
+  core::ArtefactPtr open(const std::string& id) const;
+
+  std::filesystem::path directory_;
   mutable std::mutex mutex_;
   std::map<std::string, std::string> results_;  // unit id -> artefact id
-  std::set<std::string> artefacts_;
+  // By id, null until asked for: mappings of files, which cost address space, not memory.
+  mutable std::map<std::string, core::ArtefactPtr> artefacts_;
 };
 
 }  // namespace moraine::coordinator

@@ -57,7 +57,7 @@ Coordinator::Coordinator(const RunDirectory& directory, comm::Channel& channel, 
       options_(std::move(options)),
       signals_(signals),
       journal_(layout_.journal()),
-      state_(layout_, journal_.records()),
+      state_(layout_.artefacts(), journal_.records()),
       metrics_(core::metrics::open_jsonl(layout_.metrics())),
       core_(core_options(options_, channel.peers()), std::move(plan), state_),
       progress_(options_.terminal, [this] { return now(); }) {
@@ -127,8 +127,6 @@ void Coordinator::apply(const effect::Accept& accept) {
                                                   .seconds = result.seconds,
                                                   .stats = result.stats});
   state_.accept(result.unit, artefact);
-  std::error_code ignored;  // most units have no checkpoint, and one left behind does no harm
-  std::filesystem::remove(layout_.checkpoint(result.unit), ignored);
   core::log::info("unit finished: unit={} worker={} seconds={:.1f} bytes={} artefact={}", accept.unit.label,
                   result.worker, result.seconds, result.artefact->bytes().size(), artefact.substr(0, 12));
   events_.push_back(event::Accepted{result.unit});

@@ -19,9 +19,6 @@ struct RunLayout {
   std::filesystem::path recipe_json() const { return root / "recipe.json"; }      // every value; the run's identity
   std::filesystem::path journal() const { return root / "journal" / "000001.log"; }
   std::filesystem::path artefacts() const { return root / "artefacts"; }
-  std::filesystem::path checkpoint(const std::string& unit_id) const {
-    return root / "checkpoints" / (unit_id + ".safetensors");
-  }
   std::filesystem::path metrics() const { return root / "metrics.jsonl"; }
   std::filesystem::path lock() const { return root / "lock"; }
 };

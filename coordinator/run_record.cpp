@@ -34,7 +34,7 @@ RunRecord read_run(const std::filesystem::path& root) {
                 .epochs = {},
                 .units = {},
                 .failures = {},
-                .state = std::make_shared<AcceptedState>(layout, records)};
+                .state = std::make_shared<AcceptedState>(layout.artefacts(), records)};
   for (const Record& record : records) {
     const core::Json& body = record.body;
     const int epoch = static_cast<int>(run.epochs.size());

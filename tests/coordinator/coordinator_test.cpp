@@ -344,7 +344,7 @@ TEST_F(CoordinatorTest, ReusesWhatIsFinishedAndRedoesOnlyDamagedArtefacts) {
   ASSERT_EQ(run(2).exit_code, 0);
   const std::string expected = final_artefact();
   const RunRecord before = read_run(root_);
-  std::filesystem::resize_file(Store(before.layout.artefacts()).path_of(before.units[1].artefact), 10);
+  std::filesystem::resize_file(before.state->path_of(before.units[1].artefact), 10);
   ASSERT_EQ(run(2).exit_code, 0);
   const RunRecord after = read_run(root_);
   EXPECT_EQ(final_artefact(), expected);
@@ -353,17 +353,6 @@ TEST_F(CoordinatorTest, ReusesWhatIsFinishedAndRedoesOnlyDamagedArtefacts) {
     if (unit.epoch == 2) redone.push_back(unit.label);
   }
   EXPECT_THAT(redone, testing::ElementsAre(before.units[1].label));
-}
-
-TEST_F(CoordinatorTest, RemovesTheCheckpointOfAnAcceptedUnit) {
-  const auto checkpoint = RunLayout{root_}.checkpoint(toy_unit("report").id());
-  run(1, [&](const Unit& unit, int) {
-    const auto own = RunLayout{root_}.checkpoint(unit.id());
-    std::filesystem::create_directories(own.parent_path());
-    std::ofstream(own) << "half way";
-    return Fault::kNone;
-  });
-  EXPECT_TRUE(std::filesystem::is_empty(checkpoint.parent_path()));
 }
 
 TEST_F(CoordinatorTest, StopsOnASignalAndContinuesLater) {

@@ -1,10 +1,9 @@
-#include "coordinator/store.h"
+#include "coordinator/accepted_state.h"
 
 #include <gtest/gtest.h>
 
 #include <fstream>
 
-#include "coordinator/accepted_state.h"
 #include "coordinator/verify.h"
 #include "core/error.h"
 #include "toy.h"
@@ -24,47 +23,48 @@ Record accepted(const algorithms::Unit& unit, const core::Artefact& artefact) {
   return {1, RecordType::kAccept, {{"unit", unit.id()}, {"artefact", artefact.id()}}};
 }
 
-TEST(Store, KeepsArtefactsByTheirHash) {
+TEST(AcceptedState, KeepsArtefactsByTheirHash) {
   const TempDirectory directory;
   const core::ArtefactPtr artefact = toy_artefact("a");
   const std::string id = artefact->id();
-  { Store(directory.path()).put(*artefact); }
+  AcceptedState state(directory.path(), {});
+  state.store(*artefact);
   EXPECT_TRUE(std::filesystem::exists(directory.path() / id.substr(0, 2) / (id.substr(2) + ".safetensors")));
-  Store store(directory.path());
-  EXPECT_EQ(store.get(id)->meta().at("name"), "a");
-  EXPECT_THROW(store.get(toy_artefact("b")->id()), core::UserError);
+  EXPECT_THROW(state.artefact(id), core::InternalError) << "stored, not accepted";
+  state.accept(toy_unit("a").id(), id);
+  EXPECT_EQ(state.artefact(id)->meta().at("name"), "a");
+  state.accept(toy_unit("b").id(), toy_artefact("b")->id());
+  EXPECT_THROW(state.artefact(toy_artefact("b")->id()), core::UserError) << "accepted, not stored";
 }
 
-TEST(Store, NoticesDamageOnReadingAndRepairsItOnWriting) {
+TEST(AcceptedState, NoticesDamageOnReadingAndRepairsItOnWriting) {
   const TempDirectory directory;
   const core::ArtefactPtr artefact = toy_artefact("a");
-  { Store(directory.path()).put(*artefact); }
-  Store store(directory.path());
-  flip_last_byte(store.path_of(artefact->id()));
-  EXPECT_THROW(store.get(artefact->id()), core::UserError);
-  store.put(*artefact);
-  EXPECT_EQ(store.get(artefact->id())->id(), artefact->id());
+  AcceptedState state(directory.path(), {});
+  state.store(*artefact);
+  state.accept(toy_unit("a").id(), artefact->id());
+  flip_last_byte(state.path_of(artefact->id()));
+  EXPECT_THROW(state.artefact(artefact->id()), core::UserError);
+  state.store(*artefact);
+  EXPECT_EQ(state.artefact(artefact->id())->id(), artefact->id());
 }
 
-TEST(Store, ReportsADirectoryItCannotWrite) {
+TEST(AcceptedState, ReportsADirectoryItCannotWrite) {
   const TempDirectory directory;
   std::ofstream(directory.path() / "file") << "in the way";
-  EXPECT_THROW(Store(directory.path() / "file").put(*toy_artefact("a")), core::IoError);
+  EXPECT_THROW(AcceptedState(directory.path() / "file", {}).store(*toy_artefact("a")), core::IoError);
 }
 
 TEST(AcceptedState, ForgetsUnitsWhoseArtefactIsMissingOrDamaged) {
   const TempDirectory directory;
-  const RunLayout layout{directory.path()};
-  Store store(layout.artefacts());
-  std::vector<Record> records;
+  AcceptedState state(directory.path(), {});
   for (const char* name : {"whole", "damaged", "missing"}) {
     const core::ArtefactPtr artefact = toy_artefact(name);
-    store.put(*artefact);
-    records.push_back(accepted(toy_unit(name), *artefact));
-    if (std::string(name) == "damaged") flip_last_byte(store.path_of(artefact->id()));
-    if (std::string(name) == "missing") std::filesystem::remove(store.path_of(artefact->id()));
+    state.store(*artefact);
+    state.accept(toy_unit(name).id(), artefact->id());
+    if (std::string(name) == "damaged") flip_last_byte(state.path_of(artefact->id()));
+    if (std::string(name) == "missing") std::filesystem::remove(state.path_of(artefact->id()));
   }
-  AcceptedState state(layout, records);
   EXPECT_TRUE(state.result(toy_unit("missing").id()).has_value()) << "nothing is read before it is asked for";
   state.forget_damaged();
   EXPECT_EQ(state.result(toy_unit("whole").id()), toy_artefact("whole")->id());
@@ -77,7 +77,7 @@ TEST(AcceptedState, TakesTheLastResultOfAUnit) {
   const TempDirectory directory;
   const auto unit = toy_unit("u");
   const std::vector<Record> records = {accepted(unit, *toy_artefact("old")), accepted(unit, *toy_artefact("new"))};
-  EXPECT_EQ(AcceptedState(RunLayout{directory.path()}, records).result(unit.id()), toy_artefact("new")->id());
+  EXPECT_EQ(AcceptedState(directory.path(), records).result(unit.id()), toy_artefact("new")->id());
 }
 
 TEST(FirstNonFinite, NamesTensorAndElementInEveryFloatType) {
