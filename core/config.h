@@ -107,32 +107,64 @@ class Schema {
   Schema& list(std::string name, std::vector<S> C::*member, const Schema<S>& schema);
 
   // These refine the field added last.
-  Schema& doc(std::string text);
-  Schema& min(double value);    // inclusive; for vectors and optionals it bounds each element
-  Schema& above(double value);  // exclusive
-  Schema& max(double value);
-  Schema& choices(std::vector<std::string> names);  // for strings and vectors of strings
-  Schema& required();
-  Schema& unit(std::string name);
+  Schema& doc(std::string text) {
+    last().doc = std::move(text);
+    return *this;
+  }
+  /// Inclusive; for vectors and optionals it bounds each element.
+  Schema& min(double value) {
+    last().min = value;
+    return *this;
+  }
+  /// Exclusive.
+  Schema& above(double value) {
+    last().min_exclusive = true;
+    return min(value);
+  }
+  Schema& max(double value) {
+    last().max = value;
+    return *this;
+  }
+  /// For strings and vectors of strings.
+  Schema& choices(std::vector<std::string> names) {
+    last().choices = std::move(names);
+    return *this;
+  }
+  Schema& required() {
+    last().required = true;
+    return *this;
+  }
+  Schema& unit(std::string name) {
+    last().unit = std::move(name);
+    return *this;
+  }
   /// Text that names a file or directory: a relative one starts at the directory of the recipe file it stands in, or at
   /// the working directory when it comes from the command line or the environment. Empty text stays empty.
-  Schema& path();
+  Schema& path() {
+    last().is_path = true;
+    return *this;
+  }
 
   /// Adds a cross-field rule, run when the struct's own fields are free of problems.
-  Schema& check(std::function<std::optional<std::string>(const C&)> rule);
+  Schema& check(std::function<std::optional<std::string>(const C&)> rule) {
+    checks_.push_back(std::move(rule));
+    return *this;
+  }
 
   /// Fills `out` (already holding defaults) from a map node; unknown keys, wrong types and ranges go to `problems`.
   void parse(const ConfigNode& node, const std::string& path, C& out, Problems& problems) const;
   /// Every value with its origin, depth first, in table order. A list of scalars is one value.
-  void resolve(const ConfigNode& node, const std::string& path, const C& value, std::vector<ResolvedValue>& out) const;
+  void resolve(const ConfigNode& node, const std::string& path, const C& value, std::vector<ResolvedValue>& out) const {
+    config_detail::resolve(table_, &node, path, to_json(value), out);
+  }
   /// The struct as JSON (all fields, canonical): what unit hashes are made of.
   Json to_json(const C& value) const;
   /// Reads back what to_json wrote. Throws UserError on a mismatch.
   C from_json(const Json& json) const;
   /// JSON schema (draft 2020-12) for editors.
-  Json json_schema() const;
+  Json json_schema() const { return config_detail::json_schema(table_, true); }
   /// Markdown table rows: key, type, default, range, doc; nested structs by path.
-  std::string markdown(const std::string& path = "") const;
+  std::string markdown(const std::string& path = "") const { return config_detail::markdown(table_, path); }
 
  private:
   template <typename>

@@ -147,61 +147,6 @@ config_detail::FieldInfo& Schema<C>::last() {
 }
 
 template <typename C>
-Schema<C>& Schema<C>::doc(std::string text) {
-  last().doc = std::move(text);
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::path() {
-  last().is_path = true;
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::min(double value) {
-  last().min = value;
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::above(double value) {
-  last().min = value;
-  last().min_exclusive = true;
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::max(double value) {
-  last().max = value;
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::choices(std::vector<std::string> names) {
-  last().choices = std::move(names);
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::required() {
-  last().required = true;
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::unit(std::string name) {
-  last().unit = std::move(name);
-  return *this;
-}
-
-template <typename C>
-Schema<C>& Schema<C>::check(std::function<std::optional<std::string>(const C&)> rule) {
-  checks_.push_back(std::move(rule));
-  return *this;
-}
-
-template <typename C>
 void Schema<C>::parse(const ConfigNode& node, const std::string& path, C& out, Problems& problems) const {
   const size_t before = problems.size();
   if (!config_detail::check_keys(table_, node, path, problems)) return;
@@ -211,12 +156,6 @@ void Schema<C>::parse(const ConfigNode& node, const std::string& path, C& out, P
   if (problems.size() > before) return;
   for (const auto& rule : checks_)
     if (const auto what = rule(out)) problems.add(node.origin, path, *what);
-}
-
-template <typename C>
-void Schema<C>::resolve(const ConfigNode& node, const std::string& path, const C& value,
-                        std::vector<ResolvedValue>& out) const {
-  config_detail::resolve(table_, &node, path, to_json(value), out);
 }
 
 template <typename C>
@@ -233,16 +172,6 @@ C Schema<C>::from_json(const Json& json) const {
   parse(config_detail::complete_node(table_, json, "", problems), "", value, problems);
   problems.throw_if_any("stored configuration");
   return value;
-}
-
-template <typename C>
-Json Schema<C>::json_schema() const {
-  return config_detail::json_schema(table_, true);
-}
-
-template <typename C>
-std::string Schema<C>::markdown(const std::string& path) const {
-  return config_detail::markdown(table_, path);
 }
 
 }  // namespace moraine::core
