@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -42,30 +41,18 @@ std::string bar_line(double share, const std::string& eta, const std::string& ru
 
 }  // namespace
 
-struct Progress::State {
-  bool terminal;
-  std::function<double()> now_s;
-  bool started = false;
-  double drawn_at = -std::numeric_limits<double>::infinity();
-};
-
-Progress::Progress(bool terminal, std::function<double()> now_s)
-    : state_(std::make_unique<State>(State{.terminal = terminal, .now_s = std::move(now_s)})) {}
+Progress::Progress(bool terminal, std::function<double()> now_s) : terminal_(terminal), now_s_(std::move(now_s)) {}
 
 Progress::~Progress() { clear(); }
 
 void Progress::update(double share, double eta_s, const std::string& running) {
-  auto& state = *state_;
-  const double now = state.now_s();
-  if (!state.started) {
-    state.started = true;
-    if (!state.terminal) state.drawn_at = now;  // the first line comes after kLineEvery: short runs stay quiet
-  }
-  if (now - state.drawn_at < (state.terminal ? kRedrawEvery : kLineEvery)) return;
-  state.drawn_at = now;
+  const double now = now_s_();
+  if (!terminal_ && !drawn_at_) drawn_at_ = now;  // the first line comes after kLineEvery: short runs stay quiet
+  if (drawn_at_ && now - *drawn_at_ < (terminal_ ? kRedrawEvery : kLineEvery)) return;
+  drawn_at_ = now;
   share = std::clamp(share, 0.0, 1.0);
   const std::string eta = duration(eta_s);
-  if (state.terminal) {
+  if (terminal_) {
     log::set_status(bar_line(share, eta, running, terminal_width()));
   } else {
     log::info("progress: done_percent={:.0f} eta={} running={}", 100 * share, eta, running);
@@ -73,8 +60,7 @@ void Progress::update(double share, double eta_s, const std::string& running) {
 }
 
 void Progress::clear() {
-  if (state_->terminal) log::set_status("");
-  state_->drawn_at = state_->terminal ? -std::numeric_limits<double>::infinity() : state_->drawn_at;
+  if (terminal_) log::set_status("");
 }
 
 }  // namespace moraine::core

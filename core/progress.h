@@ -1,8 +1,7 @@
 #pragma once
 
-#include <cstdint>
 #include <functional>
-#include <memory>
+#include <optional>
 #include <string>
 
 namespace moraine::core {
@@ -20,8 +19,9 @@ class Progress {
   void clear();
 
  private:
-  struct State;
-  std::unique_ptr<State> state_;
+  bool terminal_;
+  std::function<double()> now_s_;
+  std::optional<double> drawn_at_;
 };
 
 }  // namespace moraine::core
