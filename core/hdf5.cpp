@@ -155,13 +155,6 @@ struct Hdf5File::Handle {
     if (H5Sget_simple_extent_npoints(space) != 1) fail_user("attribute '{}' does not hold one value", name);
     return attribute;
   }
-  void read_number(const std::string& name, bool real, hid_t memory, void* out, hid_t attribute) const {
-    const Id type(H5Aget_type(attribute), H5Tclose);
-    const H5T_class_t kind = H5Tget_class(type);
-    if (kind != H5T_INTEGER && !(real && kind == H5T_FLOAT))
-      fail_user("attribute '{}' is not {}", name, real ? "a number" : "an integer");
-    if (H5Aread(attribute, memory, out) < 0) fail_io("cannot read attribute '{}'", name);
-  }
   void write_attribute(const std::string& name, hid_t type, const void* data) const {
     if (H5Aexists(file, name.c_str()) > 0 && H5Adelete(file, name.c_str()) < 0)
       fail_io("cannot replace attribute '{}'", name);
@@ -340,17 +333,10 @@ std::optional<int64_t> Hdf5File::int_attribute(const std::string& name) const {
   const Library library;
   const auto attribute = handle_->attribute(name);
   if (!attribute) return std::nullopt;
+  const Id type(H5Aget_type(*attribute), H5Tclose);
+  if (H5Tget_class(type) != H5T_INTEGER) handle_->fail_user("attribute '{}' is not an integer", name);
   int64_t value = 0;
-  handle_->read_number(name, false, H5T_NATIVE_INT64, &value, *attribute);
-  return value;
-}
-
-std::optional<double> Hdf5File::real_attribute(const std::string& name) const {
-  const Library library;
-  const auto attribute = handle_->attribute(name);
-  if (!attribute) return std::nullopt;
-  double value = 0;
-  handle_->read_number(name, true, H5T_NATIVE_DOUBLE, &value, *attribute);
+  if (H5Aread(*attribute, H5T_NATIVE_INT64, &value) < 0) handle_->fail_io("cannot read attribute '{}'", name);
   return value;
 }
 
@@ -366,11 +352,6 @@ void Hdf5File::set_attribute(const std::string& name, const std::string& value) 
 void Hdf5File::set_attribute(const std::string& name, int64_t value) {
   const Library library;
   handle_->write_attribute(name, H5T_NATIVE_INT64, &value);
-}
-
-void Hdf5File::set_attribute(const std::string& name, double value) {
-  const Library library;
-  handle_->write_attribute(name, H5T_NATIVE_DOUBLE, &value);
 }
 
 const std::filesystem::path& Hdf5File::path() const { return handle_->path; }

@@ -46,10 +46,8 @@ class Hdf5File {
   /// Attributes of the root group. Missing -> nullopt; wrong type -> UserError.
   std::optional<std::string> text_attribute(const std::string& name) const;
   std::optional<int64_t> int_attribute(const std::string& name) const;
-  std::optional<double> real_attribute(const std::string& name) const;
   void set_attribute(const std::string& name, const std::string& value);
   void set_attribute(const std::string& name, int64_t value);
-  void set_attribute(const std::string& name, double value);
 
   const std::filesystem::path& path() const;
 
