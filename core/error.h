@@ -22,8 +22,8 @@ enum ExitCode : int {
 /// Base of every error Moraine throws: a message (what and where) and a hint (what to do next).
 class Error : public std::runtime_error {
  public:
-  Error(std::string message, std::string hint, ExitCode code)
-      : std::runtime_error(std::move(message)), hint_(std::move(hint)), code_(code) {}
+  Error(const std::string& message, std::string hint, ExitCode code)
+      : std::runtime_error(message), hint_(std::move(hint)), code_(code) {}
   const std::string& hint() const { return hint_; }
   ExitCode exit_code() const { return code_; }
 
@@ -34,32 +34,32 @@ class Error : public std::runtime_error {
 
 /// The user can fix it: configuration, data, paths. Exit code 2.
 struct UserError : Error {
-  explicit UserError(std::string message, std::string hint = "") : Error(std::move(message), std::move(hint), kExitUser) {}
+  explicit UserError(const std::string& message, std::string hint = "") : Error(message, std::move(hint), kExitUser) {}
 };
 /// The outside world failed: disk full, file vanished. Exit code 3.
 struct IoError : Error {
-  explicit IoError(std::string message, std::string hint = "") : Error(std::move(message), std::move(hint), kExitIo) {}
+  explicit IoError(const std::string& message, std::string hint = "") : Error(message, std::move(hint), kExitIo) {}
 };
 /// A peer is gone or spoke nonsense. Exit code 3.
 struct CommError : Error {
-  explicit CommError(std::string message, std::string hint = "") : Error(std::move(message), std::move(hint), kExitIo) {}
+  explicit CommError(const std::string& message, std::string hint = "") : Error(message, std::move(hint), kExitIo) {}
 };
 /// A deadline passed. Exit code 3.
 struct TimeoutError : Error {
-  explicit TimeoutError(std::string message, std::string hint = "") : Error(std::move(message), std::move(hint), kExitIo) {}
+  explicit TimeoutError(const std::string& message, std::string hint = "") : Error(message, std::move(hint), kExitIo) {}
 };
 /// Numbers went bad: NaN or Inf in a loss, a gradient, a contribution. Exit code 4.
 struct NumericError : Error {
-  explicit NumericError(std::string message, std::string hint = "") : Error(std::move(message), std::move(hint), kExitNumeric) {}
+  explicit NumericError(const std::string& message, std::string hint = "") : Error(message, std::move(hint), kExitNumeric) {}
 };
 /// A good checkpoint was written because a signal asked to stop. Exit code 75.
 struct StopRequested : Error {
-  explicit StopRequested(std::string message) : Error(std::move(message), "run the same command again to continue", kExitRequeue) {}
+  explicit StopRequested(const std::string& message) : Error(message, "run the same command again to continue", kExitRequeue) {}
 };
 /// Our bug. Exit code 70. Thrown by MORAINE_CHECK*.
 struct InternalError : Error {
-  explicit InternalError(std::string message)
-      : Error(std::move(message), "this is a bug in Moraine: please report it with this message", kExitInternal) {}
+  explicit InternalError(const std::string& message)
+      : Error(message, "this is a bug in Moraine: please report it with this message", kExitInternal) {}
 };
 
 [[noreturn]] void throw_check_failed(const char* file, int line, const char* condition, std::string_view message);
