@@ -24,8 +24,7 @@ void print_environment(const std::string& format) {
   }
   core::Json rows = core::Json::array();
   for (const auto& [key, value] : facts.items()) rows.push_back({{"what", key}, {"value", value}});
-  const core::Json table = {{"title", "Environment"}, {"columns", {{{"key", "what"}, {"label", "what"}}, {{"key", "value"}, {"label", "value"}}}}, {"rows", rows}, {"notes", core::Json::array()}};
-  std::fputs(report::render_table(table, {}).c_str(), stdout);
+  std::fputs(report::render_table(report::plain_table("Environment", {"what", "value"}, rows)).c_str(), stdout);
 }
 
 }  // namespace

@@ -13,12 +13,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-core::Json make_table(const std::string& title, std::initializer_list<const char*> keys, core::Json rows) {
-  core::Json columns = core::Json::array();
-  for (const char* key : keys) columns.push_back({{"key", key}, {"label", key}});
-  return {{"title", title}, {"columns", columns}, {"rows", std::move(rows)}, {"notes", core::Json::array()}};
-}
-
 // One line per unit: what is done, by whom, how long it took, and what is still to do.
 core::Json list_units(const coordinator::RunRecord& run) {
   std::map<std::string, const coordinator::UnitRecord*> records;
@@ -33,7 +27,7 @@ core::Json list_units(const coordinator::RunRecord& run) {
   }
   for (const auto& unit : plan.pending)
     rows.push_back({{"unit", unit.label}, {"state", "to do"}, {"worker", nullptr}, {"attempt", nullptr}, {"seconds", nullptr}, {"artefact", nullptr}});
-  return make_table(run.layout.root.string(), {"unit", "state", "worker", "attempt", "seconds", "artefact"}, rows);
+  return report::plain_table(run.layout.root.string(), {"unit", "state", "worker", "attempt", "seconds", "artefact"}, rows);
 }
 
 core::Json list_runs(const fs::path& parent) {
@@ -46,7 +40,7 @@ core::Json list_runs(const fs::path& parent) {
     rows.push_back({{"run", name}, {"method", run.recipe.at("method")}, {"state", run.finished ? "finished" : "unfinished"},
                     {"units", run.units.size()}, {"starts", run.epochs.size()}, {"failures", run.failures.size()}});
   }
-  return make_table(parent.string(), {"run", "method", "state", "units", "starts", "failures"}, rows);
+  return report::plain_table(parent.string(), {"run", "method", "state", "units", "starts", "failures"}, rows);
 }
 
 void list(const fs::path& path, const std::string& format) {

@@ -12,13 +12,14 @@ namespace {
 void print_params(const RecipeArguments& arguments, const std::string& format) {
   const auto recipe = algorithms::load_recipe(arguments.recipe, arguments.overrides);
   const algorithms::ParameterTable counts = recipe.method->parameters();
-  core::Json table = {{"title", recipe.run.name}, {"columns", core::Json::array()}, {"rows", core::Json::array()}, {"notes", counts.notes}};
-  for (const auto& column : counts.columns) table["columns"].push_back({{"key", column}, {"label", column}});
+  core::Json rows = core::Json::array();
   for (const auto& row : counts.rows) {
     core::Json line = core::Json::object();
     for (size_t i = 0; i < counts.columns.size(); ++i) line[counts.columns[i]] = row[i];
-    table["rows"].push_back(line);
+    rows.push_back(line);
   }
+  core::Json table = report::plain_table(recipe.run.name, counts.columns, rows);
+  table["notes"] = counts.notes;
   const std::string text = format == "json" ? table.dump(2) + "\n" : report::render_table(table, {});
   std::fputs(text.c_str(), stdout);
 }

@@ -18,10 +18,7 @@ void validate(const RecipeArguments& arguments, const std::string& format, bool 
     std::fputs((rows.dump(2) + "\n").c_str(), stdout);
     return;
   }
-  core::Json columns = core::Json::array();
-  for (const char* key : {"key", "value", "origin"}) columns.push_back({{"key", key}, {"label", key}});
-  const core::Json table = {{"title", arguments.recipe}, {"columns", columns}, {"rows", rows}, {"notes", core::Json::array()}};
-  std::fputs(report::render_table(table, {}).c_str(), stdout);
+  std::fputs(report::render_table(report::plain_table(arguments.recipe, {"key", "value", "origin"}, rows)).c_str(), stdout);
   std::fputs(schema_only ? "valid: keys, types and ranges\n" : "valid: keys, types, ranges, model and data files\n", stdout);
 }
 

@@ -54,10 +54,9 @@ std::string draw_timing(const Json& timing) {
 
 std::string draw_versions(const Json& versions) {
   if (versions.empty()) return "";
-  Json table = {{"title", "Versions"}, {"rows", Json::array()}};
-  table["columns"] = {{{"key", "part"}, {"label", "part"}}, {{"key", "version"}, {"label", "version"}}};
-  for (const auto& [part, version] : versions.items()) table["rows"].push_back({{"part", part}, {"version", version}});
-  return draw_table(table);
+  Json rows = Json::array();
+  for (const auto& [part, version] : versions.items()) rows.push_back({{"part", part}, {"version", version}});
+  return draw_table(plain_table("Versions", {"part", "version"}, rows));
 }
 
 std::string draw_recipe(const Json& recipe) {

@@ -200,6 +200,12 @@ std::string any_table(const Json& table, const TableStyle& style) {
 
 }  // namespace
 
+Json plain_table(const std::string& title, const std::vector<std::string>& keys, Json rows) {
+  Json columns = Json::array();
+  for (const std::string& key : keys) columns.push_back({{"key", key}, {"label", key}});
+  return {{"title", title}, {"columns", columns}, {"rows", std::move(rows)}};
+}
+
 TableText lay_out(const Json& table) {
   TableText text;
   const size_t rows = table["rows"].size(), columns = table["columns"].size();

@@ -15,6 +15,9 @@ struct TableStyle {
   bool markdown = false;  // a Markdown table; width and color do not apply
 };
 
+/// Rows of {key: value} as a table (docs/formats.md) whose columns are labelled by their keys.
+core::Json plain_table(const std::string& title, const std::vector<std::string>& keys, core::Json rows);
+
 /// One table with title and notes, ready to print. The best value of each row or column carries a '*' (bold in
 /// Markdown); cells that print alike share it, and nothing is marked where all print alike.
 std::string render_table(const core::Json& table, const TableStyle& style = {});
