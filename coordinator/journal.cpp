@@ -1,6 +1,8 @@
 #include "coordinator/journal.h"
 
+#include <bit>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <optional>
 
@@ -27,6 +29,10 @@ struct Header {
 };
 constexpr size_t kHeaderBytes = 52;
 constexpr size_t kCrcEnd = 8;  // the checksum covers everything after itself
+// In memory as in the file, but for what pads the end.
+static_assert(offsetof(Header, crc) == 4 && offsetof(Header, lsn) == kCrcEnd && offsetof(Header, type) == 16 &&
+              offsetof(Header, version) == 18 && offsetof(Header, previous) == 20 &&
+              std::endian::native == std::endian::little);
 
 std::span<const std::byte> bytes_of(std::string_view text) { return std::as_bytes(std::span(text)); }
 
@@ -39,29 +45,13 @@ Digest digest(std::span<const std::byte> data) {
   return out;
 }
 
-template <typename T>
-void put(std::string& out, const T& value) {
-  out.append(reinterpret_cast<const char*>(&value), sizeof value);
-}
-
-template <typename T>
-void take(const char*& from, T& value) {
-  std::memcpy(&value, from, sizeof value);
-  from += sizeof value;
-}
-
 std::string encode(Header header, const std::string& body) {
-  std::string out;
   header.body_bytes = static_cast<uint32_t>(body.size());
-  put(out, header.body_bytes);
-  put(out, header.crc);
-  put(out, header.lsn);
-  put(out, header.type);
-  put(out, header.version);
-  put(out, header.previous);
+  std::string out(kHeaderBytes, '\0');
+  std::memcpy(out.data(), &header, kHeaderBytes);
   out += body;
   header.crc = core::crc32c(bytes_of(out).subspan(kCrcEnd));
-  std::memcpy(out.data() + sizeof header.body_bytes, &header.crc, sizeof header.crc);
+  std::memcpy(out.data() + offsetof(Header, crc), &header.crc, sizeof header.crc);
   return out;
 }
 
@@ -69,13 +59,7 @@ std::string encode(Header header, const std::string& body) {
 std::optional<Header> decode(std::string_view file, size_t offset, uint64_t from_lsn) {
   if (file.size() - offset < kHeaderBytes) return std::nullopt;
   Header header;
-  const char* from = file.data() + offset;
-  take(from, header.body_bytes);
-  take(from, header.crc);
-  take(from, header.lsn);
-  take(from, header.type);
-  take(from, header.version);
-  take(from, header.previous);
+  std::memcpy(static_cast<void*>(&header), file.data() + offset, kHeaderBytes);
   if (header.body_bytes > kMaxRecordBody || header.body_bytes > file.size() - offset - kHeaderBytes)
     return std::nullopt;
   if (header.lsn < from_lsn) return std::nullopt;

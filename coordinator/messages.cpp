@@ -87,16 +87,11 @@ Problem problem_of(const std::exception& error) {
   }
   const auto* ours = dynamic_cast<const core::Error*>(&error);
   if (ours == nullptr) return {"internal", error.what(), ""};
-  switch (ours->exit_code()) {
-    case core::kExitUser:
-      return {"user", error.what(), ours->hint()};
-    case core::kExitIo:
-      return {"io", error.what(), ours->hint()};
-    case core::kExitNumeric:
-      return {"numeric", error.what(), ours->hint()};
-    default:
-      return {"internal", error.what(), ours->hint()};
-  }
+  const char* kind = ours->exit_code() == core::kExitUser      ? "user"
+                     : ours->exit_code() == core::kExitIo      ? "io"
+                     : ours->exit_code() == core::kExitNumeric ? "numeric"
+                                                               : "internal";
+  return {kind, error.what(), ours->hint()};
 }
 
 }  // namespace moraine::coordinator
