@@ -194,10 +194,6 @@ std::string markdown_table(const Json& table) {
   return out;
 }
 
-std::string any_table(const Json& table, const TableStyle& style) {
-  return style.markdown ? markdown_table(table) : terminal_table(table, style);
-}
-
 }  // namespace
 
 Json plain_table(const std::string& title, const std::vector<std::string>& keys, Json rows) {
@@ -238,7 +234,7 @@ TableText lay_out(const Json& table) {
 
 std::string render_table(const Json& table, const TableStyle& style) {
   check_table(table);
-  return any_table(table, style);
+  return terminal_table(table, style);
 }
 
 std::string render_markdown(const Json& table) {
@@ -275,8 +271,8 @@ std::string render_text(const Json& summary, const TableStyle& style) {
   const Json tables = summary.value("tables", Json::array());
   std::string highlighted;
   for (const Json& table : tables)
-    if (table.value("highlight", false)) highlighted += (highlighted.empty() ? "" : "\n") + any_table(table, style);
-  return out + (highlighted.empty() && !tables.empty() ? any_table(tables[0], style) : highlighted);
+    if (table.value("highlight", false)) highlighted += (highlighted.empty() ? "" : "\n") + terminal_table(table, style);
+  return out + (highlighted.empty() && !tables.empty() ? terminal_table(tables[0], style) : highlighted);
 }
 
 }  // namespace moraine::report

@@ -10,9 +10,8 @@
 namespace moraine::report {
 
 struct TableStyle {
-  size_t width = 100;     // columns of the terminal; a wider table is printed in blocks that repeat its first column
-  bool color = false;     // ANSI colours, for terminals only
-  bool markdown = false;  // a Markdown table; width and color do not apply
+  size_t width = 100;  // columns of the terminal; a wider table is printed in blocks that repeat its first column
+  bool color = false;  // ANSI colours, for terminals only
 };
 
 /// Rows of {key: value} as a table (docs/formats.md) whose columns are labelled by their keys.

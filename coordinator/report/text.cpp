@@ -7,6 +7,25 @@ namespace {
 
 constexpr char32_t kReplacement = 0xFFFD;
 
+/// Decodes the code point at `pos` and moves past it; malformed UTF-8 gives U+FFFD for one byte.
+char32_t next_code_point(std::string_view text, size_t& pos) {
+  const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
+  const uint8_t lead = byte(pos++);
+  if (lead < 0x80) return lead;
+  const int extra =
+      lead >= 0xF0 && lead < 0xF5 ? 3 : (lead >= 0xE0 && lead < 0xF0 ? 2 : (lead >= 0xC2 && lead < 0xE0 ? 1 : 0));
+  if (extra == 0 || pos + extra > text.size()) return kReplacement;
+  char32_t c = lead & (0x3F >> extra);
+  for (int i = 0; i < extra; ++i) {
+    if ((byte(pos + i) & 0xC0) != 0x80) return kReplacement;
+    c = (c << 6) | (byte(pos + i) & 0x3F);
+  }
+  constexpr char32_t kSmallest[] = {0, 0x80, 0x800, 0x10000};
+  if (c < kSmallest[extra] || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF)) return kReplacement;
+  pos += extra;
+  return c;
+}
+
 void append_utf8(std::string& out, char32_t c) {
   if (c < 0x80) {
     out += static_cast<char>(c);
@@ -38,24 +57,6 @@ double em_width(char32_t c) {
 }
 
 }  // namespace
-
-char32_t next_code_point(std::string_view text, size_t& pos) {
-  const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
-  const uint8_t lead = byte(pos++);
-  if (lead < 0x80) return lead;
-  const int extra =
-      lead >= 0xF0 && lead < 0xF5 ? 3 : (lead >= 0xE0 && lead < 0xF0 ? 2 : (lead >= 0xC2 && lead < 0xE0 ? 1 : 0));
-  if (extra == 0 || pos + extra > text.size()) return kReplacement;
-  char32_t c = lead & (0x3F >> extra);
-  for (int i = 0; i < extra; ++i) {
-    if ((byte(pos + i) & 0xC0) != 0x80) return kReplacement;
-    c = (c << 6) | (byte(pos + i) & 0x3F);
-  }
-  constexpr char32_t kSmallest[] = {0, 0x80, 0x800, 0x10000};
-  if (c < kSmallest[extra] || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF)) return kReplacement;
-  pos += extra;
-  return c;
-}
 
 std::string printable(std::string_view text, bool keep_line_breaks) {
   std::string out;

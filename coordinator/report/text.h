@@ -6,9 +6,6 @@
 // Text on its way into a terminal, an HTML page or a picture.
 namespace moraine::report {
 
-/// Decodes the code point at `pos` and moves past it; malformed UTF-8 gives U+FFFD for one byte.
-char32_t next_code_point(std::string_view text, size_t& pos);
-
 /// Valid UTF-8 without control characters: line breaks and tabs become spaces, the rest U+FFFD. Names come from recipes
 /// and data files, so no escape sequence of theirs may reach a terminal or break the markup.
 std::string printable(std::string_view text, bool keep_line_breaks = false);
