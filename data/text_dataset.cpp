@@ -84,10 +84,6 @@ struct TextDataset::Split {
   }
 };
 
-TextDomainInfo read_text_domain_info(const std::filesystem::path& path, const std::string& expected_tokenizer) {
-  return read_info(core::Hdf5File(path, core::Hdf5File::Mode::kRead), expected_tokenizer);
-}
-
 TextDataset TextDataset::open(const std::filesystem::path& path, const std::string& split, int64_t seq_len,
                               const std::string& expected_tokenizer) {
   if (seq_len < 1)

@@ -18,10 +18,6 @@ struct TextDomainInfo {
   std::string fingerprint;  // SHA-256 over tokeniser, splits, tokens and document bounds
 };
 
-/// Reads the facts alone. Throws UserError if the file is missing, is not a text-domain file of a version this build
-/// reads, or was made with another tokeniser than `expected_tokenizer` (when not empty).
-TextDomainInfo read_text_domain_info(const std::filesystem::path& path, const std::string& expected_tokenizer = "");
-
 /// One split (train | validation | test) of a prepared domain: tokens streamed from HDF5 (memory is bounded, see
 /// token_stream.h), packed into sequences of `seq_len` + 1 tokens; each overlaps the next by one token, so every token
 /// but the split's first is predicted exactly once. Documents follow each other, each closed by its end-of-document
@@ -29,8 +25,9 @@ TextDomainInfo read_text_domain_info(const std::filesystem::path& path, const st
 /// copy (copies share file and cache). Thread-safe to read.
 class TextDataset {
  public:
-  /// Throws UserError as read_text_domain_info() does, and if seq_len < 1, there is no such split, the split holds
-  /// fewer than seq_len + 1 tokens, or its parts contradict each other.
+  /// Throws UserError if the file is missing, is not a text-domain file of a version this build reads, or was made with
+  /// another tokeniser than `expected_tokenizer` (when not empty), and if seq_len < 1, there is no such split, the split
+  /// holds fewer than seq_len + 1 tokens, or its parts contradict each other.
   static TextDataset open(const std::filesystem::path& path, const std::string& split, int64_t seq_len,
                           const std::string& expected_tokenizer = "");
 
