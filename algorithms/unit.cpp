@@ -35,7 +35,7 @@ Unit Unit::from_json(const core::Json& json) {
 
 std::optional<std::string> PlanBuilder::need(Unit unit) {
   const std::string id = unit.id();
-  const std::optional<std::string> artefact = state_.result(id);
+  std::optional<std::string> artefact = state_.result(id);
   if (std::find(seen_.begin(), seen_.end(), id) == seen_.end()) {
     seen_.push_back(id);
     (artefact ? plan_.finished : plan_.pending).push_back(std::move(unit));

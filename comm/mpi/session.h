@@ -34,7 +34,7 @@ class Session {
   int index_ = 0;
   int size_ = 1;
   std::string host_;
-  int exceptions_at_start_ = 0;
+  [[maybe_unused]] int exceptions_at_start_ = 0;  // unused without MPI
 };
 
 }  // namespace moraine::comm::mpi
