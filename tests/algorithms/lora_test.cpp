@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -17,6 +16,7 @@
 #include "core/file.h"
 #include "core/json.h"
 #include "models/tensor_io.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::algorithms::adapters {
 namespace {
@@ -30,15 +30,6 @@ const std::filesystem::path kGolden = std::filesystem::path(MORAINE_SOURCE_DIR) 
 
 class LoraFiles : public ::testing::Test {
  protected:
-  LoraFiles() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "moraine-lora-XXXXXX").string();
-    MORAINE_CHECK(mkdtemp(pattern.data()) != nullptr, "no temporary directory: {}", pattern);
-    directory_ = pattern;
-  }
-  ~LoraFiles() override {
-    std::error_code ignored;
-    std::filesystem::remove_all(directory_, ignored);
-  }
   /// The golden adapter, copied, with some fields of its configuration changed.
   std::filesystem::path edited(const core::Json& changes) const {
     std::filesystem::copy(kGolden / "lora_plain", directory_,
@@ -48,7 +39,8 @@ class LoraFiles : public ::testing::Test {
     core::write_atomically(directory_ / "adapter_config.json", config.dump());
     return directory_;
   }
-  std::filesystem::path directory_;
+  TemporaryDirectory temporary_;
+  const std::filesystem::path& directory_ = temporary_.path();
 };
 
 /// The golden file's tensors below a prefix, without it.

@@ -24,7 +24,7 @@ Record accepted(const algorithms::Unit& unit, const core::Artefact& artefact) {
 }
 
 TEST(AcceptedState, KeepsArtefactsByTheirHash) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   const core::ArtefactPtr artefact = toy_artefact("a");
   const std::string id = artefact->id();
   AcceptedState state(directory.path(), {});
@@ -38,7 +38,7 @@ TEST(AcceptedState, KeepsArtefactsByTheirHash) {
 }
 
 TEST(AcceptedState, NoticesDamageOnReadingAndRepairsItOnWriting) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   const core::ArtefactPtr artefact = toy_artefact("a");
   AcceptedState state(directory.path(), {});
   state.store(*artefact);
@@ -50,13 +50,13 @@ TEST(AcceptedState, NoticesDamageOnReadingAndRepairsItOnWriting) {
 }
 
 TEST(AcceptedState, ReportsADirectoryItCannotWrite) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   std::ofstream(directory.path() / "file") << "in the way";
   EXPECT_THROW(AcceptedState(directory.path() / "file", {}).store(*toy_artefact("a")), core::IoError);
 }
 
 TEST(AcceptedState, ForgetsUnitsWhoseArtefactIsMissingOrDamaged) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   AcceptedState state(directory.path(), {});
   for (const char* name : {"whole", "damaged", "missing"}) {
     const core::ArtefactPtr artefact = toy_artefact(name);
@@ -74,7 +74,7 @@ TEST(AcceptedState, ForgetsUnitsWhoseArtefactIsMissingOrDamaged) {
 }
 
 TEST(AcceptedState, TakesTheLastResultOfAUnit) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   const auto unit = toy_unit("u");
   const std::vector<Record> records = {accepted(unit, *toy_artefact("old")), accepted(unit, *toy_artefact("new"))};
   EXPECT_EQ(AcceptedState(directory.path(), records).result(unit.id()), toy_artefact("new")->id());

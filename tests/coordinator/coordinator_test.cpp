@@ -183,7 +183,7 @@ class CoordinatorTest : public testing::Test {
 
   void start_anew() { std::filesystem::remove_all(root_); }
 
-  TempDirectory directory_;
+  TemporaryDirectory directory_;
   std::filesystem::path root_ = directory_.path() / "run";
   std::atomic<int> signals_ = 0;
   Core::Planner plan_ = toy_plan;
@@ -408,7 +408,7 @@ TEST_F(CoordinatorTest, APlanThatThrowsStopsTheWorkersAndGivesItsExitCode) {
 }
 
 TEST(ReadRun, RefusesADirectoryThatIsNoRun) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   EXPECT_THROW(read_run(directory.path()), core::UserError);
 }
 

@@ -34,7 +34,7 @@ class JournalTest : public testing::Test {
 
   void put(const std::string& bytes) { std::ofstream(path_, std::ios::binary | std::ios::trunc) << bytes; }
 
-  TempDirectory directory_;
+  TemporaryDirectory directory_;
   std::filesystem::path path_ = directory_.path() / "journal.log";
 };
 

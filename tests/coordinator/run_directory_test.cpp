@@ -26,7 +26,7 @@ core::Json values() {
 }
 
 TEST(RunDirectory, StoresTheRecipeAndOpensAgain) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   const auto root = directory.path() / "run";
   { RunDirectory::open(root, recipe(values()), false); }
   const RunDirectory again = RunDirectory::open(root, recipe(values()), false);
@@ -36,7 +36,7 @@ TEST(RunDirectory, StoresTheRecipeAndOpensAgain) {
 }
 
 TEST(RunDirectory, RefusesAnotherRecipeAndListsWhatDiffers) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   { RunDirectory::open(directory.path(), recipe(values()), false); }
   core::Json changed = values();
   changed["train"]["steps"] = 200;
@@ -71,14 +71,14 @@ TEST(RunDirectory, TellsIdentityFromTheWayTheWorkIsDone) {
 }
 
 TEST(RunDirectory, RefusesADirectoryOfSomethingElse) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   std::ofstream(directory.path() / "thesis.tex") << "precious";
   EXPECT_THROW(RunDirectory::open(directory.path(), recipe(values()), false), core::UserError);
   EXPECT_THROW(RunDirectory::open(directory.path() / "thesis.tex", recipe(values()), false), core::UserError);
 }
 
 TEST(RunDirectory, FinishesWhatACrashWhileMakingItLeft) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   std::ofstream(directory.path() / "lock") << "1 host\n";
   std::ofstream(directory.path() / ".recipe.json.0123.tmp") << "{";
   std::filesystem::create_directories(directory.path());
@@ -86,7 +86,7 @@ TEST(RunDirectory, FinishesWhatACrashWhileMakingItLeft) {
 }
 
 TEST(RunDirectory, RemovesUnfinishedFilesOfAKilledProcess) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   { RunDirectory::open(directory.path(), recipe(values()), false); }
   const auto left = directory.path() / "artefacts" / "ab" / ".cd.safetensors.00ff.tmp";
   const auto kept = directory.path() / "artefacts" / "ab" / "cd.safetensors";
@@ -99,7 +99,7 @@ TEST(RunDirectory, RemovesUnfinishedFilesOfAKilledProcess) {
 }
 
 TEST(RunDirectory, NamesTheProcessThatUsesIt) {
-  const TempDirectory directory;
+  const TemporaryDirectory directory;
   int ready[2], done[2];
   ASSERT_EQ(pipe(ready), 0);
   ASSERT_EQ(pipe(done), 0);

@@ -1,8 +1,5 @@
 #pragma once
 
-#include <stdlib.h>
-
-#include <filesystem>
 #include <map>
 #include <optional>
 #include <string>
@@ -10,28 +7,9 @@
 
 #include "algorithms/unit.h"
 #include "core/artefact.h"
-#include "core/error.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::coordinator {
-
-/// A directory that goes away with the test.
-class TempDirectory {
- public:
-  TempDirectory() {
-    const std::filesystem::path memory = "/dev/shm";  // hundreds of runs with several syncs each
-    const auto parent = std::filesystem::is_directory(memory) ? memory : std::filesystem::temp_directory_path();
-    std::string name = (parent / "moraine.XXXXXX").string();
-    MORAINE_CHECK(mkdtemp(name.data()) != nullptr, "no temporary directory");
-    path_ = name;
-  }
-  ~TempDirectory() { std::filesystem::remove_all(path_); }
-  TempDirectory(const TempDirectory&) = delete;
-  TempDirectory& operator=(const TempDirectory&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 /// A worker unit named by one letter or word; `cost` in seconds at the scheduler's assumed speed.
 inline algorithms::Unit toy_unit(const std::string& label, double cost_s = 1, std::vector<std::string> inputs = {},

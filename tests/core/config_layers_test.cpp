@@ -4,7 +4,7 @@
 
 #include "core/config.h"
 #include "core/error.h"
-#include "temporary_directory.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::core {
 namespace {

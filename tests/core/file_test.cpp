@@ -11,7 +11,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
-#include "temporary_directory.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::core {
 namespace {

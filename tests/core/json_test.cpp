@@ -3,7 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
-#include "temporary_directory.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::core {
 namespace {

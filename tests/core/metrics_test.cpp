@@ -9,7 +9,7 @@
 
 #include "core/error.h"
 #include "core/json.h"
-#include "temporary_directory.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::core::metrics {
 namespace {

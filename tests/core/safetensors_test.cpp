@@ -8,7 +8,7 @@
 #include "core/error.h"
 #include "core/hash.h"
 #include "python_peer.h"
-#include "temporary_directory.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::core {
 namespace {

@@ -7,7 +7,7 @@
 #include "core/error.h"
 #include "core/json.h"
 #include "data/text_dataset.h"
-#include "tests/data/temporary_folder.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::data {
 namespace {
@@ -25,7 +25,7 @@ class PreparedFile : public testing::Test {
     expected_ = core::read_json(folder_ / "expected.json");
   }
 
-  TemporaryFolder folder_;
+  TemporaryDirectory folder_;
   core::Json expected_;
 };
 

@@ -6,7 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
-#include "tests/data/temporary_folder.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::data {
 namespace {
@@ -33,7 +33,7 @@ class TokenStreamTest : public testing::Test {
       ASSERT_EQ(tokens[static_cast<size_t>(i)], token_at(first + i)) << "position " << first + i;
   }
 
-  TemporaryFolder folder_;
+  TemporaryDirectory folder_;
   std::filesystem::path path_ = folder_ / "tokens.h5";
   std::shared_ptr<const Hdf5File> file_;
 };

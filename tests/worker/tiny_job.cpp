@@ -1,14 +1,11 @@
 #include "tests/worker/tiny_job.h"
 
 #include <cmath>
-#include <cstdlib>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tanh.h>
-
-#include "core/error.h"
 
 namespace moraine::worker::testing {
 namespace {
@@ -21,17 +18,6 @@ at::Tensor waves(at::IntArrayRef shape, double frequency) {
 }
 
 }  // namespace
-
-TempDirectory::TempDirectory() {
-  std::string pattern = (std::filesystem::temp_directory_path() / "moraine-worker-XXXXXX").string();
-  MORAINE_CHECK(mkdtemp(pattern.data()) != nullptr, "no temporary directory: {}", pattern);
-  path_ = pattern;
-}
-
-TempDirectory::~TempDirectory() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
 
 algorithms::TrainJob tiny_job(int64_t steps) {
   algorithms::TrainJob job;

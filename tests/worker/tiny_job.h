@@ -1,24 +1,15 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "algorithms/worker_context.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::worker::testing {
 
-/// A directory of one test, empty at the start and removed at the end.
-class TempDirectory {
- public:
-  TempDirectory();
-  ~TempDirectory();
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
+using TempDirectory = TemporaryDirectory;
 
 /// A two-layer regression whose data are a closed formula of (step, sequence): "sequence" s of a step has 1 + s % 3
 /// targets, so micro-batches differ in their number of targets. Same start values every time.
