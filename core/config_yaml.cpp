@@ -62,7 +62,7 @@ class TreeBuilder : public YAML::EventHandler {
   struct Frame {
     ConfigNode node;
     std::optional<std::string> key = std::nullopt;
-    Origin key_origin = "";
+    Origin key_origin = {};
     bool discard = false;  // the value of a refused key
   };
 

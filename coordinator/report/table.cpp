@@ -245,7 +245,7 @@ std::string render_markdown(const Json& table) {
 std::string render_csv(const Json& table) {
   check_table(table);
   const auto field = [](const Json& value) {
-    const std::string s = value.is_string() ? value.get<std::string>() : (value.is_null() ? "" : value.dump());
+    std::string s = value.is_string() ? value.get<std::string>() : (value.is_null() ? "" : value.dump());
     if (s.find_first_of(",\"\r\n") == std::string::npos) return s;
     std::string out = "\"";
     for (const char c : s) out += c == '"' ? "\"\"" : std::string(1, c);
