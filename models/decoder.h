@@ -37,7 +37,9 @@ class Decoder {
                               const std::string& origin, std::optional<at::ScalarType> dtype,
                               const std::shared_ptr<const void>& owner = nullptr);
   /// Shares this model's weights, frozen; slots start empty (mixture configs: with a fresh mixture attached).
-  Decoder share() const;
+  Decoder share() const { return on(device()); }
+  /// The same on another device: weights are copied there unless they are there already.
+  Decoder on(at::Device device) const;
 
   Decoder(Decoder&&) = default;
   Decoder& operator=(Decoder&&) = default;
@@ -80,6 +82,7 @@ class Decoder {
   NamedTensors make_trainable();
   /// Weights by Hugging Face name, sorted.
   const std::map<std::string, at::Tensor>& weights() const { return weights_; }
+  at::Device device() const { return embedding_.device(); }
   /// What the model computes in.
   at::ScalarType dtype() const { return dtype_; }
 

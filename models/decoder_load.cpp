@@ -138,9 +138,9 @@ Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<cor
   return Decoder(config, std::move(weights), compute);
 }
 
-Decoder Decoder::share() const {
+Decoder Decoder::on(at::Device device) const {
   std::map<std::string, at::Tensor> frozen;
-  for (const auto& [name, tensor] : weights_) frozen.emplace(name, tensor.detach());
+  for (const auto& [name, tensor] : weights_) frozen.emplace(name, tensor.detach().to(device));
   return Decoder(config_, std::move(frozen), dtype_);
 }
 

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include <ATen/Context.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <dlfcn.h>
 #include <sys/resource.h>
 
 #include "core/error.h"
@@ -17,9 +19,15 @@ constexpr std::chrono::milliseconds kTick{250};
 constexpr std::chrono::minutes kFetchDeadline{10};
 constexpr size_t kRecordsPerMessage = 128;  // keeps a message's body well under its 64 KiB
 
-bool cuda_available() {
-  return c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA) &&
-         c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->deviceCount() > 0;
+// Why CUDA cannot be used; empty when it can. LibTorch's CUDA part is loaded on demand: linked in, it would more than
+// triple the start time of every command on machines without a GPU.
+std::string why_no_cuda() {
+  if (!c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA) && dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+    const char* reason = dlerror();
+    return reason != nullptr ? reason : "libtorch_cuda.so cannot be loaded";
+  }
+  if (c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->deviceCount() == 0) return "LibTorch sees no CUDA device";
+  return "";
 }
 
 }  // namespace
@@ -29,14 +37,19 @@ void check_options(const WorkerOptions& options) {
     throw core::UserError(fmt::format("worker: threads must be positive: {}", options.threads),
                           "set workers.threads to 1 or more");
   }
-  if (options.device == "cpu" || (options.device == "cuda" && cuda_available())) return;
+  if (options.device == "cpu") return;
   if (options.device != "cuda") {
     throw core::UserError(fmt::format("worker: unknown device: '{}'", options.device),
                           "set workers.device to cpu or cuda");
   }
-  throw core::UserError(
-      "worker: CUDA asked for but absent: LibTorch sees no CUDA device",
-      "set workers.device=cpu, or build with -DMORAINE_WITH_CUDA=ON against a CUDA LibTorch on a machine with a GPU");
+  const std::string reason = why_no_cuda();
+  if (reason.empty()) {
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+    return;
+  }
+  throw core::UserError("worker: CUDA asked for but absent: " + reason,
+                        "set workers.device=cpu, or run scripts/setup --cuda on a machine with a GPU and its driver");
 }
 
 void send_or_throw(comm::Channel& channel, comm::Message message) {

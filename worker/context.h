@@ -31,8 +31,9 @@ struct WorkerOptions {
   Faults faults = Faults::from_environment();
 };
 
-/// Throws UserError if this build or machine cannot do what the options ask for (CUDA without a CUDA device, threads <
-/// 1).
+/// Throws UserError if this machine cannot do what the options ask for (threads < 1, CUDA without LibTorch's CUDA part or
+/// a device). For CUDA it also asks LibTorch for deterministic kernels in the whole process, which a resumed run needs to
+/// repeat an undisturbed one: call it before other threads start.
 void check_options(const WorkerOptions& options);
 
 /// What execute() sees, whatever lies behind it. One per unit execution, used by one thread.

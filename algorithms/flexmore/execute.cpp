@@ -136,11 +136,11 @@ std::shared_ptr<models::Decoder> FlexMore::load_base(const Unit& unit, WorkerCon
       if (id != model_id_)
         throw core::UserError(fmt::format("algorithms/flexmore: the public model in {} differs from the coordinator's", config_.model.path),
                               "every site must use a byte-identical public model");
-      return std::make_shared<models::Decoder>(models::Decoder::from_directory(config_.model.path, compute_dtype()));
+      return std::make_shared<models::Decoder>(models::Decoder::from_directory(config_.model.path, compute_dtype()).on(context.device()));
     }
     const auto artefact = context.artefact(id);
     const auto config = models::DecoderConfig::from_json(artefact->meta().at("config"), artefact->file().origin());
-    return std::make_shared<models::Decoder>(models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(), compute_dtype()));
+    return std::make_shared<models::Decoder>(models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(), compute_dtype(), artefact).on(context.device()));
   };
   return std::static_pointer_cast<models::Decoder>(context.cached("base/" + id, make));
 }
@@ -178,12 +178,12 @@ core::ArtefactPtr FlexMore::train_base(const Unit& unit, WorkerContext& context)
   const auto dataset = load_data(unit.spec.at("data"), context);
   const auto seed = unit.spec.at("seed").get<uint64_t>();
   const TrainConfig& train = *config_.model.train;
-  auto model = models::Decoder::from_config(architecture_, seed, at::kFloat);
+  auto model = models::Decoder::from_config(architecture_, seed, at::kFloat).on(context.device());
   TrainJob job{train, model.make_trainable(), language_model_loss(model, dataset, seed, train.batch_size, context.device()), config_.seq_len};
   const TrainOutcome outcome = context.train(std::move(job));
   const auto dtype = config_.model.save_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   models::NamedTensors tensors;
-  for (const auto& [name, weight] : model.weights()) tensors.emplace_back(name, weight.detach().to(dtype));
+  for (const auto& [name, weight] : model.weights()) tensors.emplace_back(name, weight.detach().cpu().to(dtype));
   std::vector<at::Tensor> keep;
   return core::Artefact::create("base", {{"config", architecture_.to_json()}, {"curve", curve_json(outcome)}}, models::views_of(tensors, keep));
 }
@@ -257,7 +257,6 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
   }
   std::sort(job.parameters.begin(), job.parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   mixture.experts = {expert};
-  for (auto& row : mixture.public_rows) row = row.to(context.device());
   attach(model, mixture, {.top_k = 2, .norm_topk_prob = config_.norm_topk_prob}, {});
   job.loss = language_model_loss(model, dataset, seed, config_.train.batch_size, context.device());
   const TrainOutcome outcome = context.train(std::move(job));

@@ -49,8 +49,13 @@ void expect_kind(const core::Artefact& artefact, const std::string& kind) {
 core::ArtefactPtr to_artefact(const std::string& kind, core::Json meta, models::NamedTensors tensors) {
   std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   std::vector<at::Tensor> keep;
-  for (auto& [name, tensor] : tensors) tensor = tensor.detach();
+  for (auto& [name, tensor] : tensors) tensor = tensor.detach().cpu();
   return core::Artefact::create(kind, std::move(meta), models::views_of(tensors, keep));
+}
+
+models::FfnExpert on_device(models::FfnExpert ffn, at::Device device) {
+  visit_ffn(ffn, ffn.full(), "", [&](const std::string&, at::Tensor& t) { t = t.to(device); });
+  return ffn;
 }
 
 std::string layer_prefix(size_t layer) { return fmt::format("model.layers.{}.mlp.", layer); }
@@ -71,7 +76,7 @@ core::Json fingerprint_of_base(const models::Decoder& base, const std::vector<at
   core::Json out = core::Json::object();
   const auto add = [&out](const std::string& name, const at::Tensor& tensor) {
     std::vector<at::Tensor> keep;
-    const auto views = models::views_of({{name, tensor}}, keep);
+    const auto views = models::views_of({{name, tensor.cpu()}}, keep);
     out[name] = core::sha256(views.front().data);
   };
   for (const auto& [name, tensor] : base.weights()) add(name, tensor);
@@ -231,14 +236,15 @@ std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder
   std::vector<const Expert*> kept;
   for (const auto& expert : mixture.experts)
     if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) kept.push_back(&expert);
+  const at::Device device = decoder.device();
   std::vector<std::shared_ptr<models::MixtureFfn>> attached;
   for (size_t l = 0; l < mixture.public_rows.size(); ++l) {
-    std::vector<at::Tensor> rows = {mixture.public_rows[l].unsqueeze(0)}, biases;
+    std::vector<at::Tensor> rows = {mixture.public_rows[l].to(device).unsqueeze(0)}, biases;
     std::vector<models::FfnExpert> ffns;
     for (const Expert* expert : kept) {
-      rows.push_back(expert->router_rows[l].unsqueeze(0));
-      if (!expert->biases.empty()) biases.push_back(expert->biases[l]);
-      ffns.push_back(expert->layers[l]);
+      rows.push_back(expert->router_rows[l].to(device).unsqueeze(0));
+      if (!expert->biases.empty()) biases.push_back(expert->biases[l].to(device));
+      ffns.push_back(on_device(expert->layers[l], device));
     }
     attached.push_back(std::make_shared<models::MixtureFfn>(std::move(rows), biases.empty() ? at::Tensor() : at::cat(biases), std::move(ffns), options));
     decoder.attach(ffn_slot(l), attached.back());
@@ -264,7 +270,7 @@ class DenseFfn : public models::SlotFunction {
 }  // namespace
 
 void attach_dense(models::Decoder& decoder, const std::vector<models::FfnExpert>& layers) {
-  for (size_t l = 0; l < layers.size(); ++l) decoder.attach(ffn_slot(l), std::make_shared<DenseFfn>(layers[l]));
+  for (size_t l = 0; l < layers.size(); ++l) decoder.attach(ffn_slot(l), std::make_shared<DenseFfn>(on_device(layers[l], decoder.device())));
 }
 
 }  // namespace moraine::algorithms::flexmore

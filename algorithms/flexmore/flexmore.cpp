@@ -75,8 +75,6 @@ void FlexMore::open_inputs() {
   for (size_t i = 0; i < config_.domains.size(); ++i)
     if (const auto rank = fixed_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
   for (size_t i = 0; i < config_.ranks.candidates.size(); ++i) check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
-  if (config_.workers.device != "cpu")
-    problems.add("workers.device", "workers.device", fmt::format("flexmore does not compute on '{}' yet", config_.workers.device), "use cpu");
   if (config_.model.architecture && !config_.model.train)
     problems.add("model", "model.train", "is missing", "a model built from shapes must be trained on public_path before experts can use it");
   if (!config_.model.architecture) model_id_ = hash_of_directory(config_.model.path, architecture_);
@@ -91,7 +89,7 @@ void FlexMore::publish(const RunState& state, const std::filesystem::path& run_d
   std::optional<models::Decoder> base;
   if (model_id_.empty()) {
     const auto artefact = state.artefact(*stages.base);
-    base = models::Decoder::from_tensors(architecture_, artefact->file().tensors(), artefact->file().origin(), std::nullopt);
+    base = models::Decoder::from_tensors(architecture_, artefact->file().tensors(), artefact->file().origin(), std::nullopt, artefact);
     models::NamedTensors weights(base->weights().begin(), base->weights().end());
     write_model_directory(run_directory / "public_model", architecture_.to_json(), std::move(weights));
   } else if (stages.mixture) {
