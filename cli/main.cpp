@@ -24,6 +24,7 @@ void install_signal_handlers() {
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);   // a file-size limit then fails the write, with a message
 }
 
 void add_recipe_arguments(CLI::App& command, RecipeArguments& arguments) {

@@ -14,6 +14,7 @@
 #include "comm/mpi/session.h"
 #include "coordinator/coordinator.h"
 #include "coordinator/report/table.h"
+#include "core/config.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/log.h"
@@ -44,12 +45,6 @@ worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs:
   return options;
 }
 
-std::string resolved_yaml(const algorithms::ParsedRecipe& recipe) {
-  std::string out;
-  for (const auto& value : recipe.resolved) out += fmt::format("{}: {}   # {}\n", value.path, value.value, value.origin);
-  return out;
-}
-
 void finish_run(const algorithms::Method& method, const fs::path& directory, bool complete) {
   const coordinator::RunRecord run = coordinator::read_run(directory);
   if (complete) method.publish(*run.state, directory);
@@ -64,7 +59,7 @@ void finish_run(const algorithms::Method& method, const fs::path& directory, boo
 
 // The coordinator's part, over whatever channel. Returns the exit code; errors of set-up are thrown.
 coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments, const fs::path& directory, comm::Channel& channel) {
-  const coordinator::Recipe identity{core::read_text(arguments.recipe), resolved_yaml(recipe), recipe.values};
+  const coordinator::Recipe identity{core::read_text(arguments.recipe), core::resolved_yaml(recipe.resolved), recipe.values};
   const auto run_directory = coordinator::RunDirectory::open(directory, identity, arguments.accept_changes);
   write_plan_file(recipe, directory);
   worker::WorkerOptions options = worker_options(recipe.run, directory, "coordinator", 1);
@@ -113,13 +108,14 @@ int run_alone(const RunArguments& arguments) {
   const int count = static_cast<int>(recipe.run.workers.local ? recipe.run.workers.local : std::max<int64_t>(1, cores / threads));
   auto star = comm::local::make_star(count);
   static const std::atomic<int> no_signals{0};   // the coordinator passes stop requests on
+  std::atomic<bool> leaving{false};              // after an error of the coordinator, which speaks for all
   std::vector<std::thread> workers;
   for (int i = 0; i < count; ++i)
     workers.emplace_back([&, i, channel = std::move(star.workers[static_cast<size_t>(i)])]() mutable {
       try {
         worker::serve(*channel, *recipe.method, worker_options(recipe.run, directory, fmt::format("worker {}", i + 1), count), no_signals);
       } catch (const core::Error& error) {
-        core::log::error("worker lost: worker={} reason={}", i + 1, error.what());
+        if (!leaving) core::log::error("worker lost: worker={} reason={}", i + 1, error.what());
       }
       channel.reset();
     });
@@ -132,6 +128,7 @@ int run_alone(const RunArguments& arguments) {
     join();
     return report_outcome(outcome);
   } catch (...) {
+    leaving = true;
     join();
     throw;
   }

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -56,9 +57,11 @@ class World:
         launch = ["mpirun", "-n", str(processes), "--oversubscribe", "--bind-to", "none"]
         return launch + (["--allow-run-as-root"] if os.geteuid() == 0 else []) + line
 
-    def run(self, run: str, *overrides: str, processes: int = 0, expect: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+    def run(self, run: str, *overrides: str, processes: int = 0, expect: int = 0, env: dict | None = None,
+            largest_file: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess:
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
         done = subprocess.run(self.command(run, *overrides, processes=processes), capture_output=True, text=True, timeout=300,
-                              env={**os.environ, **(env or {})})
+                              env={**os.environ, **(env or {})}, preexec_fn=limit)
         if done.returncode != expect:
             sys.exit(f"exit code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}")
         return done
@@ -93,6 +96,8 @@ def mpi_equals_local(world: World) -> None:
     world.run("local")
     world.run("mpi", processes=3)
     assert world.hash("local") == world.hash("mpi")
+    world.run("crowd", processes=8)   # more processes than units can use
+    assert world.hash("crowd") == world.hash("local")
     done = world.run("one", processes=1, expect=2)
     expect_in(done.stderr, "nobody works")
     done = world.run("bad", "trian.steps=3", processes=3, expect=2)
@@ -132,6 +137,21 @@ def failed_units_are_retried_then_end_the_run(world: World) -> None:
     assert world.hash("nan") == world.hash("whole")
 
 
+def a_full_disk_ends_the_run_and_loses_nothing(world: World) -> None:
+    world.run("origin")
+    base = ("model.architecture=null", "model.train=null", f"model.path={world.directory / 'origin' / 'public_model'}")
+    world.run("whole", *base)
+    largest = max(p.stat().st_size for p in (world.directory / "whole" / "artefacts").rglob("*.safetensors"))
+    done = world.run("full", *base, expect=3, largest_file=largest - 1)   # the largest artefact no longer fits
+    expect_in(done.stderr, "moraine: ", "File too large", "hint: ")
+    assert not list((world.directory / "full").rglob("*.tmp")), "a failed write leaves no piece behind"
+    kept = world.units_done("full")
+    assert kept > 0, "what finished must be kept"
+    done = world.run("full", *base)
+    assert world.hash("full") == world.hash("whole")
+    assert done.stderr.count("coordinator unit starts") == world.units_done("whole") - kept, done.stderr
+
+
 def second_run_reuses_everything(world: World) -> None:
     world.run("run")
     before = world.hash("run")
@@ -162,6 +182,13 @@ def bad_recipes_are_refused(world: World) -> None:
     world.recipe.write_text(RECIPE.replace("STEPS", "8") + "seq_len: 16\n")
     expect_in(world.run("refused", expect=2).stderr, "seq_len", "twice")
     expect_in(subprocess.run([BINARY, "run", "no/such.yaml"], capture_output=True, text=True).stderr, "no/such.yaml")
+    (world.directory / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    (world.directory / "empty.txt").write_text("")
+    for name, part in (("binary", "binary"), ("empty", "empty")):
+        done = subprocess.run([sys.executable, SOURCE / "scripts/prepare_text.py", "--name", name, "--out", world.directory / f"{name}.h5",
+                               world.directory / f"{name}.txt"], capture_output=True, text=True)
+        assert done.returncode == 2 and not (world.directory / f"{name}.h5").exists(), f"{done.returncode} {done.stderr}"
+        expect_in(done.stderr, part)
     assert not (world.directory / "refused").exists(), "a refused recipe leaves nothing behind"
 
 
@@ -176,7 +203,9 @@ def run_directories_are_protected(world: World) -> None:
     for line in first.stderr:
         if "unit starts" in line:
             break
-    expect_in(world.run("busy", expect=2).stderr, "in use by process", str(first.pid))
+    refused = world.run("busy", expect=2).stderr
+    expect_in(refused, "in use by process", str(first.pid))
+    assert "worker lost" not in refused, refused   # one error, one message
     first.kill()
     first.communicate()
 
@@ -201,6 +230,10 @@ def damaged_files_are_named(world: World) -> None:
 
 def listings_and_reports(world: World) -> None:
     world.run("run")
+    resolved = world.directory / "resolved.yaml"   # a recipe of its own: every value, next to the same data
+    shutil.copy(world.directory / "run" / "resolved.yaml", resolved)
+    subprocess.run([BINARY, "run", resolved, "--run-dir", world.directory / "again"], capture_output=True, check=True)
+    assert world.hash("again") == world.hash("run")
     run = str(world.directory / "run")
     summary = json.loads(subprocess.run([BINARY, "report", run, "--format", "json"], capture_output=True, text=True, check=True).stdout)
     assert summary["complete"] and len(summary["tables"]) >= 2
