@@ -107,7 +107,7 @@ core::Json FlexMore::summary(const RunState& state) const {
   if (!shipped.empty())
     out["tables"].push_back({{"title", "Parameters and bytes shipped"},
                              {"columns", {column("what", "what"), column("rank", "rank"), column("parameters", "parameters"),
-                                          score_column("share", "% of one full-size expert", "lower", 1), column("bytes", "bytes")}},
+                                          {{"key", "share"}, {"label", "% of one full-size expert"}, {"digits", 1}}, column("bytes", "bytes")}},
                              {"rows", shipped},
                              {"notes", {fmt::format("public model: {} parameters; bytes are float32", architecture_.total_parameters())}}});
 
