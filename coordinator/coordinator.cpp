@@ -19,14 +19,6 @@ double unix_time() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
-Core::Options core_options(const Coordinator::Options& options, int workers) {
-  return {.num_workers = workers,
-          .max_attempts = options.max_attempts,
-          .stop_grace_s = options.stop_grace_s,
-          .stall_s = options.stall_s,
-          .version = options.version};
-}
-
 RunOutcome outcome_of(const std::exception& error) {
   const Problem problem = problem_of(error);
   return {exit_code_of(problem.kind), problem.text, problem.hint};
@@ -59,7 +51,7 @@ Coordinator::Coordinator(const RunDirectory& directory, comm::Channel& channel, 
       journal_(layout_.journal()),
       state_(layout_.artefacts(), journal_.records()),
       metrics_(core::metrics::open_jsonl(layout_.metrics())),
-      core_(core_options(options_, channel.peers()), std::move(plan), state_),
+      core_(channel.peers(), options_, std::move(plan), state_),
       progress_(options_.terminal, [this] { return now(); }) {
   state_.forget_damaged();
 }

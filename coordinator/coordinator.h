@@ -24,11 +24,7 @@ namespace moraine::coordinator {
 /// Used by one thread; units with Place::kCoordinator run on one background thread, one at a time.
 class Coordinator {
  public:
-  struct Options {
-    int max_attempts = 3;
-    double stop_grace_s = 60;
-    double stall_s = 1800;
-    std::string version;    // of this program; workers must have the same
+  struct Options : Core::Options {
     bool terminal = false;  // stderr is one: draw a bar
   };
   /// Runs a unit here. Called on the background thread; may use state().

@@ -20,11 +20,12 @@ int exit_code_of(const std::string& problem_kind) {
   return found == codes.end() ? core::kExitInternal : found->second;
 }
 
-Core::Core(Options options, Planner plan, const algorithms::RunState& state)
-    : options_(std::move(options)),
+Core::Core(int num_workers, Options options, Planner plan, const algorithms::RunState& state)
+    : num_workers_(num_workers),
+      options_(std::move(options)),
       plan_(std::move(plan)),
       state_(state),
-      workers_(static_cast<size_t>(options_.num_workers) + 1) {
+      workers_(static_cast<size_t>(num_workers_) + 1) {
   workers_[0].greeted = true;
 }
 
@@ -35,8 +36,7 @@ std::vector<Effect> Core::step(double now, const Event& event) {
   std::visit(
       [this](const auto& what) {
         if constexpr (requires { what.worker; }) {
-          MORAINE_CHECK(what.worker >= 0 && what.worker <= options_.num_workers, "coordinator: no worker {}",
-                        what.worker);
+          MORAINE_CHECK(what.worker >= 0 && what.worker <= num_workers_, "coordinator: no worker {}", what.worker);
           Worker& worker = workers_[static_cast<size_t>(what.worker)];
           worker.heard_at = now_;
           worker.silent = false;
@@ -49,7 +49,7 @@ std::vector<Effect> Core::step(double now, const Event& event) {
 }
 
 void Core::on(const event::Start&) {
-  if (options_.num_workers == 0) {
+  if (num_workers_ == 0) {
     finish("failed", {core::kExitUser, "coordinator: there are no workers",
                       "start at least two processes, or run without mpirun"});
     return;
@@ -161,7 +161,7 @@ void Core::on(const event::StopRequested&) {
 void Core::on(const event::Broken& broken) { begin_ending(broken.outcome); }
 
 void Core::on(const event::Tick&) {
-  for (int index = 1; index <= options_.num_workers; ++index) {
+  for (int index = 1; index <= num_workers_; ++index) {
     Worker& worker = workers_[static_cast<size_t>(index)];
     if (worker.unit.empty() || now_ - worker.heard_at <= options_.stall_s) continue;
     worker.silent = true;
@@ -221,7 +221,7 @@ void Core::dispatch() {
   scheduler_.sort(ready);
   std::vector<int> waiting;
   bool any_alive = false;
-  for (int index = 1; index <= options_.num_workers; ++index) {
+  for (int index = 1; index <= num_workers_; ++index) {
     const Worker& worker = workers_[static_cast<size_t>(index)];
     if (worker.waiting) waiting.push_back(index);
     any_alive = any_alive || (!worker.gone && !worker.silent);
@@ -313,7 +313,7 @@ void Core::finish(const std::string& reason, RunOutcome outcome) {
 
 void Core::note_idle_workers() {
   std::vector<int> idle;
-  for (int index = 1; index <= options_.num_workers; ++index) {
+  for (int index = 1; index <= num_workers_; ++index) {
     if (!workers_[static_cast<size_t>(index)].ever_leased) idle.push_back(index);
   }
   if (idle.empty() || most_ready_ == 0) return;
@@ -335,7 +335,7 @@ bool Core::running_anywhere() const {
 
 bool Core::may_try(const Job& job, int worker) const {
   if (!job.failed_on.contains(worker)) return true;
-  for (int other = 1; other <= options_.num_workers; ++other) {
+  for (int other = 1; other <= num_workers_; ++other) {
     const Worker& candidate = workers_[static_cast<size_t>(other)];
     if (!candidate.gone && !candidate.silent && !job.failed_on.contains(other)) return false;
   }

@@ -81,7 +81,6 @@ using Effect = std::variant<effect::Lease, effect::Accept, effect::RecordFailure
 class Core {
  public:
   struct Options {
-    int num_workers = 1;
     int max_attempts = 3;      // per unit and start
     double stop_grace_s = 60;  // how long stopping workers may take to write their checkpoints
     double stall_s = 1800;     // a worker silent for longer loses its unit
@@ -90,7 +89,7 @@ class Core {
   using Planner = std::function<algorithms::Plan(const algorithms::RunState&)>;
 
   /// `state` must hold a unit's result before event::Accepted names it; it outlives the core.
-  Core(Options options, Planner plan, const algorithms::RunState& state);
+  Core(int num_workers, Options options, Planner plan, const algorithms::RunState& state);
 
   /// `now` is in seconds, from any monotonic origin. Throws only what the planner throws; event::Broken may follow.
   std::vector<Effect> step(double now, const Event& event);
@@ -171,6 +170,7 @@ class Core {
     effects_.push_back(effect::Log{level, fmt::format(text, std::forward<Args>(args)...)});
   }
 
+  int num_workers_;
   Options options_;
   Planner plan_;
   const algorithms::RunState& state_;

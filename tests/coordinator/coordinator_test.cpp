@@ -165,7 +165,7 @@ class CoordinatorTest : public testing::Test {
           [&](const Unit& unit) {
             return toy_execute(unit, [&](const std::string& id) { return state->artefact(id); });
           },
-          {.version = "1"}, signals_);
+          options_, signals_);
       state = &coordinator.state();
       outcome = coordinator.run();
     } catch (const Crash&) {
@@ -186,6 +186,7 @@ class CoordinatorTest : public testing::Test {
   TemporaryDirectory directory_;
   std::filesystem::path root_ = directory_.path() / "run";
   std::atomic<int> signals_ = 0;
+  Coordinator::Options options_ = {{.version = "1"}};
   Core::Planner plan_ = toy_plan;
 };
 

@@ -31,8 +31,8 @@ class Script {
   Script(int workers, std::vector<Unit> units, std::optional<Unit> merge = std::nullopt)
       : Script(workers, [units, merge](const RunState& done) { return fan_out(done, units, merge); }) {}
   Script(int workers, Core::Planner plan)
-      : core_({.num_workers = workers, .max_attempts = 3, .stop_grace_s = 60, .stall_s = 1800, .version = "1"},
-              std::move(plan), state) {}
+      : core_(workers, {.max_attempts = 3, .stop_grace_s = 60, .stall_s = 1800, .version = "1"}, std::move(plan),
+              state) {}
 
   /// All units, then the merge of their results.
   static Plan fan_out(const RunState& done, const std::vector<Unit>& units, std::optional<Unit> merge) {
