@@ -43,7 +43,7 @@ core::Json timeline(const algorithms::Plan& plan, const coordinator::RunRecord& 
                      {"end_s", r.ended - shift[r.epoch]}, {"attempt", r.attempt}, {"status", "done"}});
   }
   for (const auto& failure : run.failures)
-    units.push_back({{"label", failure.label}, {"kind", "failed"}, {"worker", worker_name(failure.worker)}, {"start_s", failure.time - shift[failure.epoch]},
+    units.push_back({{"label", failure.label}, {"kind", failure.kind}, {"worker", worker_name(failure.worker)}, {"start_s", failure.started - shift[failure.epoch]},
                      {"end_s", failure.time - shift[failure.epoch]}, {"attempt", failure.attempt}, {"status", "failed"}});
   if (run.epochs.size() > 1) notes.push_back(fmt::format("{} starts; pauses between them are cut out", run.epochs.size()));
   return {{"title", "Units over workers"}, {"units", units}, {"restarts", restarts}, {"notes", notes}};

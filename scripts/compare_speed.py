@@ -22,7 +22,7 @@ model = Olmo2ForCausalLM(Olmo2Config(vocab_size=264, hidden_size=128, intermedia
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 batch = torch.randint(0, 257, (16, 257))
 def step():
-    loss = model(batch[:, :-1], labels=batch[:, :-1], shift_labels=batch[:, 1:]).loss
+    loss = model(batch[:, :-1], labels=batch[:, :-1], shift_labels=batch[:, 1:].contiguous()).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -74,7 +74,8 @@ def workers(args: argparse.Namespace) -> None:
             directory = tempfile.mkdtemp()
             shutil.rmtree(directory)
             start = time.perf_counter()
-            subprocess.run([*launch, "-n", str(count + 1), args.moraine, "run", "recipes/quickstart.yaml", "train.steps=40", "--run-dir", directory],
+            subprocess.run([*launch, "-n", str(count + 1), args.moraine, "run", "recipes/quickstart.yaml", "train.steps=20",
+                            "evaluation.sequences=16", "evaluation.validation_sequences=8", "--run-dir", directory],
                            check=True, capture_output=True)
             times[count].append(time.perf_counter() - start)
             shutil.rmtree(directory)

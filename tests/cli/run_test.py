@@ -129,6 +129,9 @@ def failed_units_are_retried_then_end_the_run(world: World) -> None:
     done = world.run("once", env={"MORAINE_FAULT": "throw@train/left:1"})
     expect_in(done.stderr, "train/left", "attempt=2")
     assert world.hash("once") == world.hash("whole")
+    units = json.loads((world.directory / "once" / "summary.json").read_text())["timeline"]["units"]
+    failed = next(unit for unit in units if unit["status"] == "failed")
+    assert failed["kind"] == "train_expert" and failed["start_s"] <= failed["end_s"], failed
     done = world.run("nan", env={"MORAINE_FAULT": "nan@train/left:3"}, expect=4)
     expect_in(done.stderr, "train/left", "step")
     kept = world.units_done("nan")
