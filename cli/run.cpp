@@ -109,11 +109,14 @@ int run_alone(const RunArguments& arguments) {
   auto star = comm::local::make_star(count);
   static const std::atomic<int> no_signals{0};   // the coordinator passes stop requests on
   std::atomic<bool> leaving{false};              // after an error of the coordinator, which speaks for all
+  const auto objects = std::make_shared<worker::ObjectCache>(32);   // one public model and one reader per data set for all
   std::vector<std::thread> workers;
   for (int i = 0; i < count; ++i)
     workers.emplace_back([&, i, channel = std::move(star.workers[static_cast<size_t>(i)])]() mutable {
       try {
-        worker::serve(*channel, *recipe.method, worker_options(recipe.run, directory, fmt::format("worker {}", i + 1), count), no_signals);
+        auto options = worker_options(recipe.run, directory, fmt::format("worker {}", i + 1), count);
+        options.objects = objects;
+        worker::serve(*channel, *recipe.method, options, no_signals);
       } catch (const core::Error& error) {
         if (!leaving) core::log::error("worker lost: worker={} reason={}", i + 1, error.what());
       }
