@@ -16,8 +16,10 @@ core::log::Level g_log_level = core::log::Level::kInfo;
 
 void install_signal_handlers() {
   const auto handler = [](int signal) {
-    const int before = g_signals.fetch_add(1);
-    if (signal == SIGINT && before > 0) _exit(core::kExitInterrupted);
+    int none = 0;
+    if (g_signals.compare_exchange_strong(none, 1)) return;
+    // Launchers often send SIGTERM to a process and again to its group: only a second Ctrl-C means "at once".
+    if (signal == SIGINT) _exit(core::kExitInterrupted);
   };
   struct sigaction action = {};
   action.sa_handler = handler;

@@ -168,11 +168,6 @@ void Coordinator::apply(const effect::Finish& finish) {
 
 void Coordinator::receive() {
   auto received = channel_.receive(kWait);
-  if (signals_ > 1) {
-    outcome_ = RunOutcome{core::kExitInterrupted, "interrupted at once; everything finished is kept",
-                          "run the same command again to continue", true};
-    return;
-  }
   // A signal to the whole job reaches workers too; what they say about it must find the request noted.
   if (signals_ > 0 && !std::exchange(stop_passed_on_, true)) {
     core::log::info("stop requested: waiting for checkpoints, longest_s={:.0f}", options_.stop_grace_s);

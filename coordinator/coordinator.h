@@ -30,9 +30,9 @@ class Coordinator {
   /// Runs a unit here. Called on the background thread; may use state().
   using Execute = std::function<core::ArtefactPtr(const algorithms::Unit&)>;
 
-  /// Replays the journal and re-reads every accepted artefact; what is damaged runs again. `signals` counts stop
-  /// requests: at 1 the workers checkpoint and the run ends with exit code 75, at 2 it ends at once with 130. Throws
-  /// IoError if the journal is damaged or the directory cannot be written.
+  /// Replays the journal and re-reads every accepted artefact; what is damaged runs again. Above zero,
+  /// `signals` asks to stop: the workers checkpoint and the run ends with exit code 75. Throws IoError if the journal
+  /// is damaged or the directory cannot be written.
   Coordinator(const RunDirectory& directory, comm::Channel& channel, Core::Planner plan, Execute execute,
               Options options, const std::atomic<int>& signals);
   ~Coordinator();  // waits for the background thread

@@ -113,7 +113,8 @@ def killed_runs_continue_to_the_same_hash(world: World) -> None:
         for line in process.stderr:           # kill when a unit beyond those of the last start is under way
             started += "unit starts" in line
             if started > number:
-                process.send_signal(sign)
+                for _ in range(2 if sign == signal.SIGTERM else 1):   # as launchers do: once to the process, once to its group
+                    process.send_signal(sign)
                 break
         rest = process.stderr.read()
         code = process.wait(timeout=120)

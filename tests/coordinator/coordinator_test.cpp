@@ -369,13 +369,6 @@ TEST_F(CoordinatorTest, StopsOnASignalAndContinuesLater) {
   EXPECT_NE(final_artefact(), "");
 }
 
-TEST_F(CoordinatorTest, ASecondSignalEndsItAtOnce) {
-  signals_ = 2;
-  const RunOutcome outcome = run(1);
-  EXPECT_EQ(outcome.exit_code, core::kExitInterrupted);
-  EXPECT_TRUE(outcome.abort_workers);
-}
-
 TEST_F(CoordinatorTest, ADiskThatCannotTakeAnArtefactEndsTheRunAndLosesNothing) {
   const auto blocker = root_ / "artefacts";
   const RunOutcome outcome = run(1, [&](const Unit& unit, int) {
