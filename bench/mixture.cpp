@@ -1,4 +1,5 @@
-// Speed of the quickstart model: training (all weights) and the mixture's forward, factored against per-expert.
+// Speed of the quickstart model: training (all weights), and one mixture layer: kernels against ATen, factored against
+// per-expert, forward and training.
 // Prints one JSON object; scripts/compare_speed.py interleaves it with its peers in one run.
 #include <algorithm>
 #include <chrono>
@@ -75,28 +76,53 @@ double peak_gflops() {
   return 2.0 * 1024 * 1024 * 1024 / median(times) / 1e9;
 }
 
-// Milliseconds of one mixture layer on 4096 tokens, [factored, per_expert], interleaved.
-std::vector<double> layer_times(int64_t d, int64_t h, int64_t experts, int64_t top_k, int64_t rank, int repeats) {
-  const at::NoGradGuard no_grad;
-  const auto random = [](at::IntArrayRef shape) { return at::randn(shape).mul_(0.05); };
+struct LayerTimes {
+  double factored_ms = 0, per_expert_ms = 0;                   // forward: kernels, every expert by itself
+  double reference_ms = 0;                                     // forward: factored form out of ATen operators
+  double train_ms = 0, train_reference_ms = 0;                 // forward and backward of x and every low-rank tensor
+};
+
+// One mixture layer, all ways interleaved.
+LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, int64_t top_k, int64_t rank, at::ScalarType dtype, int repeats) {
+  const auto random = [dtype](at::IntArrayRef shape) { return at::randn(shape).mul_(0.05).to(dtype); };
   models::SlotBase base;
   base.gate = random({h, d});
   base.up = random({h, d});
   base.down = random({d, h});
   std::vector<models::FfnExpert> parts;
-  for (int64_t e = 1; e < experts; ++e)
-    parts.push_back({{}, {}, {}, {random({rank, d}), random({h, rank})}, {random({rank, d}), random({h, rank})}, {random({rank, h}), random({d, rank})}});
-  models::MixtureFfn layer({at::randn({experts, d})}, {}, parts, {.top_k = top_k});
-  const at::Tensor x = at::randn({4096, d});
-  std::vector<double> factored, per_expert;
+  const auto pair = [&](int64_t out, int64_t in) {
+    return models::LowRank{random({rank, in}).set_requires_grad(true), random({out, rank}).set_requires_grad(true)};
+  };
+  for (int64_t e = 1; e < experts; ++e) parts.push_back({{}, {}, {}, pair(h, d), pair(h, d), pair(d, h)});
+  models::MixtureFfn layer({at::randn({experts, d}).to(dtype)}, {}, parts, {.top_k = top_k});
+  const at::Tensor x = at::randn({tokens, d}).to(dtype).set_requires_grad(true);
+  const at::Tensor dy = at::randn({tokens, d}).to(dtype);
+  using models::MixtureForward, models::MixtureKernels;
+  struct Way {
+    MixtureForward forward;
+    MixtureKernels kernels;
+    bool train;
+    double LayerTimes::*median;
+    std::vector<double> ms;
+  };
+  std::vector<Way> ways = {{MixtureForward::kFactored, MixtureKernels::kAuto, false, &LayerTimes::factored_ms, {}},
+                           {MixtureForward::kFactored, MixtureKernels::kReference, false, &LayerTimes::reference_ms, {}},
+                           {MixtureForward::kPerExpert, MixtureKernels::kReference, false, &LayerTimes::per_expert_ms, {}},
+                           {MixtureForward::kFactored, MixtureKernels::kAuto, true, &LayerTimes::train_ms, {}},
+                           {MixtureForward::kFactored, MixtureKernels::kReference, true, &LayerTimes::train_reference_ms, {}}};
   for (int i = 0; i <= repeats; ++i)
-    for (auto* times : {&factored, &per_expert}) {
-      layer.set_forward(times == &factored ? models::MixtureForward::kFactored : models::MixtureForward::kPerExpert);
+    for (Way& way : ways) {
+      layer.set_forward(way.forward);
+      layer.set_kernels(way.kernels);
+      const at::AutoGradMode grad_mode(way.train);
       const auto start = Clock::now();
-      layer.forward(x, base);
-      if (i > 0) times->push_back(seconds_since(start) * 1e3);   // the first round warms up
+      const at::Tensor y = layer.forward(x, base);
+      if (way.train) y.backward(dy);
+      if (i > 0) way.ms.push_back(seconds_since(start) * 1e3);   // the first round warms up
     }
-  return {median(factored), median(per_expert)};
+  LayerTimes out;
+  for (const Way& way : ways) out.*way.median = median(way.ms);
+  return out;
 }
 
 }  // namespace
@@ -104,11 +130,16 @@ std::vector<double> layer_times(int64_t d, int64_t h, int64_t experts, int64_t t
 int main(int argc, char** argv) {
   CLI::App app("Speed of the quickstart model and of a mixture layer");
   int threads = 2, repeats = 7;
-  int64_t steps = 15;
+  int64_t steps = 15, tokens = 4096;
+  std::string dtype = "float32";
+  std::vector<int64_t> widths{128, 512};
   bool training = false;
   app.add_option("--threads", threads, "CPU threads");
   app.add_option("--steps", steps, "Timed training steps");
   app.add_option("--repeats", repeats, "Timed rounds of each layer");
+  app.add_option("--tokens", tokens, "Tokens of a layer's input");
+  app.add_option("--widths", widths, "Widths d of the layers; 128 is quickstart's")->check(CLI::IsMember({128, 512}));
+  app.add_option("--dtype", dtype, "Of the layer")->check(CLI::IsMember({"float32", "bfloat16"}));
   app.add_flag("--training", training, "Training speed only");
   CLI11_PARSE(app, argc, argv);
   at::set_num_threads(threads);
@@ -118,11 +149,14 @@ int main(int argc, char** argv) {
   } else {
     out["peak_gflops"] = peak_gflops();
     out["layers"] = core::Json::array();
-    for (const auto& [d, h] : std::vector<std::pair<int64_t, int64_t>>{{128, 352}, {512, 1408}})
-      for (const int64_t rank : {16, 64})
+    const at::ScalarType type = dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+    for (const int64_t d : widths)
+      for (const int64_t rank : {4, 16, 64})
         for (const int64_t top_k : {2, 4, 7}) {
-          const auto times = layer_times(d, h, 7, top_k, rank, repeats);
-          out["layers"].push_back({{"d", d}, {"h", h}, {"rank", rank}, {"top_k", top_k}, {"factored_ms", times[0]}, {"per_expert_ms", times[1]}});
+          const int64_t h = d * 11 / 4;
+          const LayerTimes t = layer_times(tokens, d, h, 7, top_k, rank, type, repeats);
+          out["layers"].push_back({{"d", d}, {"h", h}, {"rank", rank}, {"top_k", top_k}, {"factored_ms", t.factored_ms}, {"per_expert_ms", t.per_expert_ms},
+                                   {"reference_ms", t.reference_ms}, {"train_ms", t.train_ms}, {"train_reference_ms", t.train_reference_ms}});
         }
   }
   std::puts(out.dump().c_str());

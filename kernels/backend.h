@@ -140,7 +140,7 @@ Route cuda_route_build(const int32_t* index, int64_t tokens, int64_t slots, int6
                        const Exec& exec);
 size_t cuda_route_bytes(int64_t tokens, int64_t slots, int64_t experts);
 void cuda_zero(void* data, size_t bytes, const Exec& exec);
-/// Waits for the stream and throws UserError if the n accumulate-type gates on the device are not all finite.
+/// Waits for the stream and throws NumericError if the n accumulate-type gates on the device are not all finite.
 void cuda_check_finite(const void* gates, int64_t n, const Exec& exec);
 
 }  // namespace moraine::kernels

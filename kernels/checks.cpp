@@ -79,7 +79,7 @@ void check_gates(const void* gates, const Route& route, DType dtype, const Exec&
   if (exec.device == Device::kCuda) return cuda_check_finite(gates, n, exec);
   const int64_t bad = dtype == DType::kF64 ? first_not_finite<double>(gates, n) : first_not_finite<float>(gates, n);
   if (bad < n)
-    throw core::UserError(fmt::format("{}: gate of token {} slot {} is not finite", who, bad / route.slots, bad % route.slots),
+    throw core::NumericError(fmt::format("{}: gate of token {} slot {} is not finite", who, bad / route.slots, bad % route.slots),
                           "check the router's logits: they or the tokens hold NaN or Inf");
 }
 

@@ -712,7 +712,7 @@ void cuda_check_finite(const void* gates, int64_t n, const Exec& exec) {
   const int32_t bad = read_flag(found, exec);
   check(cudaFreeAsync(found, stream_of(exec)), "cudaFreeAsync");
   if (bad != 0)
-    throw core::UserError("kernels: a gate is not finite", "check the router's logits: they or the tokens hold NaN or Inf");
+    throw core::NumericError("kernels: a gate is not finite", "check the router's logits: they or the tokens hold NaN or Inf");
 }
 
 }  // namespace moraine::kernels

@@ -47,7 +47,7 @@ size_t delta_saved_bytes(const RaggedExperts& experts, int64_t pairs, Device dev
 size_t delta_forward_workspace(const RaggedExperts& experts, int64_t tokens, int64_t slots, const Exec& exec);
 size_t delta_backward_workspace(const RaggedExperts& experts, int64_t tokens, int64_t slots, const Exec& exec);
 
-/// Throw UserError for a gate that is not finite or a path this processor lacks; InternalError for shapes, offsets, dtypes,
+/// Throw NumericError for a gate that is not finite; UserError for a path this processor lacks; InternalError for shapes, offsets, dtypes,
 /// alignment or workspaces that do not fit. Thread-safe with separate workspaces; CUDA work is only enqueued.
 void delta_forward(const DeltaForward& args, Workspace workspace, const Exec& exec);
 void delta_backward(const DeltaBackward& args, Workspace workspace, const Exec& exec);

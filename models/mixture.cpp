@@ -4,9 +4,11 @@
 #include <utility>
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/clamp_max.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/scatter.h>
 #include <ATen/ops/silu.h>
@@ -16,16 +18,20 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "core/error.h"
+#include "models/expert_kernels.h"
 
 namespace moraine::models {
 
 /// Which tokens go to which expert, with what weight.
 struct MixtureFfn::Routing {
-  at::Tensor weight;  // [N, E] in x's dtype; only selected entries mean anything
-  std::vector<at::Tensor>
-      tokens;  // per expert the rows that selected it, ascending; empty when every token selects all
+  bool by_kernels = false;
+  at::Tensor gates;   // [N, E] in float32 (float64); only selected entries mean anything
+  at::Tensor weight;  // the same in x's dtype
+  at::Tensor choice;  // [N, k] selected experts; undefined when every token selects all
+  // Per expert the rows that selected it, ascending; of those experts only that ATen computes, and empty for everyone().
+  std::vector<at::Tensor> tokens;
 
-  bool everyone() const { return tokens.empty(); }
+  bool everyone() const { return !choice.defined(); }
   bool nobody(int64_t expert) const { return !everyone() && tokens[expert].numel() == 0; }
   at::Tensor gather(const at::Tensor& rows, int64_t expert) const {
     return everyone() ? rows : rows.index_select(0, tokens[expert]);
@@ -170,22 +176,24 @@ MixtureFfn::Routing MixtureFfn::route(const at::Tensor& x) {
   }
   const at::Tensor p = at::softmax(logits, -1);
   Routing routing;
+  routing.by_kernels = by_kernels(x);
   at::Tensor selected;  // [N, E] bool; undefined = all
   if (options_.top_k < num_experts()) {
-    const at::Tensor choice = std::get<1>(at::topk(p.detach(), options_.top_k));
-    selected = at::scatter(at::zeros_like(p, p.options().dtype(at::kBool).requires_grad(false)), 1, choice, true);
+    routing.choice = std::get<1>(at::topk(p.detach(), options_.top_k));
+    selected = at::scatter(at::zeros_like(p, p.options().dtype(at::kBool).requires_grad(false)), 1, routing.choice, true);
     for (int64_t expert = 0; expert < num_experts(); ++expert) {
-      routing.tokens.push_back(at::nonzero(selected.select(1, expert)).squeeze(1));
+      const bool full = expert > 0 && experts_[expert - 1].full();
+      routing.tokens.push_back(routing.by_kernels && !full ? at::Tensor() : at::nonzero(selected.select(1, expert)).squeeze(1));
     }
   }
-  at::Tensor weight = p;
-  if (options_.norm_topk_prob) weight = p / (selected.defined() ? p * selected : p).sum(-1, /*keepdim=*/true);
-  routing.weight = weight.to(x.scalar_type());
+  routing.gates = p;
+  if (options_.norm_topk_prob) routing.gates = p / (selected.defined() ? p * selected : p).sum(-1, /*keepdim=*/true);
+  routing.weight = routing.gates.to(x.scalar_type());
   if (record_) {
     const at::Tensor mass = p.detach().sum(0, /*keepdim=*/false, at::kDouble);
     for (int64_t expert = 0; expert < num_experts(); ++expert) {
       load_.probability[expert] += mass[expert].item<double>();
-      load_.selected[expert] += routing.everyone() ? x.size(0) : routing.tokens[expert].numel();
+      load_.selected[expert] += routing.everyone() ? x.size(0) : selected.select(1, expert).sum().item<int64_t>();
     }
     load_.tokens += x.size(0);
   }
@@ -200,10 +208,21 @@ at::Tensor MixtureFfn::forward(const at::Tensor& x, const SlotBase& base) {
   const at::Tensor rows = x.reshape({-1, x.size(-1)});
   check_experts(experts_, base, rows.size(1));
   const Routing routing = route(rows);
-  // Without a low-rank expert nothing is shared, and the factored form is the per-expert form.
+  if (routing.by_kernels) return factored_by_kernels(rows, base, routing).view_as(x);
+  return (factors() ? factored(rows, base, routing) : per_expert(rows, base, routing)).view_as(x);
+}
+
+// Without a low-rank expert nothing is shared, and the factored form is the per-expert form.
+bool MixtureFfn::factors() const {
   const bool shares = std::any_of(experts_.begin(), experts_.end(), [](const FfnExpert& e) { return !e.full(); });
-  const bool factored = options_.forward == MixtureForward::kFactored && shares;
-  return (factored ? this->factored(rows, base, routing) : per_expert(rows, base, routing)).view_as(x);
+  return options_.forward == MixtureForward::kFactored && shares;
+}
+
+bool MixtureFfn::by_kernels(const at::Tensor& x) const {
+  const auto trained = [](const FfnExpert& e) { return e.trained(); };
+  const bool training = at::GradMode::is_enabled() && (x.requires_grad() || std::any_of(experts_.begin(), experts_.end(), trained));
+  return options_.kernels == MixtureKernels::kAuto && factors() && ragged_ffn_covers(x) &&
+         (!training || options_.top_k <= kTrainedSlots);
 }
 
 at::Tensor MixtureFfn::per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
@@ -240,6 +259,29 @@ at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const
     hidden_sum.add(hidden, tokens);
   }
   return apply_linear(hidden_sum.take(), base.down) + sum.take();
+}
+
+at::Tensor MixtureFfn::factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
+  std::vector<const FfnExpert*> own = {nullptr};  // the public expert, then those of low rank
+  const at::Tensor number = at::full({num_experts()}, -1, at::kInt);  // of an expert among them; full-size ones have none
+  number.mutable_data_ptr<int32_t>()[0] = 0;
+  RowSum sum(x.size(0), base.down.size(0), x);
+  for (int64_t expert = 1; expert < num_experts(); ++expert) {
+    const FfnExpert& e = experts_[expert - 1];
+    if (!e.full()) {
+      number.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(own.size());
+      own.push_back(&e);
+    } else if (!routing.nobody(expert)) {
+      sum.add(run_expert(e, routing.gather(x, expert), base) * routing.gate(expert),
+              routing.everyone() ? at::Tensor() : routing.tokens[expert]);
+    }
+  }
+  const at::Tensor index = routing.everyone() ? number.expand({x.size(0), -1})
+                                              : number.index_select(0, routing.choice.flatten()).view_as(routing.choice);
+  const at::Tensor gates = routing.everyone() ? routing.gates : routing.gates.gather(1, routing.choice);
+  const auto [hidden, delta] = ragged_ffn(x, apply_linear(x, base.gate), apply_linear(x, base.up), gates, index, own);
+  const at::Tensor y = apply_linear(hidden, base.down) + delta;
+  return own.size() == experts_.size() + 1 ? y : y + sum.take();
 }
 
 }  // namespace moraine::models

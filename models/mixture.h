@@ -21,12 +21,26 @@ struct FfnExpert {
   at::Tensor gate, up, down;                 // full size: [h, d], [h, d], [d, h]; undefined when low-rank
   LowRank gate_delta, up_delta, down_delta;  // low rank; undefined when full-size
   bool full() const { return gate.defined(); }
+  bool trained() const {
+    for (const at::Tensor* t : {&gate, &up, &down, &gate_delta.a, &gate_delta.b, &up_delta.a, &up_delta.b, &down_delta.a, &down_delta.b})
+      if (t->defined() && t->requires_grad()) return true;
+    return false;
+  }
   int64_t rank() const { return full() ? 0 : gate_delta.a.size(0); }
 };
 
 /// How a mixture layer is computed. kFactored pays for the dense public FFN once per token whatever k; kPerExpert runs
 /// every selected expert by itself (its oracle).
 enum class MixtureForward { kFactored, kPerExpert };
+
+/// Who computes the factored form. kReference: ATen operators. kAuto: the ragged-rank kernels (models/expert_kernels.h)
+/// where they cover the device and were measured faster (bench/mixture.cpp), the reference elsewhere: on the CPU always
+/// without gradients and up to kTrainedSlots experts per token with them; never on other devices, since the CUDA kernels have
+/// not been run on one. The rule depends on shapes only. Both agree within rounding; their bits differ.
+enum class MixtureKernels { kAuto, kReference };
+
+/// Training with more experts per token is long products over nearly all tokens, which a BLAS per expert does faster.
+inline constexpr int64_t kTrainedSlots = 4;
 
 /// Experts of any rank behind a softmax router on one FFN slot; expert 0 is the slot's frozen base.
 ///
@@ -38,7 +52,7 @@ enum class MixtureForward { kFactored, kPerExpert };
 /// Shapes: x [..., d]; router: blocks of rows [n_i, d] that together are Wr [E, d], so that frozen and trained rows are
 /// different tensors; bias [E - 1] (expert 0 has none) or undefined; experts: 1 .. E - 1.
 /// dtype: computes in x's (float32, bfloat16, float64); tensors of another dtype (float32 masters) are cast at use.
-/// Contributions are added in expert order, so equal input gives equal bits. Gradients flow to whatever requires them.
+/// Contributions are added in a fixed order, so equal input gives equal bits. Gradients flow to whatever requires them.
 /// Throws UserError on a bad top_k or expert shapes that disagree with the base. Not thread-safe (routing statistics).
 /// Source: FlexOlmo (arXiv 2507.07024), forward and training router; FlexMoRE (arXiv 2602.08818), "Exact factored
 /// evaluation" (inferred: the algebra is ours). Ties in top-k go to whichever ATen's topk picks.
@@ -48,6 +62,7 @@ class MixtureFfn : public SlotFunction {
     int64_t top_k = 2;
     bool norm_topk_prob = false;
     MixtureForward forward = MixtureForward::kFactored;
+    MixtureKernels kernels = MixtureKernels::kAuto;
   };
   MixtureFfn(std::vector<at::Tensor> router, at::Tensor bias, std::vector<FfnExpert> experts, Options options);
 
@@ -58,6 +73,7 @@ class MixtureFfn : public SlotFunction {
   /// 1 <= top_k <= num_experts(), else UserError.
   void set_top_k(int64_t top_k);
   void set_forward(MixtureForward forward) { options_.forward = forward; }
+  void set_kernels(MixtureKernels kernels) { options_.kernels = kernels; }
   int64_t num_experts() const { return static_cast<int64_t>(experts_.size()) + 1; }  // public expert included
 
   /// Router mass and selections since record_load(true): per expert, sum of p_e and number of tokens that selected it.
@@ -72,8 +88,11 @@ class MixtureFfn : public SlotFunction {
 
  private:
   struct Routing;
+  bool factors() const;
+  bool by_kernels(const at::Tensor& x) const;
   Routing route(const at::Tensor& x);
   at::Tensor factored(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
+  at::Tensor factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
   at::Tensor per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
 
   std::vector<at::Tensor> router_;

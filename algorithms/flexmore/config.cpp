@@ -158,6 +158,7 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
         .field("top_k", &C::top_k).min(1).doc("Experts active per token in the mixtures, public one included")
         .field("norm_topk_prob", &C::norm_topk_prob).doc("Renormalise the selected gates; post-norm blocks make no difference")
         .field("forward", &C::forward).choices({"factored", "per_expert"}).doc("How mixtures are computed; per_expert is the slow reference")
+        .field("kernels", &C::kernels).choices({"auto", "reference"}).doc("Low-rank experts: auto = ragged-rank kernels where they exist and are faster (CPU; with gradients up to 4 experts per token), else ATen; reference = ATen. Results differ by rounding only")
         .field("leave_out", &C::leave_out).doc("Experts left out of the mixtures")
         .object("evaluation", &C::evaluation, evaluation_schema()).doc("What is measured")
         .check(cross_check);

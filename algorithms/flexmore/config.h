@@ -80,6 +80,7 @@ struct FlexMoreConfig : RunConfig {
   int64_t top_k = 2;
   bool norm_topk_prob = false;
   std::string forward = "factored";    // factored | per_expert
+  std::string kernels = "auto";        // auto | reference
   std::vector<std::string> leave_out;  // experts left out of the mixtures
   EvaluationConfig evaluation;
 };

@@ -107,6 +107,10 @@ models::LowRank fresh_low_rank(int64_t in, int64_t out, int64_t rank, uint64_t s
           trainable(at::zeros({out, rank}, at::TensorOptions().dtype(at::kFloat).device(device)))};
 }
 
+models::MixtureKernels mixture_kernels(const std::string& name) {
+  return name == "reference" ? models::MixtureKernels::kReference : models::MixtureKernels::kAuto;
+}
+
 core::Json curve_json(const TrainOutcome& outcome) {
   core::Json curve = core::Json::array();
   for (const auto& [step, loss] : outcome.curve) curve.push_back({step, loss});
@@ -257,7 +261,7 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
   }
   std::sort(job.parameters.begin(), job.parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   mixture.experts = {expert};
-  attach(model, mixture, {.top_k = 2, .norm_topk_prob = config_.norm_topk_prob}, {});
+  attach(model, mixture, {.top_k = 2, .norm_topk_prob = config_.norm_topk_prob, .kernels = mixture_kernels(config_.kernels)}, {});
   job.loss = language_model_loss(model, dataset, seed, config_.train.batch_size, context.device());
   const TrainOutcome outcome = context.train(std::move(job));
   return write_expert(expert, {{"base", unit.spec.at("base")}, {"base_tensors", base_fingerprint}, {"curve", curve_json(outcome)},
@@ -306,7 +310,8 @@ core::ArtefactPtr FlexMore::evaluate_unit(const Unit& unit, WorkerContext& conte
     }
     const auto forward = options.at("forward") == "per_expert" ? models::MixtureForward::kPerExpert : models::MixtureForward::kFactored;
     const auto leave_out = options.at("leave_out").get<std::vector<std::string>>();
-    layers = attach(model, mixture, {options.at("top_k").get<int64_t>(), options.at("norm_topk_prob").get<bool>(), forward}, leave_out);
+    layers = attach(model, mixture, {options.at("top_k").get<int64_t>(), options.at("norm_topk_prob").get<bool>(), forward,
+                                     mixture_kernels(options.at("kernels").get<std::string>())}, leave_out);
     for (const auto& expert : mixture.experts)
       if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) names.push_back(expert.name);
   } else if (what == "soup") {

@@ -65,7 +65,7 @@ Unit FlexMore::evaluation_unit(const std::string& label, const std::string& what
   core::Json spec = {{"what", what}, {"data", data_spec(name, split)}, {"sequences", sequences}, {"batch_size", config_.evaluation.batch_size}};
   if (what == "expert" || what == "mixture") {
     const core::Json values = flexmore_schema().to_json(config_);
-    spec["mixture"] = pick(values, {"norm_topk_prob", "forward"});
+    spec["mixture"] = pick(values, {"norm_topk_prob", "forward", "kernels"});
     spec["mixture"]["top_k"] = what == "expert" ? 2 : config_.top_k;
     spec["mixture"]["leave_out"] = what == "expert" ? core::Json::array() : values.at("leave_out");
     spec["rank"] = rank;
@@ -165,6 +165,7 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
     core::Json spec = {{"name", d.name}, {"rank", d.train == "direct" ? *fixed_rank(d) : 0}, {"train", train_identity(config_.train)}, {"log_every", config_.train.log_every},
                        {"router", values.at("router")}, {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "expert/" + d.name)},
                        {"data", data_spec(d.name, "train")}};
+    if (d.train == "direct") spec["kernels"] = config_.kernels;   // a full-size expert does not pass through them
     const auto expert = plan.need(make_unit("train_expert", "train/" + d.name, std::move(spec), {*s.public_embedding}, training_cost(config_.train, 1.5 * model), s));
     if (!expert) {
       ranks_known = false;

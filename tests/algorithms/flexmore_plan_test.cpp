@@ -78,8 +78,29 @@ TEST_F(FlexMorePlan, AChangedKeyRedoesOnlyWhatItDetermines) {
   EXPECT_EQ(kinds(method({"top_k=3"})->plan(*this).pending).count("train_expert"), 0u);
   EXPECT_GT(kinds(method({"top_k=3"})->plan(*this).pending).count("evaluate"), 0u);
   EXPECT_EQ(kinds(method({"train.steps=7"})->plan(*this).pending).count("train_expert"), 6u);
+  // Who computes low-rank experts changes bits, of evaluations and of experts that are trained as low rank, nothing else's.
+  EXPECT_EQ(kinds(method({"kernels=reference"})->plan(*this).pending).count("train_expert"), 0u);
+  EXPECT_GT(kinds(method({"kernels=reference"})->plan(*this).pending).count("evaluate"), 0u);
   EXPECT_TRUE(method({"train.checkpoint_every=7", "workers.local=3"})->plan(*this).pending.empty());
   EXPECT_FALSE(method({"workers.threads=2"})->plan(*this).pending.empty());
+}
+
+TEST_F(FlexMorePlan, KernelsAreTrainedIntoDirectExperts) {
+  const std::string direct = "domains=[{name: a, train: direct, rank: \"4\"}]";
+  const auto trained = [&](const std::string& kernels) {
+    std::set<std::string> ids;
+    const auto flexmore = method({direct, "kernels=" + kernels});
+    for (int wave = 0; wave < 2; ++wave)
+      for (const auto& unit : flexmore->plan(*this).pending) {
+        if (unit.kind == "train_expert") ids.insert(unit.id());
+        finish(unit);
+      }
+    return ids;
+  };
+  const auto by_auto = trained("auto"), by_reference = trained("reference");
+  ASSERT_EQ(by_auto.size(), 1u);
+  ASSERT_EQ(by_reference.size(), 1u);
+  EXPECT_NE(by_auto, by_reference);
 }
 
 // Two experts, candidates 1 and 2, room for three units of rank: the second unit goes to the expert that gains more.

@@ -15,6 +15,7 @@ namespace moraine::kernels::test {
 namespace {
 
 using core::InternalError;
+using core::NumericError;
 using core::UserError;
 
 template <class E, class F>
@@ -59,7 +60,7 @@ TEST(BadInput, AGateThatIsNotFiniteIsRefused) {
     std::vector<float> gates(12, 0.5f);
     gates[7] = bad;
     call.args.gates = gates.data();
-    expect_error<UserError>([&] { call.run(); }, "gate of token 3 slot 1 is not finite");
+    expect_error<NumericError>([&] { call.run(); }, "gate of token 3 slot 1 is not finite");
   }
 }
 

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/stack.h>
@@ -63,6 +64,10 @@ World make_world(const std::vector<int64_t>& ranks) {
 MixtureFfn make_mixture(const World& w, int64_t top_k, MixtureForward forward = MixtureForward::kFactored,
                         bool renormalise = false) {
   return MixtureFfn({w.router}, w.bias, w.experts, {top_k, renormalise, forward});
+}
+
+MixtureFfn make_reference(const World& w, int64_t top_k) {
+  return MixtureFfn({w.router}, w.bias, w.experts, {top_k, false, MixtureForward::kFactored, MixtureKernels::kReference});
 }
 
 FfnExpert densified(const FfnExpert& e, const SlotBase& base) {
@@ -120,16 +125,19 @@ at::Tensor loop_mixture(const World& w, int64_t top_k, bool renormalise) {
   return out;
 }
 
+const std::vector<std::pair<MixtureForward, MixtureKernels>> kForms = {{MixtureForward::kFactored, MixtureKernels::kAuto},
+                                                                      {MixtureForward::kFactored, MixtureKernels::kReference},
+                                                                      {MixtureForward::kPerExpert, MixtureKernels::kReference}};
 const std::vector<std::vector<int64_t>> kWorlds = {{2, 0, 1, 5}, {3, 4}, {0, 0, 0}, {2}, {0}};
 
-TEST(MixtureFfn, BothFormsEqualPlainLoopsOverDenseExperts) {
+TEST(MixtureFfn, AllFormsEqualPlainLoopsOverDenseExperts) {
   for (const auto& ranks : kWorlds) {
     const World w = make_world(ranks);
     for (int64_t top_k = 1; top_k <= static_cast<int64_t>(ranks.size()) + 1; ++top_k) {
       for (const bool renormalise : {false, true}) {
         const at::Tensor expected = loop_mixture(w, top_k, renormalise);
-        for (const MixtureForward form : {MixtureForward::kFactored, MixtureForward::kPerExpert}) {
-          MixtureFfn mixture = make_mixture(w, top_k, form, renormalise);
+        for (const auto& [form, kernels] : kForms) {
+          MixtureFfn mixture({w.router}, w.bias, w.experts, {top_k, renormalise, form, kernels});
           EXPECT_LE(relative_error(mixture.forward(w.x, w.base), expected),
                     1e-12)  // float64, sums of some hundred terms
               << ranks.size() + 1 << " experts, top_k " << top_k;
@@ -263,13 +271,14 @@ std::vector<at::Tensor> make_leaves(World& w) {
 }
 
 TEST(MixtureFfn, GradientsEqualFiniteDifferences) {
-  for (const MixtureForward form : {MixtureForward::kFactored, MixtureForward::kPerExpert}) {
+  for (const auto& [form, kernels] : kForms) {
     for (const auto& [top_k, renormalise] : {std::pair<int64_t, bool>{4, false}, {2, false}, {2, true}}) {
       World w = make_world({2, 0, 3});
       const std::vector<at::Tensor> leaves = make_leaves(w);
       const at::Tensor direction = random_tensor({kTokens, kWidth}, 10);
       const auto value = [&] {
-        return (make_mixture(w, top_k, form, renormalise).forward(w.x, w.base) * direction).sum();
+        MixtureFfn mixture({w.router}, w.bias, w.experts, {top_k, renormalise, form, kernels});
+        return (mixture.forward(w.x, w.base) * direction).sum();
       };
       value().backward();
       for (size_t i = 0; i < leaves.size(); ++i) {
@@ -289,6 +298,77 @@ TEST(MixtureFfn, GradientsEqualFiniteDifferences) {
       }
     }
   }
+}
+
+World in_dtype(const World& w, at::ScalarType activations, at::ScalarType trained) {
+  World out = w;
+  const auto cast = [](at::Tensor& tensor, at::ScalarType type) { tensor = tensor.detach().to(type, false, /*copy=*/true); };
+  for (at::Tensor* tensor : {&out.x, &out.base.gate, &out.base.up, &out.base.down}) cast(*tensor, activations);
+  cast(out.router, trained), cast(out.bias, trained);
+  for (FfnExpert& e : out.experts) {
+    if (e.full()) {
+      for (at::Tensor* tensor : {&e.gate, &e.up, &e.down}) cast(*tensor, trained);
+    } else {
+      for (LowRank* delta : {&e.gate_delta, &e.up_delta, &e.down_delta}) cast(delta->a, trained), cast(delta->b, trained);
+    }
+  }
+  return out;
+}
+
+double norm_error(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.detach().to(at::kDouble), y = b.detach().to(at::kDouble);
+  return (x - y).norm().item<double>() / std::max(1e-30, y.norm().item<double>());
+}
+
+// Output and gradients of x, router, bias, base and every A and B: kernels against ATen in float64, in float32 and in
+// bfloat16 with float32 masters. Everything is first rounded to the tested type, so that only the computation differs.
+TEST(MixtureFfn, KernelsEqualTheReferenceInForwardAndTraining) {
+  // float32: sums of some hundred terms, 2^-24 each. bfloat16: ATen and the kernels round x A^T, a, b, h and their gradients
+  // to 2^-8 in different places, up to six times in a row; 4 x 2^-8 of the norm. float64: as float32 with 2^-53.
+  const struct { at::ScalarType activations, trained; double tolerance; } kCases[] = {
+      {at::kDouble, at::kDouble, 1e-13}, {at::kFloat, at::kFloat, 3e-6}, {at::kBFloat16, at::kFloat, 1.6e-2}};
+  for (const auto& c : kCases) {
+    for (const int64_t top_k : {1, 2, 4}) {
+      World rounded = in_dtype(make_world({2, 0, 1, 5}), c.activations, c.activations);
+      // A router tie or a flip of the choice by rounding would compare different functions: route in one precision.
+      World world[2] = {in_dtype(rounded, c.activations, c.trained), in_dtype(rounded, at::kDouble, at::kDouble)};
+      if (c.activations == at::kBFloat16) world[1] = in_dtype(rounded, c.activations, c.trained);
+      World& w = world[0];
+      World& reference = world[1];
+      const std::vector<at::Tensor> leaves = make_leaves(w), expected = make_leaves(reference);
+      const at::Tensor dy = random_tensor({kTokens, kWidth}, 10).to(c.activations);
+      const at::Tensor y = make_mixture(w, top_k).forward(w.x, w.base), y_ref = make_reference(reference, top_k).forward(reference.x, reference.base);
+      EXPECT_LE(norm_error(y, y_ref), c.tolerance) << "y, top_k " << top_k;
+      y.backward(dy);
+      y_ref.backward(dy.to(y_ref.scalar_type()));
+      for (size_t i = 0; i < leaves.size(); ++i) {
+        ASSERT_EQ(leaves[i].grad().defined(), expected[i].grad().defined()) << "leaf " << i;
+        if (!leaves[i].grad().defined()) continue;
+        EXPECT_EQ(leaves[i].grad().scalar_type(), leaves[i].scalar_type());
+        EXPECT_LE(norm_error(leaves[i].grad(), expected[i].grad()), c.tolerance) << "leaf " << i << ", top_k " << top_k;
+      }
+      const at::NoGradGuard no_grad;  // inference saves nothing and must not round differently
+      EXPECT_TRUE(same_bits(make_mixture(w, top_k).forward(w.x, w.base), y)) << "top_k " << top_k;
+    }
+  }
+}
+
+TEST(MixtureFfn, AutoIsTheReferenceBitForBitWhereItSaysSo) {
+  World w = in_dtype(make_world({2, 0, 1, 5, 3}), at::kFloat, at::kFloat);
+  make_leaves(w);
+  const auto same = [&](int64_t top_k) {
+    return same_bits(make_mixture(w, top_k).forward(w.x, w.base), make_reference(w, top_k).forward(w.x, w.base));
+  };
+  EXPECT_TRUE(same(kTrainedSlots + 1));
+  EXPECT_FALSE(same(kTrainedSlots));  // the kernels' sums have another order
+  const at::NoGradGuard no_grad;
+  EXPECT_FALSE(same(kTrainedSlots + 1));
+}
+
+TEST(MixtureFfn, KernelsRefuseGatesThatAreNotFinite) {
+  World w = make_world({2, 3});
+  w.x[1][0] = std::nan("");
+  EXPECT_THAT(thrown<core::NumericError>([&] { make_mixture(w, 2).forward(w.x, w.base); }), HasSubstr("gate of token 1"));
 }
 
 TEST(MixtureFfn, PositiveBiasIsClampedAndGetsNoGradient) {
