@@ -1,7 +1,8 @@
 // Ragged-rank expert kernels against every way of doing the same with ATen, on the CPU, all in one run.
 //
-// Contenders run interleaved (ours B1 B2 .. ours B1 B2 ..), medians are printed, ratios are baseline / ours; peaks are measured
-// before and after. One thread is timed by its processor time, several by the wall clock. The floor of a line is max(FLOP / measured FMA peak, bytes / measured read bandwidth).
+// Contenders run interleaved (ours B1 B2 .. ours B1 B2 ..), medians are printed as a Markdown table, ratios are baseline / ours;
+// peaks are measured before and after. One thread is timed by its processor time, several by the wall clock. The floor of a line
+// is max(FLOP / measured FMA peak, bytes / measured read bandwidth).
 //   B1 per-expert loop: index_select, mm, mm, mul, index_add     B2 zero-pad to the largest rank and token count, two bmm
 //   B3 as PEFT does it: dtype casts and boolean indexing         B5 all ranks for all tokens, masked
 //   B6 one dense matrix per expert                               B7 the frozen layer alone (context, not a contender)
@@ -88,12 +89,23 @@ __attribute__((target("avx2"))) double read_gbps() {
   return best;
 }
 
+double copy_gbps() {  // bytes read plus bytes written
+  static std::vector<float> from(size_t{32} << 20, 1.0f), to(from.size());
+  double best = 0;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const auto start = now_s();
+    std::copy(from.begin(), from.end(), to.begin());
+    best = std::max(best, static_cast<double>(from.size()) * 8 / seconds_since(start) / 1e9);
+  }
+  return best;
+}
+
 struct Peaks {
   double gflops = 0, gbps = 0;
 };
 Peaks measure_peaks(const char* when, int threads) {
   Peaks one{fma_gflops(), read_gbps()};
-  std::printf("peaks %s: 1 thread %.0f GFLOP/s FMA (fp32, AVX2), %.1f GB/s read", when, one.gflops, one.gbps);
+  std::printf("Peaks %s: 1 thread %.0f GFLOP/s FMA (fp32, AVX2), %.1f GB/s read, %.1f GB/s copy", when, one.gflops, one.gbps, copy_gbps());
   if (threads > 1) {
     double sum = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
@@ -302,6 +314,8 @@ Tensor materialised(const Case& c, const Inputs& in, const std::vector<Tensor>& 
   return y;
 }
 
+constexpr const char* kBaselines[] = {"B1", "B2", "B3", "B4", "B5", "B6", "B7"};
+
 struct Contender {
   std::string name;
   std::function<Tensor(size_t)> run;
@@ -328,7 +342,6 @@ double median(std::vector<double> v) {
 }
 
 void time_interleaved(std::vector<Contender>& all, double budget_s) {
-  
   for (Contender& c : all) c.run(0);  // warm-up
   const auto start = now_s();
   for (size_t round = 0; round < 7 || (round < 25 && seconds_since(start) < budget_s); ++round) {
@@ -379,21 +392,27 @@ void run_delta_case(const Case& c, bool backward, const Peaks& peaks, double bud
                                   static_cast<double>(c.tokens * (c.d_in + 2 * c.d_out))) * passes;
   const double compute_ms = flops / peaks.gflops / 1e6, memory_ms = bytes / peaks.gbps / 1e6;
   const double floor_ms = std::max(compute_ms, memory_ms), mine = median(all[0].ms);
-  std::printf("%-7s O1 %ldx%ld T=%-4ld E=%ld k=%ld %-13s %-7s %-4s | %9.3f ms (min %.3f max %.3f) | %6.1f GFLOP/s | %5.1f GB/s | floor %.3f %c | %3.0f %% |",
-              backward ? "fwd+bwd" : "fwd", c.d_in, c.d_out, c.tokens, c.experts, c.slots, c.ranks_name.c_str(), c.routing.c_str(),
+  std::printf("| O1 %ldx%ld %s | %ld | %ld, %ld | %s %s | %s | %.3f (%.3f-%.3f) | %.1f | %.1f | %.3f %c | %.0f |", c.d_in, c.d_out,
+              backward ? "fwd+bwd" : "fwd", c.tokens, c.experts, c.slots, c.ranks_name.c_str(), c.routing.c_str(),
               c.dtype == at::kFloat ? "fp32" : "bf16", mine, *std::min_element(all[0].ms.begin(), all[0].ms.end()),
               *std::max_element(all[0].ms.begin(), all[0].ms.end()), flops / mine / 1e6, bytes / mine / 1e6, floor_ms,
               compute_ms > memory_ms ? 'C' : 'M', 100 * floor_ms / mine);
-  for (const char* name : {"B1", "B2", "B3", "B4", "B5", "B6", "B7"}) {
+  for (const char* name : kBaselines) {
     const auto found = std::find_if(all.begin(), all.end(), [&](const Contender& x) { return x.name == name; });
     if (found == all.end()) {
-      std::printf(" %s n/a", name);
+      std::printf(" n/a |");
     } else {
-      std::printf(" %s x%.2f", name, median(found->ms) / mine);
+      std::printf(" %.2f |", median(found->ms) / mine);
     }
   }
-  std::printf(" | rel.err %.1e\n", error);
+  std::printf(" %.1e |\n", error);
   std::fflush(stdout);
+}
+
+void print_header() {
+  std::printf("| case | T | E, k | ranks, routing | dtype | ms (min-max) | GFLOP/s | GB/s | floor, ms (Compute or Memory) | %% of floor |");
+  for (const char* name : kBaselines) std::printf(" x %s |", name);
+  std::printf(" rel. error |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
 }
 
 }  // namespace
@@ -422,9 +441,11 @@ int main(int argc, char** argv) {
   at::set_num_threads(threads);
   omp_set_num_threads(threads);
   use_cpu_time = threads == 1;
-  std::printf("path %s, threads %d, %s time\n%s\n", mk::path_name(mk::best_path()), threads, use_cpu_time ? "processor" : "wall",
+  std::printf("Path %s, threads %d, %s time.\n\n```\n%s```\n\n", mk::path_name(mk::best_path()), threads, use_cpu_time ? "processor" : "wall",
               at::show_config().c_str());
   const Peaks peaks = measure_peaks("before", threads);
+  std::printf("\n");
+  print_header();
   for (const std::string& dtype : dtypes)
     for (const RankSet& set : kRankSets) {
       if (!rank_sets.empty() && std::find(rank_sets.begin(), rank_sets.end(), set.name) == rank_sets.end()) continue;
@@ -435,6 +456,7 @@ int main(int argc, char** argv) {
           for (const std::string& direction : directions) run_delta_case(c, direction == "fwd+bwd", peaks, budget_s, few);
         }
     }
+  std::printf("\n");
   measure_peaks("after", threads);
   return 0;
 }
