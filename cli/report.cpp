@@ -1,4 +1,5 @@
 #include <cstdio>
+#include <cstdlib>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -25,7 +26,7 @@ void report_run(const std::string& directory, const std::string& format) {
     return;
   }
   write_report(summary, run.layout.root);
-  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1}).c_str(), stdout);
+  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr}).c_str(), stdout);
   std::printf("report: %s\n", (run.layout.root / "report.html").c_str());
 }
 

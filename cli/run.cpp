@@ -1,4 +1,5 @@
 #include <cstdio>
+#include <cstdlib>
 #include <thread>
 #include <unistd.h>
 
@@ -51,7 +52,7 @@ void finish_run(const algorithms::Method& method, const fs::path& directory, boo
   const core::Json summary = summarize(method, run);
   write_report(summary, directory);
   if (!complete) return;
-  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1}).c_str(), stdout);
+  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr}).c_str(), stdout);
   if (!summary.at("hash").get<std::string>().empty()) std::printf("merged artefact: %s\n", summary.at("hash").get<std::string>().c_str());
   std::printf("report: %s\n", (directory / "report.html").c_str());
   std::fflush(stdout);
