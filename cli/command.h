@@ -12,7 +12,7 @@ class App;
 
 namespace moraine::cli {
 
-/// Number of SIGINT/SIGTERM received so far. One asks for a checkpoint and exit 75; a second SIGINT ends at once with 130.
+/// 1 after the first SIGINT or SIGTERM, which asks for a checkpoint and exit 75; a second SIGINT ends at once with 130.
 extern std::atomic<int> g_signals;
 void install_signal_handlers();
 
@@ -28,6 +28,9 @@ void add_recipe_arguments(CLI::App& command, RecipeArguments& arguments);
 
 /// `--format text|json` of commands that list.
 void add_format_option(CLI::App& command, std::string& format);
+
+/// Whether standard output is a terminal whose user wants colours (NO_COLOR is not set).
+bool color_wanted();
 
 // Each registers one sub-command; its callback returns through `exit_code` or throws core::Error.
 void add_run(CLI::App& app, int& exit_code);

@@ -1,5 +1,6 @@
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <unistd.h>
 
@@ -28,6 +29,8 @@ void install_signal_handlers() {
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);   // a file-size limit then fails the write, with a message
 }
+
+bool color_wanted() { return isatty(STDOUT_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr; }
 
 void add_recipe_arguments(CLI::App& command, RecipeArguments& arguments) {
   command.add_option("recipe", arguments.recipe, "Recipe (YAML)")->required();

@@ -1,6 +1,4 @@
 #include <cstdio>
-#include <cstdlib>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 
@@ -26,7 +24,7 @@ void report_run(const std::string& directory, const std::string& format) {
     return;
   }
   write_report(summary, run.layout.root);
-  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr}).c_str(), stdout);
+  std::fputs(report::render_text(summary, {.color = color_wanted()}).c_str(), stdout);
   std::printf("report: %s\n", (run.layout.root / "report.html").c_str());
 }
 

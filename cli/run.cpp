@@ -1,5 +1,4 @@
 #include <cstdio>
-#include <cstdlib>
 #include <thread>
 #include <unistd.h>
 
@@ -52,7 +51,7 @@ void finish_run(const algorithms::Method& method, const fs::path& directory, boo
   const core::Json summary = summarize(method, run);
   write_report(summary, directory);
   if (!complete) return;
-  std::fputs(report::render_text(summary, {.color = isatty(STDOUT_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr}).c_str(), stdout);
+  std::fputs(report::render_text(summary, {.color = color_wanted()}).c_str(), stdout);
   if (!summary.at("hash").get<std::string>().empty()) std::printf("merged artefact: %s\n", summary.at("hash").get<std::string>().c_str());
   std::printf("report: %s\n", (directory / "report.html").c_str());
   std::fflush(stdout);

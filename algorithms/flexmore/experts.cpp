@@ -75,8 +75,9 @@ int64_t Expert::parameters() const {
 core::Json fingerprint_of_base(const models::Decoder& base, const std::vector<at::Tensor>& public_rows) {
   core::Json out = core::Json::object();
   const auto add = [&out](const std::string& name, const at::Tensor& tensor) {
+    const at::Tensor here = tensor.cpu();   // outlives its view
     std::vector<at::Tensor> keep;
-    const auto views = models::views_of({{name, tensor.cpu()}}, keep);
+    const auto views = models::views_of({{name, here}}, keep);
     out[name] = core::sha256(views.front().data);
   };
   for (const auto& [name, tensor] : base.weights()) add(name, tensor);
