@@ -15,7 +15,6 @@
 #include <ATen/ops/silu.h>
 
 #include "core/error.h"
-#include "core/registry.h"
 #include "models/fused_ops.h"
 #include "models/mixture.h"
 
@@ -36,10 +35,7 @@ std::string expert_path(int64_t layer, int64_t expert) {
 
 }  // namespace
 
-Decoder::Decoder(DecoderConfig config, std::map<std::string, at::Tensor> weights, at::ScalarType dtype)
-    : config_(std::move(config)), weights_(std::move(weights)), dtype_(dtype) {
-  MORAINE_CHECK(dtype_ == at::kFloat || dtype_ == at::kBFloat16 || dtype_ == at::kDouble,
-                "models compute in float32, bfloat16 or float64");
+Decoder::Decoder(DecoderConfig config, Weights weights) : Backbone(std::move(weights)), config_(std::move(config)) {
   add_slots();
   refer_to_weights();
 }
@@ -57,20 +53,13 @@ void Decoder::add_slots() {
                                    {path + ".mlp.gate_proj", SlotKind::kLinear, d, h},
                                    {path + ".mlp.up_proj", SlotKind::kLinear, d, h},
                                    {path + ".mlp.down_proj", SlotKind::kLinear, h, d}};
-    blocks_.emplace_back().first_slot = slots_.size();
-    slots_.insert(slots_.end(), all, all + (config_.is_mixture() ? kMixtureLayerSlots : kLayerSlots));
+    blocks_.emplace_back().first_slot = slots().size();
+    for (size_t i = 0; i < (config_.is_mixture() ? kMixtureLayerSlots : kLayerSlots); ++i) add_slot(all[i]);
   }
-  slots_.push_back({"lm_head", SlotKind::kLinear, d, config_.vocab_size});
-  for (size_t i = 0; i < slots_.size(); ++i) index_.emplace(slots_[i].path, i);
-  bases_.resize(slots_.size());
-  functions_.resize(slots_.size());
+  add_slot({"lm_head", SlotKind::kLinear, d, config_.vocab_size});
 }
 
 void Decoder::refer_to_weights() {
-  const auto weight = [this](const std::string& name) {
-    const auto at = weights_.find(name);
-    return at == weights_.end() ? at::Tensor() : at->second;
-  };
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     const std::string path = layer_path(layer);
     Block& block = blocks_[layer];
@@ -81,10 +70,10 @@ void Decoder::refer_to_weights() {
     block.k_norm = weight(path + ".self_attn.k_norm.weight");
     if (config_.is_mixture()) attach_mixture(layer);
   }
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    const std::string& path = slots_[i].path;
-    SlotBase& base = bases_[i];
-    if (slots_[i].kind == SlotKind::kLinear) {
+  for (size_t i = 0; i < slots().size(); ++i) {
+    const std::string& path = slots()[i].path;
+    SlotBase& base = slot_base(i);
+    if (slots()[i].kind == SlotKind::kLinear) {
       base.weight = weight(path + ".weight");
       base.bias = weight(path + ".bias");
       continue;
@@ -99,17 +88,17 @@ void Decoder::refer_to_weights() {
   }
   embedding_ = weight("model.embed_tokens.weight");
   final_norm_ = weight("model.norm.weight");
-  if (config_.tie_word_embeddings) bases_.back().weight = embedding_;
+  if (config_.tie_word_embeddings) slot_base(slots().size() - 1).weight = embedding_;
 }
 
 void Decoder::attach_mixture(int64_t layer) {
   std::vector<FfnExpert> experts;
   for (int64_t expert = 1; expert < config_.num_experts; ++expert) {
     const std::string path = expert_path(layer, expert);
-    const auto full = [&](const char* name) { return weights_.at(fmt::format("{}.{}.weight", path, name)); };
+    const auto full = [&](const char* name) { return weight(fmt::format("{}.{}.weight", path, name)); };
     const auto low_rank = [&](const char* name) {
-      return LowRank{weights_.at(fmt::format("{}.{}_a.weight", path, name)),
-                     weights_.at(fmt::format("{}.{}_b.weight", path, name))};
+      return LowRank{weight(fmt::format("{}.{}_a.weight", path, name)),
+                     weight(fmt::format("{}.{}_b.weight", path, name))};
     };
     FfnExpert& e = experts.emplace_back();
     if (config_.rank_of(expert) == 0) {
@@ -121,42 +110,9 @@ void Decoder::attach_mixture(int64_t layer) {
   MixtureFfn::Options options;
   options.top_k = config_.num_experts_per_tok;
   options.norm_topk_prob = config_.norm_topk_prob;
-  functions_[blocks_[layer].first_slot + kFfnSlot] =
-      std::make_shared<MixtureFfn>(std::vector<at::Tensor>{weights_.at(layer_path(layer) + ".mlp.gate.weight")},
-                                   at::Tensor(), std::move(experts), options);
-}
-
-size_t Decoder::slot_index(const std::string& path) const {
-  if (const auto at = index_.find(path); at != index_.end()) return at->second;
-  // Name the nearest paths: listing some hundred slots helps nobody.
-  std::vector<std::string> paths;
-  for (const Slot& slot : slots_) paths.push_back(slot.path);
-  std::stable_sort(paths.begin(), paths.end(), [&](const std::string& a, const std::string& b) {
-    return core::edit_distance(path, a) < core::edit_distance(path, b);
-  });
-  paths.resize(std::min<size_t>(paths.size(), 5));
-  throw core::UserError(fmt::format("models: no such slot: '{}'", path),
-                        fmt::format("nearest of {} slots: {}", slots_.size(), fmt::join(paths, ", ")));
-}
-
-void Decoder::attach(const std::string& path, std::shared_ptr<SlotFunction> function) {
-  const size_t slot = slot_index(path);
-  MORAINE_CHECK(function != nullptr, "attach '{}': no function given", path);
-  MORAINE_CHECK(functions_[slot] == nullptr, "slot '{}' is taken: detach its function first", path);
-  for (size_t other = 0; other < slots_.size(); ++other) {
-    const std::string& rival = slots_[other].path;
-    if (functions_[other] == nullptr || !(rival.starts_with(path + ".") || path.starts_with(rival + "."))) continue;
-    throw core::UserError(
-        fmt::format("models: cannot attach to '{}': '{}' is taken and one contains the other", path, rival),
-        "target either the whole mlp or the matrices inside it, not both");
-  }
-  functions_[slot] = std::move(function);
-}
-
-void Decoder::detach(const std::string& path) { functions_[slot_index(path)] = nullptr; }
-
-at::Tensor Decoder::apply(size_t slot, const at::Tensor& x) {
-  return functions_[slot] ? functions_[slot]->forward(x, bases_[slot]) : bases_[slot].forward(x);
+  set_function(blocks_[layer].first_slot + kFfnSlot,
+               std::make_shared<MixtureFfn>(std::vector<at::Tensor>{weight(layer_path(layer) + ".mlp.gate.weight")},
+                                            at::Tensor(), std::move(experts), options));
 }
 
 at::Tensor Decoder::norm(const at::Tensor& x, const at::Tensor& weight) const {
@@ -196,7 +152,7 @@ at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t b
 
 at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
   const size_t whole = block.first_slot + kFfnSlot;
-  if (config_.is_mixture() || functions_[whole]) return apply(whole, x);
+  if (config_.is_mixture() || taken(whole)) return apply(whole, x);
   return apply(block.first_slot + kDown,
                at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
 }
@@ -213,7 +169,7 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
     }
   }
   extend_rotation(length);
-  at::Tensor x = at::embedding(embedding_, tokens).to(dtype_).view({batch * length, config_.hidden_size});
+  at::Tensor x = at::embedding(embedding_, tokens).to(dtype()).view({batch * length, config_.hidden_size});
   for (const Block& block : blocks_) {
     const bool last = &block == &blocks_.back();
     const auto note = [&](const at::Tensor& input) {
@@ -238,7 +194,7 @@ at::Tensor Decoder::hidden_states(const at::Tensor& tokens) {
   return trunk(tokens, nullptr).view({tokens.size(0), tokens.size(1), -1});
 }
 
-at::Tensor Decoder::forward(const at::Tensor& tokens) { return apply(slots_.size() - 1, hidden_states(tokens)); }
+at::Tensor Decoder::forward(const at::Tensor& tokens) { return apply(slots().size() - 1, hidden_states(tokens)); }
 
 std::vector<at::Tensor> Decoder::ffn_inputs(const at::Tensor& tokens) {
   const at::NoGradGuard no_grad;
@@ -256,8 +212,8 @@ Decoder::Loss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
   loss.count = targets.ge(0).sum().item<int64_t>();
   for (int64_t first = 0; first < rows; first += piece) {
     const int64_t end = std::min(rows, first + piece);
-    const at::Tensor logits = apply(slots_.size() - 1, x.slice(0, first, end)), expected = targets.slice(0, first, end);
-    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype_ == at::kDouble ? at::kDouble : at::kFloat), expected,
+    const at::Tensor logits = apply(slots().size() - 1, x.slice(0, first, end)), expected = targets.slice(0, first, end);
+    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype() == at::kDouble ? at::kDouble : at::kFloat), expected,
                                                   {}, at::Reduction::Sum, /*ignore_index=*/-1);
     loss.sum = loss.sum.defined() ? loss.sum + sum : sum;
     if (count_correct) loss.correct += at::argmax(logits.detach(), -1).eq(expected).sum().item<int64_t>();

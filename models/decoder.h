@@ -11,19 +11,17 @@
 #include <ATen/core/Tensor.h>
 
 #include "core/safetensors.h"
+#include "models/backbone.h"
 #include "models/decoder_config.h"
-#include "models/slot.h"
 
 namespace moraine::models {
 
-/// A causal language model whose weights are frozen and whose slots can be taken over. Weights never change; training
-/// touches only what attached slot functions own, or everything after make_trainable(). Not thread-safe while slots
-/// change nor for two forward passes at once; forward() of distinct Decoders that share weights may run concurrently.
+/// A causal language model.
 ///
 /// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A
 /// mixture has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the
 /// start. Sources: transformers 4.57 (llama, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
-class Decoder {
+class Decoder final : public Backbone {
  public:
   /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
   static Decoder from_config(const DecoderConfig& config, uint64_t seed, at::ScalarType dtype);
@@ -40,11 +38,9 @@ class Decoder {
   Decoder share() const { return on(device()); }
   /// The same on another device: weights are copied there unless they are there already.
   Decoder on(at::Device device) const;
-
-  Decoder(Decoder&&) = default;
-  Decoder& operator=(Decoder&&) = default;
-  Decoder(const Decoder&) = delete;  // two models would train one set of slot functions: share() instead
-  Decoder& operator=(const Decoder&) = delete;
+  /// share() with some weights changed: W + delta, in W's dtype, for every "<weight name>" given; all others are shared.
+  /// Throws UserError on a name that is no weight of this model or a delta of another shape.
+  Decoder plus(const NamedTensors& deltas) const;
 
   /// tokens [B, T] int64 -> logits [B, T, vocab]. Throws UserError on a token outside the vocabulary.
   at::Tensor forward(const at::Tensor& tokens);
@@ -64,27 +60,6 @@ class Decoder {
   Loss loss(const at::Tensor& sequences, bool count_correct = false);
 
   const DecoderConfig& config() const { return config_; }
-  const std::vector<Slot>& slots() const { return slots_; }
-  /// Throws UserError with the nearest slot paths if `path` is no slot.
-  const SlotBase& base(const std::string& path) const { return bases_[slot_index(path)]; }
-  /// At most one function per slot. Throws UserError on an unknown path or when an FFN and a matrix inside it would
-  /// both be taken, InternalError if the slot is taken.
-  void attach(const std::string& path, std::shared_ptr<SlotFunction> function);
-  /// Restores the frozen function bit-exactly (a mixture's mlp slot: expert 0 alone). No effect on an empty slot.
-  void detach(const std::string& path);
-  std::shared_ptr<SlotFunction> attached(const std::string& path) const {
-    return functions_[slot_index(path)];
-  }  // nullptr when empty
-
-  /// Makes every weight a trainable leaf of its own (base pre-training, joint training) and returns them by name.
-  /// Leaves of a bfloat16 model are float32 masters, cast at use. A mixture's own functions are rebuilt over the
-  /// leaves.
-  NamedTensors make_trainable();
-  /// Weights by Hugging Face name, sorted.
-  const std::map<std::string, at::Tensor>& weights() const { return weights_; }
-  at::Device device() const { return embedding_.device(); }
-  /// What the model computes in.
-  at::ScalarType dtype() const { return dtype_; }
 
  private:
   struct Block {
@@ -92,13 +67,11 @@ class Decoder {
     size_t first_slot = 0;
   };
 
-  Decoder(DecoderConfig config, std::map<std::string, at::Tensor> weights, at::ScalarType dtype);
+  Decoder(DecoderConfig config, Weights weights);
   void add_slots();
-  void refer_to_weights();
+  void refer_to_weights() override;
   void attach_mixture(int64_t layer);
 
-  size_t slot_index(const std::string& path) const;
-  at::Tensor apply(size_t slot, const at::Tensor& x);
   at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const;
   at::Tensor attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length);
   at::Tensor ffn(const Block& block, const at::Tensor& x);
@@ -106,12 +79,6 @@ class Decoder {
   void extend_rotation(int64_t length);
 
   DecoderConfig config_;
-  std::map<std::string, at::Tensor> weights_;
-  at::ScalarType dtype_;
-  std::vector<Slot> slots_;  // parallel: slots_, bases_, functions_
-  std::vector<SlotBase> bases_;
-  std::vector<std::shared_ptr<SlotFunction>> functions_;
-  std::map<std::string, size_t> index_;
   std::vector<Block> blocks_;
   at::Tensor embedding_, final_norm_;
   at::Tensor cos_, sin_;  // [positions, head_dim / 2] float32

@@ -136,13 +136,13 @@ Family family_of(const Json& json, const std::string& origin) {
 
 std::string joined(const std::vector<std::string>& lines) { return fmt::format("\n  {}", fmt::join(lines, "\n  ")); }
 
-void add_linear(std::vector<std::pair<std::string, Shape>>& list, const std::string& path, int64_t out, int64_t in,
+void add_linear(NamedShapes& list, const std::string& path, int64_t out, int64_t in,
                 bool bias) {
   list.emplace_back(path + ".weight", Shape{out, in});
   if (bias) list.emplace_back(path + ".bias", Shape{out});
 }
 
-void add_expert(std::vector<std::pair<std::string, Shape>>& list, const std::string& path, const DecoderConfig& c,
+void add_expert(NamedShapes& list, const std::string& path, const DecoderConfig& c,
                 int64_t rank, bool bias) {
   for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
     const bool down = std::string_view(name) == "down_proj";
@@ -302,8 +302,8 @@ int64_t DecoderConfig::total_parameters() const {
 
 std::string layer_path(int64_t layer) { return fmt::format("model.layers.{}", layer); }
 
-std::vector<std::pair<std::string, Shape>> expected_tensors(const DecoderConfig& c) {
-  std::vector<std::pair<std::string, Shape>> list = {{"model.embed_tokens.weight", {c.vocab_size, c.hidden_size}},
+NamedShapes expected_tensors(const DecoderConfig& c) {
+  NamedShapes list = {{"model.embed_tokens.weight", {c.vocab_size, c.hidden_size}},
                                                      {"model.norm.weight", {c.hidden_size}}};
   if (!c.tie_word_embeddings) list.emplace_back("lm_head.weight", Shape{c.vocab_size, c.hidden_size});
   const int64_t d = c.hidden_size, q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;

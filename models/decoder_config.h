@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/json.h"
+#include "models/shape.h"
 
 namespace moraine::models {
 
@@ -51,10 +52,8 @@ struct DecoderConfig {
   int64_t total_parameters() const;
 };
 
-using Shape = std::vector<int64_t>;
-
 /// Expected tensor names and shapes of a checkpoint of this config, sorted by name; mixtures list every expert.
-std::vector<std::pair<std::string, Shape>> expected_tensors(const DecoderConfig& config);
+NamedShapes expected_tensors(const DecoderConfig& config);
 
 /// Hugging Face module path of layer `layer`: "model.layers.3".
 std::string layer_path(int64_t layer);

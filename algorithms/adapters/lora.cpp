@@ -132,11 +132,11 @@ void LoraAdapter::save(const std::filesystem::path& directory, const std::string
   core::write_atomically(directory / "adapter_config.json", config.dump(2, ' ', /*ensure_ascii=*/true));
 }
 
-void LoraAdapter::attach(models::Decoder& model) const {
+void LoraAdapter::attach(models::Backbone& model) const {
   for (size_t i = 0; i < targets_.size(); ++i) model.attach(targets_[i].slot.path, functions_[i]);
 }
 
-void LoraAdapter::detach(models::Decoder& model) const {
+void LoraAdapter::detach(models::Backbone& model) const {
   for (const LoraTarget& target : targets_) model.detach(target.slot.path);
 }
 

@@ -11,7 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "algorithms/adapters/lora_config.h"
-#include "models/decoder.h"
+#include "models/backbone.h"
 #include "models/slot.h"
 
 namespace moraine::algorithms::adapters {
@@ -55,9 +55,9 @@ class LoraAdapter {
   void save(const std::filesystem::path& directory, const std::string& base_model = "") const;
 
   /// Takes over the selected slots of `model`. Throws InternalError if one is taken.
-  void attach(models::Decoder& model) const;
+  void attach(models::Backbone& model) const;
   /// Restores the frozen functions.
-  void detach(models::Decoder& model) const;
+  void detach(models::Backbone& model) const;
 
   const std::vector<LoraTarget>& targets() const { return targets_; }
   /// "<slot path>.lora_A.weight" and ".lora_B.weight", sorted by name.

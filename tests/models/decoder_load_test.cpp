@@ -6,6 +6,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/ones_like.h>
 
 #include "core/error.h"
 #include "core/file.h"
@@ -178,6 +179,23 @@ TEST(DecoderFromConfig, WeightsHaveTheirDistribution) {
   EXPECT_NEAR(embedding.std().item<double>(), 0.02, 5 * 0.02 / 358);
   EXPECT_EQ(decoder.weights().at("model.norm.weight").eq(1).sum().item<int64_t>(), 16);
   EXPECT_EQ(decoder.weights().at("model.layers.1.self_attn.q_proj.bias").ne(0).sum().item<int64_t>(), 0);
+}
+
+TEST(DecoderPlus, ChangesTheNamedWeightsAndSharesAllOthers) {
+  const Decoder base = Decoder::from_config(tiny_config(Family::kLlama), 1, at::kFloat);
+  const std::string name = "model.layers.1.self_attn.q_proj.weight";
+  const at::Tensor before = base.weights().at(name).clone();
+  const Decoder changed = base.plus({{name, at::ones_like(before)}});
+  EXPECT_TRUE(same_bits(base.weights().at(name), before));
+  for (const auto& [other, tensor] : changed.weights()) {
+    if (other == name) {
+      EXPECT_TRUE(same_bits(tensor, before + 1));
+    } else {
+      EXPECT_EQ(tensor.const_data_ptr(), base.weights().at(other).const_data_ptr()) << other;
+    }
+  }
+  EXPECT_THAT(thrown<core::UserError>([&] { (void)base.plus({{"model.nothing.weight", before}}); }), HasSubstr("model.nothing.weight"));
+  EXPECT_THAT(thrown<core::UserError>([&] { (void)base.plus({{name, before.narrow(0, 0, 1)}}); }), HasSubstr(name));
 }
 
 TEST(DecoderFromConfig, RefusesNumbersThatCannotBeBuilt) {
