@@ -2,7 +2,6 @@
 #include <cstdlib>
 
 #include "comm/mpi/channel.h"
-#include "comm/mpi/group.h"
 #include "core/error.h"
 
 namespace moraine::comm::mpi {
@@ -19,12 +18,8 @@ Session::~Session() = default;
 
 void Session::abort(int exit_code) { std::_Exit(exit_code); }
 
-std::unique_ptr<Channel> open_channel(const Session&, int, size_t) {
+std::unique_ptr<Channel> open_channel(const Session&, size_t) {
   throw core::InternalError("comm: a channel was asked for without a session");
-}
-
-std::unique_ptr<Group> make_group(const Session&, int) {
-  throw core::InternalError("comm: a group was asked for without a session");
 }
 
 }  // namespace moraine::comm::mpi

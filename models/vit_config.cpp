@@ -1,0 +1,168 @@
+#include "models/vit_config.h"
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <vector>
+
+#include <fmt/ranges.h>
+
+#include "core/error.h"
+
+namespace moraine::models {
+namespace {
+
+using core::Json;
+
+constexpr std::array kActivations = {"gelu", "gelu_new", "gelu_pytorch_tanh"};
+
+[[noreturn]] void refuse(const std::string& origin, const std::vector<std::string>& problems) {
+  throw core::UserError(fmt::format("models: {}: not a vision transformer that can be built:\n  {}", origin, fmt::join(problems, "\n  ")),
+                        "supported: Hugging Face model type vit, timm's plain vit_* models");
+}
+
+std::vector<std::string> problems_of(const VitConfig& c) {
+  std::vector<std::string> problems;
+  const std::pair<const char*, int64_t> sizes[] = {{"image_size", c.image_size}, {"patch_size", c.patch_size}, {"num_channels", c.num_channels},
+                                                   {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
+                                                   {"num_hidden_layers", c.num_layers}, {"num_attention_heads", c.num_heads}};
+  for (const auto& [key, value] : sizes)
+    if (value < 1) problems.push_back(fmt::format("'{}' must be positive: {}", key, value));
+  if (!problems.empty()) return problems;
+  if (c.image_size % c.patch_size) problems.push_back(fmt::format("'image_size' {} is no multiple of 'patch_size' {}", c.image_size, c.patch_size));
+  if (c.hidden_size % c.num_heads) problems.push_back(fmt::format("'hidden_size' {} is no multiple of 'num_attention_heads' {}", c.hidden_size, c.num_heads));
+  if (std::find(kActivations.begin(), kActivations.end(), c.hidden_act) == kActivations.end())
+    problems.push_back(fmt::format("'hidden_act' = \"{}\" is not implemented (only {})", c.hidden_act, fmt::join(kActivations, ", ")));
+  if (!(c.layer_norm_eps > 0)) problems.push_back(fmt::format("'layer_norm_eps' must be positive: {}", c.layer_norm_eps));
+  return problems;
+}
+
+// Reads `key` into `value`; an absent or null key keeps what is there, which is transformers' default.
+template <typename T>
+void read(const Json& json, const char* key, T& value, std::vector<std::string>& problems) {
+  const auto at = json.find(key);
+  if (at == json.end() || at->is_null()) return;
+  bool good;
+  if constexpr (std::is_same_v<T, int64_t>)
+    good = at->is_number_integer();
+  else if constexpr (std::is_same_v<T, bool>)
+    good = at->is_boolean();
+  else if constexpr (std::is_same_v<T, double>)
+    good = at->is_number();
+  else
+    good = at->is_string();
+  if (good)
+    value = at->template get<T>();
+  else
+    problems.push_back(fmt::format("'{}' has the wrong type: {}", key, at->dump()));
+}
+
+}  // namespace
+
+VitConfig VitConfig::from_json(const Json& json, const std::string& origin) {
+  VitConfig c;
+  std::vector<std::string> problems;
+  if (!json.is_object() || json.value("model_type", Json()) != "vit") refuse(origin, {"'model_type' must be \"vit\""});
+  read(json, "image_size", c.image_size, problems);
+  read(json, "patch_size", c.patch_size, problems);
+  read(json, "num_channels", c.num_channels, problems);
+  read(json, "hidden_size", c.hidden_size, problems);
+  read(json, "intermediate_size", c.intermediate_size, problems);
+  read(json, "num_hidden_layers", c.num_layers, problems);
+  read(json, "num_attention_heads", c.num_heads, problems);
+  read(json, "hidden_act", c.hidden_act, problems);
+  read(json, "qkv_bias", c.qkv_bias, problems);
+  read(json, "layer_norm_eps", c.layer_norm_eps, problems);
+  read(json, "initializer_range", c.initializer_range, problems);
+  if (problems.empty()) problems = problems_of(c);
+  if (!problems.empty()) refuse(origin, problems);
+  return c;
+}
+
+VitConfig VitConfig::from_timm(const Json& json, const NamedShapes& shapes, const std::string& origin) {
+  const std::string architecture = json.value("architecture", std::string());
+  if (!architecture.starts_with("vit_")) refuse(origin, {fmt::format("timm's 'architecture' = \"{}\" is not a plain vit_*", architecture)});
+  const std::string pool = json.value("global_pool", std::string("token"));
+  if (pool != "token") refuse(origin, {fmt::format("'global_pool' = \"{}\" is not implemented (only token)", pool)});
+  const std::map<std::string, Shape> found(shapes.begin(), shapes.end());
+  const auto shape = [&](const std::string& name, size_t dimensions) {
+    const auto at = found.find(name);
+    if (at == found.end() || at->second.size() != dimensions) refuse(origin, {fmt::format("the weights have no '{}' of {} dimensions", name, dimensions)});
+    return at->second;
+  };
+  VitConfig c;
+  const Shape patches = shape("patch_embed.proj.weight", 4), positions = shape("pos_embed", 3);
+  c.hidden_size = patches[0], c.num_channels = patches[1], c.patch_size = patches[2];
+  c.intermediate_size = shape("blocks.0.mlp.fc1.weight", 2)[0];
+  c.qkv_bias = found.count("blocks.0.attn.qkv.bias") > 0;
+  c.layer_norm_eps = 1e-6;
+  for (c.num_layers = 0; found.count(fmt::format("blocks.{}.norm1.weight", c.num_layers));) ++c.num_layers;
+  int64_t side = 0;
+  while ((side + 1) * (side + 1) <= positions[1] - 1) ++side;
+  if (side * side != positions[1] - 1) refuse(origin, {fmt::format("'pos_embed' has {} places, not a square and one more", positions[1])});
+  c.image_size = side * c.patch_size;
+  c.num_heads = 0;
+  for (const auto& [size, heads] : {std::pair{"tiny", 3}, {"small", 6}, {"base", 12}, {"large", 16}, {"huge", 16}})
+    if (architecture.starts_with(fmt::format("vit_{}_", size))) c.num_heads = heads;
+  if (const auto arguments = json.find("model_args"); arguments != json.end() && arguments->is_object())
+    c.num_heads = arguments->value("num_heads", c.num_heads);
+  if (c.num_heads == 0) refuse(origin, {fmt::format("'{}' does not say its number of heads; add \"model_args\": {{\"num_heads\": N}}", architecture)});
+  if (const auto problems = problems_of(c); !problems.empty()) refuse(origin, problems);
+  return c;
+}
+
+Json VitConfig::to_json() const {
+  Json json = {{"architectures", {num_labels > 0 ? "ViTForImageClassification" : "ViTModel"}}, {"model_type", "vit"}, {"image_size", image_size},
+               {"patch_size", patch_size}, {"num_channels", num_channels}, {"hidden_size", hidden_size}, {"intermediate_size", intermediate_size},
+               {"num_hidden_layers", num_layers}, {"num_attention_heads", num_heads}, {"hidden_act", hidden_act}, {"qkv_bias", qkv_bias},
+               {"layer_norm_eps", layer_norm_eps}, {"initializer_range", initializer_range}, {"hidden_dropout_prob", 0.0},
+               {"attention_probs_dropout_prob", 0.0}};
+  for (int64_t label = 0; label < num_labels; ++label) {
+    json["id2label"][std::to_string(label)] = fmt::format("LABEL_{}", label);
+    json["label2id"][fmt::format("LABEL_{}", label)] = label;
+  }
+  return json;
+}
+
+int64_t VitConfig::backbone_parameters() const {
+  VitConfig backbone = *this;
+  backbone.num_labels = 0;
+  int64_t total = 0;
+  for (const auto& [name, shape] : expected_tensors(backbone)) {
+    int64_t size = 1;
+    for (const int64_t n : shape) size *= n;
+    total += size;
+  }
+  return total;
+}
+
+NamedShapes expected_tensors(const VitConfig& c) {
+  const int64_t d = c.hidden_size, h = c.intermediate_size;
+  NamedShapes list = {{"embeddings.cls_token", {1, 1, d}},
+                      {"embeddings.position_embeddings", {1, c.num_patches() + 1, d}},
+                      {"embeddings.patch_embeddings.projection.weight", {d, c.num_channels, c.patch_size, c.patch_size}},
+                      {"embeddings.patch_embeddings.projection.bias", {d}}};
+  const auto linear = [&](const std::string& path, int64_t out, int64_t in, bool bias) {
+    list.emplace_back(path + ".weight", Shape{out, in});
+    if (bias) list.emplace_back(path + ".bias", Shape{out});
+  };
+  const auto norm = [&](const std::string& path) {
+    list.emplace_back(path + ".weight", Shape{d});
+    list.emplace_back(path + ".bias", Shape{d});
+  };
+  for (int64_t layer = 0; layer < c.num_layers; ++layer) {
+    const std::string path = fmt::format("encoder.layer.{}", layer);
+    for (const char* part : {"query", "key", "value"}) linear(fmt::format("{}.attention.attention.{}", path, part), d, d, c.qkv_bias);
+    linear(path + ".attention.output.dense", d, d, true);
+    linear(path + ".intermediate.dense", h, d, true);
+    linear(path + ".output.dense", d, h, true);
+    norm(path + ".layernorm_before");
+    norm(path + ".layernorm_after");
+  }
+  norm("layernorm");
+  if (c.num_labels > 0) linear("classifier", c.num_labels, d, true);
+  std::sort(list.begin(), list.end());
+  return list;
+}
+
+}  // namespace moraine::models

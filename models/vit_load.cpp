@@ -1,0 +1,102 @@
+// Vision transformers out of files: transformers' key layout, and timm's brought to it.
+#include <algorithm>
+#include <utility>
+
+#include <fmt/ranges.h>
+
+#include "core/error.h"
+#include "core/json.h"
+#include "models/vit.h"
+
+namespace moraine::models {
+namespace {
+
+using core::TensorView;
+
+// ViTForImageClassification prefixes its backbone with "vit."; a pooler is not used by any method.
+std::vector<TensorView> from_hugging_face(const std::vector<TensorView>& tensors) {
+  std::vector<TensorView> out;
+  for (TensorView view : tensors) {
+    if (view.name.starts_with("vit.")) view.name = view.name.substr(4);
+    if (!view.name.starts_with("pooler.")) out.push_back(std::move(view));
+  }
+  return out;
+}
+
+// timm's names, and its fused qkv matrices cut into three views of the same bytes. A name that is none of a plain ViT's stays as
+// it is and is reported as left over.
+std::vector<TensorView> from_timm(const std::vector<TensorView>& tensors) {
+  constexpr std::pair<const char*, const char*> kNames[] = {{"cls_token", "embeddings.cls_token"},
+                                                            {"pos_embed", "embeddings.position_embeddings"},
+                                                            {"patch_embed.proj.", "embeddings.patch_embeddings.projection."},
+                                                            {"norm.", "layernorm."},
+                                                            {"head.", "classifier."}};
+  constexpr std::pair<const char*, const char*> kBlockNames[] = {{"norm1.", "layernorm_before."},
+                                                                 {"norm2.", "layernorm_after."},
+                                                                 {"attn.proj.", "attention.output.dense."},
+                                                                 {"mlp.fc1.", "intermediate.dense."},
+                                                                 {"mlp.fc2.", "output.dense."}};
+  const auto renamed = [](const std::string& name, const auto& table) {
+    for (const auto& [from, to] : table)
+      if (name.starts_with(from)) return to + name.substr(std::string(from).size());
+    return name;
+  };
+  std::vector<TensorView> out;
+  for (TensorView view : tensors) {
+    const size_t dot = view.name.starts_with("blocks.") ? view.name.find('.', 7) : std::string::npos;
+    if (dot == std::string::npos) {
+      view.name = renamed(view.name, kNames);
+      out.push_back(std::move(view));
+      continue;
+    }
+    const std::string block = "encoder.layer." + view.name.substr(7, dot - 7) + ".", name = view.name.substr(dot + 1);
+    if (name.starts_with("attn.qkv.") && !view.shape.empty() && view.shape[0] % 3 == 0) {
+      const size_t bytes = view.data.size() / 3;
+      Shape shape = view.shape;
+      shape[0] /= 3;
+      const std::string suffix = name.substr(9);
+      size_t part = 0;
+      for (const char* target : {"query", "key", "value"})
+        out.push_back({fmt::format("{}attention.attention.{}.{}", block, target, suffix), view.dtype, shape, view.data.subspan(bytes * part++, bytes)});
+      continue;
+    }
+    view.name = block + renamed(name, kBlockNames);
+    out.push_back(std::move(view));
+  }
+  return out;
+}
+
+}  // namespace
+
+Vit Vit::from_config(const VitConfig& config, uint64_t seed, at::ScalarType dtype) {
+  return Vit(config, random_weights(expected_tensors(config), seed, config.initializer_range, dtype));
+}
+
+Vit Vit::from_tensors(const core::Json& config, const std::vector<core::TensorView>& tensors, const std::string& origin,
+                      std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner) {
+  const bool timm = config.is_object() && config.contains("architecture") && !config.contains("model_type");
+  NamedShapes shapes;
+  for (const auto& view : tensors) shapes.emplace_back(view.name, view.shape);
+  VitConfig parsed = timm ? VitConfig::from_timm(config, shapes, origin) : VitConfig::from_json(config, origin);
+  const std::vector<TensorView> named = timm ? from_timm(tensors) : from_hugging_face(tensors);
+  for (const auto& view : named)
+    if (view.name == "classifier.weight" && !view.shape.empty()) parsed.num_labels = view.shape[0];
+  return Vit(parsed, match_weights(expected_tensors(parsed), named, origin, dtype, owner));
+}
+
+Vit Vit::from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype) {
+  const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
+  return from_tensors(core::read_json(directory / "config.json"), files->tensors(), directory.string(), dtype, files);
+}
+
+Vit Vit::on(at::Device device) const { return Vit(config_, frozen_weights(device)); }
+
+Vit Vit::backbone() const {
+  VitConfig config = config_;
+  config.num_labels = 0;
+  Weights weights = frozen_weights(device());
+  std::erase_if(weights.tensors, [](const auto& entry) { return entry.first.starts_with("classifier."); });
+  return Vit(config, std::move(weights));
+}
+
+}  // namespace moraine::models

@@ -1,0 +1,139 @@
+// Features, logits, loss and gradients of vision transformers against transformers 4.57.6 and timm 1.0.31
+// (scripts/make_vit_golden.py writes the files).
+#include "models/vit.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cross_entropy_loss.h>
+
+#include "core/error.h"
+#include "core/file.h"
+#include "core/safetensors.h"
+#include "models/tensor_io.h"
+#include "tests/models/random_tensors.h"
+#include "tests/temporary_directory.h"
+
+namespace moraine::models {
+namespace {
+
+using testing::HasSubstr;
+
+// The decoders' bar; float32 rounding over two layers of width 16 stays a few times below it.
+constexpr double kTolerance = 1e-5;
+
+class VitGolden : public testing::TestWithParam<const char*> {
+ protected:
+  VitGolden()
+      : file_(core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + GetParam() + ".safetensors")) {}
+  at::Tensor stored(const std::string& name) const { return copy_of(*file_.find(name)); }
+  core::Json config() const { return core::parse_json(file_.metadata().at("config"), "golden"); }
+  std::vector<core::TensorView> weights() const {
+    std::vector<core::TensorView> out;
+    for (core::TensorView view : file_.tensors()) {
+      if (!view.name.starts_with("weight/")) continue;
+      view.name = view.name.substr(std::string("weight/").size());
+      out.push_back(view);
+    }
+    return out;
+  }
+  Vit model() const { return Vit::from_tensors(config(), weights(), "golden", std::nullopt); }
+
+  core::Safetensors file_;
+};
+
+TEST_P(VitGolden, FeaturesAndLogitsEqualTheOriginals) {
+  Vit vit = model();
+  const at::Tensor images = stored("images");
+  EXPECT_LE(relative_error(vit.features(images), stored("features")), kTolerance);
+  EXPECT_LE(relative_error(vit.logits(images), stored("logits")), kTolerance);
+  EXPECT_LE(relative_error(vit.hidden_states(images).select(1, 0), stored("features")), kTolerance);
+}
+
+class VitGradients : public VitGolden {};
+
+TEST_P(VitGradients, OfEveryWeightEqualTransformers) {
+  Vit vit = model();
+  const NamedTensors weights = vit.make_trainable();
+  const at::Tensor loss = at::cross_entropy_loss(vit.logits(stored("images")), stored("labels"));
+  EXPECT_LE(relative_error(loss, stored("loss")), kTolerance);
+  loss.backward();
+  for (const auto& [name, weight] : weights) {
+    const std::string stored_name = name.starts_with("classifier.") ? name : "vit." + name;
+    const core::TensorView* expected = file_.find("gradient/" + stored_name);
+    ASSERT_NE(expected, nullptr) << name;
+    ASSERT_TRUE(weight.grad().defined()) << name;
+    // A key's bias shifts all scores of a query alike, so its true gradient is zero and both sides hold rounding only.
+    if (name.ends_with("attention.key.bias")) {
+      EXPECT_LT(weight.grad().abs().max().item<double>(), 1e-6) << name;
+      continue;
+    }
+    EXPECT_LE(relative_error(weight.grad(), copy_of(*expected)), kTolerance) << name;
+  }
+}
+
+TEST_P(VitGolden, ConfigAndWeightsReadBackTheSame) {
+  Vit vit = model();
+  TemporaryDirectory folder;
+  std::vector<at::Tensor> keep;
+  const NamedTensors weights(vit.weights().begin(), vit.weights().end());
+  core::write_atomically(folder / "model.safetensors", core::serialize_safetensors(views_of(weights, keep), {{"format", "pt"}}));
+  core::write_atomically(folder / "config.json", vit.config().to_json().dump());
+  Vit again = Vit::from_directory(folder.path(), std::nullopt);
+  EXPECT_TRUE(again.logits(stored("images")).equal(vit.logits(stored("images"))));
+  Vit backbone = again.backbone();
+  EXPECT_EQ(backbone.config().num_labels, 0);
+  EXPECT_TRUE(backbone.features(stored("images")).equal(vit.features(stored("images"))));
+  int64_t parameters = 0;
+  for (const auto& [name, weight] : backbone.weights()) parameters += weight.numel();
+  EXPECT_EQ(parameters, vit.config().backbone_parameters());
+}
+
+TEST_P(VitGolden, AMissingOrForeignKeyIsNamed) {
+  auto tensors = weights();
+  std::erase_if(tensors, [](const auto& view) { return view.name.ends_with("1.mlp.fc1.bias") || view.name.ends_with("layer.1.intermediate.dense.bias"); });
+  core::TensorView foreign = tensors.front();
+  foreign.name = "reg_token";
+  tensors.push_back(foreign);
+  try {
+    Vit::from_tensors(config(), tensors, "golden", std::nullopt);
+    FAIL() << "accepted";
+  } catch (const core::UserError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("encoder.layer.1.intermediate.dense.bias"));
+    EXPECT_THAT(error.what(), HasSubstr("reg_token"));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, VitGolden, testing::Values("vit", "vit_no_qkv_bias", "vit_timm"),
+                         [](const auto& test) { return std::string(test.param); });
+
+INSTANTIATE_TEST_SUITE_P(Layouts, VitGradients, testing::Values("vit", "vit_no_qkv_bias"),
+                         [](const auto& test) { return std::string(test.param); });
+
+TEST(VitConfig, WrongValuesAreNamedTogether) {
+  const auto refusal = [](const core::Json& json) -> std::string {
+    try {
+      VitConfig::from_json(json, "config.json");
+    } catch (const core::UserError& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_THAT(refusal({{"model_type", "bert"}}), HasSubstr("model_type"));
+  const std::string wrong = refusal({{"model_type", "vit"}, {"image_size", 30}, {"patch_size", 4}, {"hidden_act", "relu"}, {"num_attention_heads", 7}});
+  for (const char* part : {"image_size", "hidden_act", "num_attention_heads"}) EXPECT_THAT(wrong, HasSubstr(part));
+  EXPECT_THAT(refusal({{"model_type", "vit"}, {"hidden_size", "wide"}}), HasSubstr("'hidden_size' has the wrong type"));
+}
+
+TEST(Vit, ImagesOfAnotherSizeAreRefused) {
+  VitConfig config;
+  config.image_size = 8, config.patch_size = 4, config.num_channels = 1, config.hidden_size = 8, config.intermediate_size = 8, config.num_layers = 1, config.num_heads = 2;
+  Vit vit = Vit::from_config(config, 1, at::kFloat);
+  EXPECT_THROW(vit.features(random_tensor({2, 1, 8, 12}, 1)), core::UserError);
+  EXPECT_THROW(vit.features(random_tensor({2, 3, 8, 8}, 1)), core::UserError);
+  EXPECT_EQ(vit.features(random_tensor({2, 1, 8, 8}, 1)).sizes(), (at::IntArrayRef{2, 8}));
+}
+
+}  // namespace
+}  // namespace moraine::models
