@@ -7,7 +7,6 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_solve.h>
 #include <ATen/ops/matmul.h>
@@ -18,6 +17,7 @@
 #include "algorithms/flexmore/experts.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "algorithms/flexmore/phlora.h"
+#include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/hash.h"
 #include "data/text_dataset.h"
@@ -25,21 +25,6 @@
 
 namespace moraine::algorithms::flexmore {
 namespace {
-
-at::Tensor batch_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size, int64_t first, int64_t count,
-                      at::Device device) {
-  std::vector<int64_t> rows = dataset.training_batch(seed, step, batch_size);
-  const int64_t width = dataset.seq_len() + 1;
-  return at::from_blob(rows.data() + first * width, {count, width}, at::kLong).to(device, /*non_blocking=*/false, /*copy=*/true);
-}
-
-// Loss of a decoder on the training batches of a data set.
-auto language_model_loss(models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size, at::Device device) {
-  return [&model, dataset = std::move(dataset), seed, batch_size, device](int64_t step, int64_t first, int64_t count) {
-    const auto loss = model.loss(batch_rows(*dataset, seed, step, batch_size, first, count, device));
-    return TrainJob::MicroLoss{loss.sum, loss.count};
-  };
-}
 
 // What a domain looks like to the routers: per layer, mean [d] and (when asked for) second moment E[x x^T] [d, d] of the
 // FFN inputs over the first training sequences, float32.
@@ -54,7 +39,7 @@ Embedding domain_embedding(models::Decoder& model, const data::TextDataset& data
   int64_t tokens = 0;
   for (int64_t first = 0; first < sequences; first += kBatch) {
     const int64_t count = std::min(kBatch, sequences - first);
-    const at::Tensor batch = batch_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, context.device());
+    const at::Tensor batch = training_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, context.device());
     const auto inputs = model.ffn_inputs(batch.narrow(1, 0, dataset.seq_len()).contiguous());
     sums.resize(inputs.size());
     squares.resize(second_moment ? inputs.size() : 0);
@@ -111,12 +96,6 @@ models::MixtureKernels mixture_kernels(const std::string& name) {
   return name == "reference" ? models::MixtureKernels::kReference : models::MixtureKernels::kAuto;
 }
 
-core::Json curve_json(const TrainOutcome& outcome) {
-  core::Json curve = core::Json::array();
-  for (const auto& [step, loss] : outcome.curve) curve.push_back({step, loss});
-  return curve;
-}
-
 }  // namespace
 
 at::ScalarType FlexMore::compute_dtype() const { return config_.train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }
@@ -135,13 +114,8 @@ core::ArtefactPtr FlexMore::execute(const Unit& unit, WorkerContext& context) co
 
 std::shared_ptr<models::Decoder> FlexMore::load_base(const Unit& unit, WorkerContext& context) const {
   const std::string id = unit.spec.at("base").get<std::string>();
+  if (id.starts_with("dir:")) return cached_model(config_.model.path, id, model_id_, compute_dtype(), context);
   const auto make = [&]() -> std::shared_ptr<void> {
-    if (id.starts_with("dir:")) {
-      if (id != model_id_)
-        throw core::UserError(fmt::format("algorithms/flexmore: the public model in {} differs from the coordinator's", config_.model.path),
-                              "every site must use a byte-identical public model");
-      return std::make_shared<models::Decoder>(models::Decoder::from_directory(config_.model.path, compute_dtype()).on(context.device()));
-    }
     const auto artefact = context.artefact(id);
     const auto config = models::DecoderConfig::from_json(artefact->meta().at("config"), artefact->file().origin());
     return std::make_shared<models::Decoder>(models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(), compute_dtype(), artefact).on(context.device()));
@@ -150,17 +124,7 @@ std::shared_ptr<models::Decoder> FlexMore::load_base(const Unit& unit, WorkerCon
 }
 
 std::shared_ptr<data::TextDataset> FlexMore::load_data(const core::Json& spec, WorkerContext& context) const {
-  const auto name = spec.at("name").get<std::string>();
-  const auto split = spec.at("split").get<std::string>();
-  const auto make = [&]() -> std::shared_ptr<void> {
-    auto dataset = std::make_shared<data::TextDataset>(
-        data::TextDataset::open(data_path(name), split, spec.at("seq_len").get<int64_t>(), spec.at("tokenizer").get<std::string>()));
-    if (dataset->info().fingerprint != spec.at("fingerprint"))
-      throw core::UserError(fmt::format("algorithms/flexmore: {} changed since the run was planned", data_path(name).string()),
-                            "every worker must see the same prepared file; start again after copying it");
-    return dataset;
-  };
-  return std::static_pointer_cast<data::TextDataset>(context.cached(fmt::format("data/{}/{}", name, split), make));
+  return cached_dataset(data_path(spec.at("name").get<std::string>()), spec, context);
 }
 
 std::vector<at::Tensor> FlexMore::public_rows(const core::Artefact& embedding) const {

@@ -3,34 +3,15 @@
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/flexmore/experts.h"
+#include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/file.h"
-#include "core/hash.h"
 #include "core/log.h"
 #include "data/text_dataset.h"
 #include "models/decoder.h"
 #include "models/tensor_io.h"
 
 namespace moraine::algorithms::flexmore {
-namespace {
-
-// Identity of a model directory: its configuration and every tensor's bytes; file names and sharding do not matter.
-std::string hash_of_directory(const std::filesystem::path& directory, const models::DecoderConfig& config) {
-  const auto files = core::ShardedSafetensors::open(directory);
-  std::string text = config.to_json().dump();
-  for (const auto& tensor : files.tensors()) text += fmt::format("\n{} {} {}", tensor.name, core::safetensors_name(tensor.dtype), core::sha256(tensor.data));
-  return "dir:" + core::sha256(text);
-}
-
-void write_model_directory(const std::filesystem::path& directory, const core::Json& config, models::NamedTensors tensors) {
-  std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::vector<at::Tensor> keep;
-  core::write_atomically(directory / "model.safetensors", core::serialize_safetensors(models::views_of(tensors, keep), {{"format", "pt"}}));
-  core::write_atomically(directory / "config.json", config.dump(2) + "\n");
-}
-
-}  // namespace
-
 FlexMore::FlexMore(FlexMoreConfig config) : config_(std::move(config)), architecture_(public_architecture(config_.model)) {}
 
 FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
@@ -77,7 +58,7 @@ void FlexMore::open_inputs() {
   for (size_t i = 0; i < config_.ranks.candidates.size(); ++i) check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
   if (config_.model.architecture && !config_.model.train)
     problems.add("model", "model.train", "is missing", "a model built from shapes must be trained on public_path before experts can use it");
-  if (!config_.model.architecture) model_id_ = hash_of_directory(config_.model.path, architecture_);
+  if (!config_.model.architecture) model_id_ = model_identity(config_.model.path, architecture_);
   problems.throw_if_any(config_.name);
 }
 
