@@ -95,6 +95,20 @@ H5T_conv_ret_t refuse_lossy(H5T_conv_except_t what, hid_t, hid_t, void*, void*, 
   return H5T_CONV_ABORT;
 }
 
+std::string type_name(hid_t type) {
+  const size_t bits = 8 * H5Tget_size(type);
+  switch (H5Tget_class(type)) {
+    case H5T_INTEGER:
+      return fmt::format("{}int{}", H5Tget_sign(type) == H5T_SGN_NONE ? "u" : "", bits);
+    case H5T_FLOAT:
+      return fmt::format("float{}", bits);
+    case H5T_STRING:
+      return "text";
+    default:
+      return "other";
+  }
+}
+
 std::vector<hsize_t> chunk_of(const std::vector<hsize_t>& dims) {
   std::vector<hsize_t> chunk = dims;
   const hsize_t row = std::accumulate(dims.begin() + 1, dims.end(), hsize_t{1}, std::multiplies<>());
@@ -309,6 +323,53 @@ MORAINE_INSTANTIATE(uint64_t)
 MORAINE_INSTANTIATE(float)
 MORAINE_INSTANTIATE(double)
 #undef MORAINE_INSTANTIATE
+
+std::vector<Hdf5File::Dataset> Hdf5File::datasets() const {
+  const Library library;
+  std::vector<std::string> names;
+  const H5O_iterate_t note = [](hid_t, const char* name, const H5O_info_t* info, void* out) -> herr_t {
+    if (info->type == H5O_TYPE_DATASET) static_cast<std::vector<std::string>*>(out)->emplace_back(name);
+    return 0;
+  };
+  if (H5Ovisit2(handle_->file, H5_INDEX_NAME, H5_ITER_INC, note, &names, H5O_INFO_BASIC) < 0)
+    handle_->fail_io("cannot list the datasets");
+  std::sort(names.begin(), names.end());
+  std::vector<Dataset> list;
+  for (const std::string& name : names) {
+    const Id dataset = handle_->open(name);
+    const Id type(H5Dget_type(dataset), H5Tclose);
+    list.push_back({name, type_name(type), handle_->shape_of(dataset)});
+  }
+  return list;
+}
+
+std::map<std::string, std::string> Hdf5File::attributes() const {
+  std::vector<std::pair<std::string, H5T_class_t>> found;
+  {
+    const Library library;
+    const H5A_operator2_t note = [](hid_t object, const char* name, const H5A_info_t*, void* out) -> herr_t {
+      const Id attribute(H5Aopen(object, name, H5P_DEFAULT), H5Aclose);
+      const Id space(H5Aget_space(attribute), H5Sclose);
+      const Id type(H5Aget_type(attribute), H5Tclose);
+      const bool single = H5Sget_simple_extent_npoints(space) == 1;
+      static_cast<decltype(found)*>(out)->emplace_back(name, single ? H5Tget_class(type) : H5T_NO_CLASS);
+      return 0;
+    };
+    if (H5Aiterate2(handle_->file, H5_INDEX_NAME, H5_ITER_INC, nullptr, note, &found) < 0)
+      handle_->fail_io("cannot list the attributes");
+  }
+  std::map<std::string, std::string> values;
+  for (const auto& [name, kind] : found) {
+    if (kind == H5T_STRING) {
+      values[name] = *text_attribute(name);
+    } else if (kind == H5T_INTEGER) {
+      values[name] = std::to_string(*int_attribute(name));
+    } else {
+      values[name] = "...";
+    }
+  }
+  return values;
+}
 
 std::optional<std::string> Hdf5File::text_attribute(const std::string& name) const {
   const Library library;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -43,6 +44,16 @@ class Hdf5File {
   template <typename T>
   void write(const std::string& dataset, std::span<const T> data, const std::vector<int64_t>& shape);
 
+  /// A dataset as it is stored; `type` is "int32", "uint8", "float64", ..., "text" or "other".
+  struct Dataset {
+    std::string name, type;
+    std::vector<int64_t> shape;
+  };
+  /// All datasets, sorted by name, which is the path from the root group. Throws IoError.
+  std::vector<Dataset> datasets() const;
+
+  /// Attributes of the root group as text; "..." for those that are neither text nor one integer.
+  std::map<std::string, std::string> attributes() const;
   /// Attributes of the root group. Missing -> nullopt; wrong type -> UserError.
   std::optional<std::string> text_attribute(const std::string& name) const;
   std::optional<int64_t> int_attribute(const std::string& name) const;

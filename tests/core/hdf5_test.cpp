@@ -56,6 +56,13 @@ TEST(Hdf5, WrittenDatasetsReadBackByRows) {
   EXPECT_EQ(in.text_attribute("name"), "grüß");
   EXPECT_EQ(in.int_attribute("count"), -3);
   EXPECT_EQ(in.text_attribute("absent"), std::nullopt);
+  const auto datasets = in.datasets();
+  ASSERT_EQ(datasets.size(), 2u);
+  EXPECT_EQ(datasets[0].name, "none");
+  EXPECT_EQ(datasets[1].name, "train/deep/wide");
+  EXPECT_EQ(datasets[1].type, "int32");
+  EXPECT_EQ(datasets[1].shape, (std::vector<int64_t>{3, 70000}));
+  EXPECT_EQ(in.attributes(), (std::map<std::string, std::string>{{"count", "-3"}, {"name", "grüß"}}));
 }
 
 TEST(Hdf5, ReadsWhatH5pyWrites) {
@@ -71,6 +78,14 @@ TEST(Hdf5, ReadsWhatH5pyWrites) {
   EXPECT_EQ(file.text_attribute("name"), "grüß");
   EXPECT_EQ(file.text_attribute("fixed"), "fixed");
   EXPECT_EQ(file.int_attribute("count"), 42);
+  std::map<std::string, std::string> types;
+  for (const auto& dataset : file.datasets()) types[dataset.name] = dataset.type;
+  EXPECT_EQ(types.at("big_endian"), "uint8");
+  EXPECT_EQ(types.at("matrix"), "float32");
+  EXPECT_EQ(types.at("scalar"), "float64");
+  EXPECT_EQ(types.at("words"), "text");
+  EXPECT_EQ(file.attributes().at("several"), "...");
+  EXPECT_EQ(file.attributes().at("ratio"), "...");
 
   const auto complaint = [&](const auto& call) { return user_complaint(call, path); };
   EXPECT_EQ(complaint([&] { file.read_all<uint16_t>("train/wide"); }),
