@@ -39,5 +39,11 @@ void add_params(CLI::App& app, int& exit_code);
 void add_report(CLI::App& app, int& exit_code);
 void add_ls(CLI::App& app, int& exit_code);
 void add_env(CLI::App& app, int& exit_code);
+void add_inspect(CLI::App& app, int& exit_code);
+void add_cat(CLI::App& app, int& exit_code);
+void add_cp(CLI::App& app, int& exit_code);
+void add_compare(CLI::App& app, int& exit_code);
+void add_config_schema(CLI::App& app, int& exit_code);
+void add_completion(CLI::App& app, int& exit_code);
 
 }  // namespace moraine::cli

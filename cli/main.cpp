@@ -64,6 +64,12 @@ int run_main(int argc, char** argv) {
   add_params(app, exit_code);
   add_report(app, exit_code);
   add_ls(app, exit_code);
+  add_compare(app, exit_code);
+  add_inspect(app, exit_code);
+  add_cat(app, exit_code);
+  add_cp(app, exit_code);
+  add_config_schema(app, exit_code);
+  add_completion(app, exit_code);
   add_env(app, exit_code);
   app.parse_complete_callback([&] {
     g_log_level = verbose ? core::log::Level::kDebug : core::log::level_from_environment();

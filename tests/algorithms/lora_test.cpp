@@ -15,6 +15,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/json.h"
+#include "models/decoder.h"
 #include "models/tensor_io.h"
 #include "tests/temporary_directory.h"
 
