@@ -21,6 +21,15 @@ struct ParameterTable {
   std::vector<std::string> notes;
 };
 
+/// What `moraine export` asks of a method.
+struct ExportRequest {
+  std::string format;                // peft | hf | flexolmo
+  std::filesystem::path directory;   // empty or not there yet
+  std::string what;                  // which result; "" = the main one. The method's error lists what it has
+  std::vector<std::string> experts;  // only these parts of it; empty = all
+  std::string dtype;                 // float32 | bfloat16; "" = as stored, where types mix the widest: nothing is rounded
+};
+
 /// A whole procedure, transport-free. plan() is pure: the same accepted results give the same plan.
 /// Thread-safe: execute() runs on several worker threads at once on one object.
 class Method {
@@ -38,6 +47,9 @@ class Method {
   virtual core::Json summary(const RunState& state) const = 0;
   /// Writes what other tools read (a Hugging Face directory, PEFT directories) into the run directory of a finished run.
   virtual void publish(const RunState& state, const std::filesystem::path& run_directory) const = 0;
+  /// Writes a result in a format of other tools. The default throws the UserError of a method that has no such form; a
+  /// method whose result is a LoRA hands its artefact to adapters::export_adapter().
+  virtual void export_as(const RunState& state, const ExportRequest& request) const;
   /// Parameter counts from shapes alone. No weights are read.
   virtual ParameterTable parameters() const = 0;
 };

@@ -4,6 +4,7 @@
 
 #include "core/error.h"
 #include "core/json.h"
+#include "models/checkpoint.h"
 #include "models/decoder.h"
 
 namespace moraine::models {
@@ -25,7 +26,8 @@ Decoder Decoder::from_directory(const std::filesystem::path& directory, std::opt
 Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
                               const std::string& origin, std::optional<at::ScalarType> dtype,
                               const std::shared_ptr<const void>& owner) {
-  return Decoder(config, match_weights(expected_tensors(config), tensors, origin, dtype, owner));
+  const bool packs = config.family == DecoderConfig::Family::kFlexOlmo;
+  return Decoder(config, match_weights(expected_tensors(config), packs ? unpack_experts(tensors, origin) : tensors, origin, dtype, owner));
 }
 
 Decoder Decoder::on(at::Device device) const { return Decoder(config_, frozen_weights(device)); }

@@ -47,27 +47,6 @@ class KeyCheck {
   std::vector<std::string> missing_, left_over_, misfits_;
 };
 
-std::vector<const core::TensorView*> matched(const NamedShapes& expected,
-                                             const std::vector<core::TensorView>& tensors, const std::string& origin) {
-  std::map<std::string_view, const core::TensorView*> found;
-  for (const core::TensorView& view : tensors) found.emplace(view.name, &view);
-  KeyCheck check;
-  std::vector<const core::TensorView*> views;
-  for (const auto& [name, shape] : expected) {
-    const auto at = found.find(name);
-    if (at == found.end()) {
-      check.missing(name, shape);
-      continue;
-    }
-    if (at->second->shape != shape) check.misfit(name, at->second->shape, shape);
-    views.push_back(at->second);
-    found.erase(at);
-  }
-  for (const auto& [name, view] : found) check.left_over(view->name);
-  check.throw_if_any(origin);
-  return views;
-}
-
 at::ScalarType common_dtype(const std::vector<const core::TensorView*>& views, const std::string& origin) {
   const core::DType first = views.front()->dtype;
   for (const core::TensorView* view : views) {
@@ -102,10 +81,31 @@ bool is_norm_weight(const std::string& name) {
 
 }  // namespace
 
+std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected, const std::vector<core::TensorView>& tensors,
+                                                   const std::string& origin) {
+  std::map<std::string_view, const core::TensorView*> found;
+  for (const core::TensorView& view : tensors) found.emplace(view.name, &view);
+  KeyCheck check;
+  std::vector<const core::TensorView*> views;
+  for (const auto& [name, shape] : expected) {
+    const auto at = found.find(name);
+    if (at == found.end()) {
+      check.missing(name, shape);
+      continue;
+    }
+    if (at->second->shape != shape) check.misfit(name, at->second->shape, shape);
+    views.push_back(at->second);
+    found.erase(at);
+  }
+  for (const auto& [name, view] : found) check.left_over(view->name);
+  check.throw_if_any(origin);
+  return views;
+}
+
 Weights match_weights(const NamedShapes& expected,
                       const std::vector<core::TensorView>& tensors, const std::string& origin,
                       std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner) {
-  const std::vector<const core::TensorView*> views = matched(expected, tensors, origin);
+  const std::vector<const core::TensorView*> views = match_tensors(expected, tensors, origin);
   Weights weights{{}, dtype ? *dtype : common_dtype(views, origin)};
   for (const core::TensorView* view : views) {
     const at::Tensor stored = borrow(*view, owner);

@@ -29,6 +29,10 @@ Weights match_weights(const NamedShapes& expected,
                       const std::vector<core::TensorView>& tensors, const std::string& origin,
                       std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner);
 
+/// The `expected` tensors of a checkpoint, in that order and as stored. Errors as match_weights().
+std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected, const std::vector<core::TensorView>& tensors,
+                                                   const std::string& origin);
+
 /// Random weights: normal(0, deviation), weights of modules with "norm" in their name 1, biases 0; each tensor
 /// from `seed` and its name alone.
 Weights random_weights(const NamedShapes& expected, uint64_t seed, double deviation,

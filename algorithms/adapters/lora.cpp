@@ -12,8 +12,8 @@
 #include <ATen/ops/zeros.h>
 #include <fmt/ranges.h>
 
+#include "algorithms/adapters/peft_files.h"
 #include "core/error.h"
-#include "core/file.h"
 #include "core/hash.h"
 #include "core/safetensors.h"
 #include "models/tensor_io.h"
@@ -121,15 +121,10 @@ LoraAdapter LoraAdapter::load(const std::filesystem::path& directory, std::span<
 }
 
 void LoraAdapter::save(const std::filesystem::path& directory, const std::string& base_model) const {
-  core::Json config = peft_;
-  if (!base_model.empty()) config["base_model_name_or_path"] = base_model;
   models::NamedTensors tensors;
-  for (const auto& [name, tensor] : parameters()) tensors.emplace_back(kPrefix + name, tensor.detach().to(at::kCPU));
+  for (const auto& [name, tensor] : parameters()) tensors.emplace_back(name, tensor.detach().to(at::kCPU));
   std::vector<at::Tensor> keep;
-  const std::vector<core::TensorView> views = models::views_of(tensors, keep);
-  core::write_atomically(directory / "adapter_model.safetensors",
-                         core::serialize_safetensors(views, {{"format", "pt"}}));
-  core::write_atomically(directory / "adapter_config.json", config.dump(2, ' ', /*ensure_ascii=*/true));
+  write_peft_directory(directory, peft_, models::views_of(tensors, keep), base_model);
 }
 
 void LoraAdapter::attach(models::Backbone& model) const {

@@ -1,17 +1,13 @@
 #include "algorithms/flexmore/flexmore.h"
 
-#include <ATen/core/grad_mode.h>
-
-#include "algorithms/flexmore/experts.h"
+#include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
-#include "core/file.h"
-#include "core/log.h"
 #include "data/text_dataset.h"
 #include "models/decoder.h"
-#include "models/tensor_io.h"
 
 namespace moraine::algorithms::flexmore {
+
 FlexMore::FlexMore(FlexMoreConfig config) : config_(std::move(config)), architecture_(public_architecture(config_.model)) {}
 
 FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
@@ -62,40 +58,37 @@ void FlexMore::open_inputs() {
   problems.throw_if_any(config_.name);
 }
 
+// The public model as it is stored. Only of a run that has one.
+models::Decoder FlexMore::public_model(const Stages& stages, const RunState& state) const {
+  if (!model_id_.empty()) return models::Decoder::from_directory(config_.model.path, std::nullopt);
+  const auto artefact = state.artefact(*stages.base);
+  return models::Decoder::from_tensors(architecture_, artefact->file().tensors(), artefact->file().origin(), std::nullopt, artefact);
+}
+
+MixtureModel FlexMore::mixture_model(const std::string& id, const Stages& stages, const RunState& state) const {
+  return {architecture_, public_model(stages, state).weights(), read_mixture(*state.artefact(id)), config_.top_k, config_.norm_topk_prob};
+}
+
 void FlexMore::publish(const RunState& state, const std::filesystem::path& run_directory) const {
-  const at::NoGradGuard no_grad;
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
-  if (!stages.base) return;
-  std::optional<models::Decoder> base;
-  if (model_id_.empty()) {
-    const auto artefact = state.artefact(*stages.base);
-    base = models::Decoder::from_tensors(architecture_, artefact->file().tensors(), artefact->file().origin(), std::nullopt, artefact);
-    models::NamedTensors weights(base->weights().begin(), base->weights().end());
-    write_model_directory(run_directory / "public_model", architecture_.to_json(), std::move(weights));
-  } else if (stages.mixture) {
-    base = models::Decoder::from_directory(config_.model.path, std::nullopt);
+  if (stages.base && model_id_.empty()) {
+    const auto base = public_model(stages, state);
+    write_model_directory(run_directory / "public_model", architecture_.to_json(), {base.weights().begin(), base.weights().end()});
   }
-  if (!stages.mixture) return;
-  const auto artefact = state.artefact(*stages.mixture);
-  models::DecoderConfig config = architecture_;
-  config.family = models::DecoderConfig::Family::kFlexMore;
-  config.expert_ranks = artefact->meta().at("expert_ranks").get<std::vector<int64_t>>();
-  config.num_experts = static_cast<int64_t>(config.expert_ranks.size());
-  config.num_experts_per_tok = config_.top_k;
-  config.norm_topk_prob = config_.norm_topk_prob;
-  models::NamedTensors tensors, biases;
-  for (const auto& [name, weight] : base->weights()) {
-    const auto at_mlp = name.find(".mlp.");
-    tensors.emplace_back(at_mlp == std::string::npos ? name : name.substr(0, at_mlp) + ".mlp.experts.0." + name.substr(at_mlp + 5), weight);
-  }
-  for (const auto& view : artefact->file().tensors()) (view.name.ends_with(".gate.bias") ? biases : tensors).emplace_back(view.name, models::copy_of(view));
-  write_model_directory(run_directory / "mixture", config.to_json(), std::move(tensors));
-  if (!biases.empty()) {
-    std::vector<at::Tensor> keep;
-    core::write_atomically(run_directory / "mixture" / "router_bias.safetensors", core::serialize_safetensors(models::views_of(biases, keep), {{"format", "pt"}}));
-    core::log::warn("the mixture's router bias has no place in the FlexMoRE format: file={} other_tools=ignore it", (run_directory / "mixture" / "router_bias.safetensors").string());
-  }
+  if (stages.mixture) write_flexmore_directory(mixture_model(*stages.mixture, stages, state), run_directory / "mixture");
+}
+
+void FlexMore::export_as(const RunState& state, const ExportRequest& request) const {
+  PlanBuilder builder(state);
+  const Stages stages = walk(builder);
+  const std::map<std::string, std::optional<std::string>> results = {{"", stages.mixture}, {"mixture", stages.mixture}, {"full_mixture", stages.full_mixture}};
+  const auto id = results.find(request.what);
+  if (id == results.end())
+    throw core::UserError(fmt::format("algorithms/flexmore: there is no result '{}' to export", request.what), "a run of this method has `mixture` (chosen ranks) and `full_mixture` (full-size experts)");
+  if (!id->second)
+    throw core::UserError(fmt::format("algorithms/flexmore: the run has no {} yet", request.what.empty() ? "mixture" : request.what), "`moraine ls` lists what is still to do; a full mixture needs every domain trained with train: full");
+  export_mixture(mixture_model(*id->second, stages, state), request, config_.model.path);
 }
 
 MethodEntry method_entry() {

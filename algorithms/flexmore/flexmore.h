@@ -20,6 +20,8 @@ class TextDataset;
 
 namespace moraine::algorithms::flexmore {
 
+struct MixtureModel;
+
 /// FlexMoRE: one frozen public model, one independently trained FFN expert per data owner next to it, each cut to the rank
 /// that suits it, merged behind a softmax router without further training.
 ///
@@ -40,6 +42,7 @@ class FlexMore final : public Method {
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
+  void export_as(const RunState& state, const ExportRequest& request) const override;
   ParameterTable parameters() const override;
 
  private:
@@ -55,6 +58,8 @@ class FlexMore final : public Method {
     std::map<std::string, std::map<std::string, std::string>> tests;        // method -> domain -> evaluation
   };
   Stages walk(PlanBuilder& plan) const;
+  models::Decoder public_model(const Stages& stages, const RunState& state) const;
+  MixtureModel mixture_model(const std::string& id, const Stages& stages, const RunState& state) const;
   std::map<std::string, int64_t> choose_ranks(const Stages& stages, const RunState& state) const;
 
   // plan.cpp: the units

@@ -1,0 +1,106 @@
+#include "algorithms/adapters/peft_files.h"
+
+#include <map>
+
+#include <fmt/ranges.h>
+
+#include "algorithms/adapters/lora_config.h"
+#include "core/error.h"
+#include "core/file.h"
+
+namespace moraine::algorithms::adapters {
+namespace {
+
+constexpr std::string_view kPrefix = "base_model.model.";
+constexpr std::string_view kA = ".lora_A.weight", kB = ".lora_B.weight";
+
+struct Pair {
+  const core::TensorView *a = nullptr, *b = nullptr;
+};
+
+/// The file's factors by slot path; what is none goes to `problems`.
+std::map<std::string, Pair> pairs_of(const core::Safetensors& file, std::vector<std::string>& problems) {
+  std::map<std::string, Pair> pairs;
+  for (const core::TensorView& tensor : file.tensors()) {
+    const bool is_a = tensor.name.ends_with(kA), is_b = tensor.name.ends_with(kB);
+    if (!tensor.name.starts_with(kPrefix) || (!is_a && !is_b) || tensor.shape.size() != 2) {
+      problems.push_back(fmt::format("{} [{}] is no factor of a linear module", tensor.name, fmt::join(tensor.shape, ", ")));
+      continue;
+    }
+    const size_t length = tensor.name.size() - kPrefix.size() - kA.size();
+    (is_a ? pairs[tensor.name.substr(kPrefix.size(), length)].a : pairs[tensor.name.substr(kPrefix.size(), length)].b) = &tensor;
+  }
+  return pairs;
+}
+
+/// The modules that have factors, as slots of the model they belong to.
+std::vector<models::Slot> slots_of(const std::map<std::string, Pair>& pairs, std::vector<std::string>& problems) {
+  std::vector<models::Slot> slots;
+  for (const auto& [path, pair] : pairs) {
+    if (pair.a == nullptr || pair.b == nullptr) {
+      problems.push_back(fmt::format("{} has only one of lora_A and lora_B", path));
+    } else if (pair.a->shape[0] != pair.b->shape[1]) {
+      problems.push_back(fmt::format("{}: ranks {} of lora_A and {} of lora_B", path, pair.a->shape[0], pair.b->shape[1]));
+    } else {
+      slots.push_back({.path = path, .kind = models::SlotKind::kLinear, .in = pair.a->shape[1], .out = pair.b->shape[0]});
+    }
+  }
+  return slots;
+}
+
+}  // namespace
+
+void write_peft_directory(const std::filesystem::path& directory, core::Json config,
+                          std::vector<core::TensorView> factors, const std::string& base_model) {
+  if (!base_model.empty()) config["base_model_name_or_path"] = base_model;
+  for (core::TensorView& factor : factors) factor.name.insert(0, kPrefix);
+  core::write_atomically(directory / "adapter_model.safetensors",
+                         core::serialize_safetensors(factors, {{"format", "pt"}}));
+  core::write_atomically(directory / "adapter_config.json", config.dump(2, ' ', /*ensure_ascii=*/true));
+}
+
+void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
+                    const std::string& base_model) {
+  const core::Json& meta = adapter.meta();
+  const bool as_read = meta.contains("peft");
+  if (adapter.kind() != "adapter" || (!as_read && !meta.contains("lora"))) {
+    throw core::UserError(fmt::format("algorithms/adapters: {} is no LoRA adapter (kind '{}')", adapter.file().origin(),
+                                      adapter.kind()),
+                          "only adapters made of pairs A and B have a PEFT form");
+  }
+  core::Json config = as_read ? meta.at("peft") : peft_config(lora_schema().from_json(meta.at("lora")));
+  write_peft_directory(directory, std::move(config), adapter.file().tensors(), base_model);
+}
+
+core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
+  const std::filesystem::path config_path = directory / "adapter_config.json";
+  const core::Json peft = core::read_json(config_path);
+  const LoraConfig config = lora_config_from_peft(peft, config_path.string());
+  const core::Safetensors file = core::Safetensors::open(directory / "adapter_model.safetensors");
+  std::vector<std::string> problems;
+  const auto pairs = pairs_of(file, problems);
+  const std::vector<models::Slot> slots = slots_of(pairs, problems);
+  if (problems.empty()) {
+    std::map<std::string, int64_t> selected;
+    for (const LoraTarget& target : lora_targets(config, slots, Matching::kAnyName))
+      selected[target.slot.path] = target.rank;
+    for (const auto& [path, pair] : pairs) {
+      const auto target = selected.find(path);
+      if (target == selected.end()) {
+        problems.push_back(fmt::format("{} has factors, but target_modules does not select it", path));
+      } else if (target->second != pair.a->shape[0]) {
+        problems.push_back(fmt::format("{}: rank {}, the configuration says {}", path, pair.a->shape[0], target->second));
+      }
+    }
+  }
+  if (!problems.empty()) {
+    throw core::UserError(fmt::format("algorithms/adapters: {} does not fit its configuration:\n  {}", file.origin(),
+                                      fmt::join(problems, "\n  ")),
+                          "only plain LoRA and rsLoRA on linear modules can be read, with the adapter_config.json they were saved with");
+  }
+  std::vector<core::TensorView> factors = file.tensors();
+  for (core::TensorView& factor : factors) factor.name.erase(0, kPrefix.size());
+  return core::Artefact::create("adapter", {{"lora", lora_schema().to_json(config)}, {"peft", peft}}, factors);
+}
+
+}  // namespace moraine::algorithms::adapters

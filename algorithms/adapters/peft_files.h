@@ -1,0 +1,30 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "core/artefact.h"
+#include "core/json.h"
+#include "core/safetensors.h"
+
+namespace moraine::algorithms::adapters {
+
+/// Writes a PEFT directory: adapter_config.json (sorted keys, indent 2) and adapter_model.safetensors (metadata format
+/// "pt"). `factors` are named "<slot path>.lora_A.weight" and ".lora_B.weight", as in artefacts of kind "adapter". A
+/// non-empty `base_model` is entered as base_model_name_or_path. Throws IoError.
+void write_peft_directory(const std::filesystem::path& directory, core::Json config,
+                          std::vector<core::TensorView> factors, const std::string& base_model);
+
+/// An artefact of kind "adapter" (docs/formats.md) as a PEFT directory: its metadata hold adapter_config.json under
+/// "peft", or a LoraConfig under "lora". Throws UserError on another kind or on metadata with neither.
+void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
+                    const std::string& base_model);
+
+/// A PEFT directory as an artefact of kind "adapter"; export_adapter() writes it back with the same tensor bytes and
+/// the same configuration, unknown fields included. Checked without the base model: peft_type and options
+/// (lora_config_from_peft), that every tensor is a factor of a pair, that the configuration selects every module that
+/// has factors, and their ranks. Throws one UserError that lists every tensor that does not fit.
+core::ArtefactPtr import_adapter(const std::filesystem::path& directory);
+
+}  // namespace moraine::algorithms::adapters

@@ -1,0 +1,256 @@
+// A mixture as files of other tools: FlexMoRE keys, FlexOlmo, PEFT.
+#include "algorithms/flexmore/mixture_files.h"
+
+#include <algorithm>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/stack.h>
+
+#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/peft_files.h"
+#include "core/error.h"
+#include "core/file.h"
+#include "core/log.h"
+#include "core/registry.h"
+#include "models/checkpoint.h"
+#include "models/tensor_io.h"
+#include "models/weights.h"
+
+namespace moraine::algorithms::flexmore {
+namespace {
+
+namespace fs = std::filesystem;
+using models::DecoderConfig;
+
+constexpr const char* kBiasFile = "router_bias.safetensors";
+constexpr const char* kNames = "_expert_names";   // transformers keeps keys it does not know
+
+struct Projection {
+  const char* name;
+  at::Tensor models::FfnExpert::*full;
+  models::LowRank models::FfnExpert::*delta;
+};
+constexpr Projection kProjections[] = {{"gate_proj", &models::FfnExpert::gate, &models::FfnExpert::gate_delta},
+                                       {"up_proj", &models::FfnExpert::up, &models::FfnExpert::up_delta},
+                                       {"down_proj", &models::FfnExpert::down, &models::FfnExpert::down_delta}};
+
+bool has_bias(const Mixture& mixture) {
+  return std::any_of(mixture.experts.begin(), mixture.experts.end(), [](const Expert& e) { return !e.biases.empty(); });
+}
+
+core::Json expert_names(const Mixture& mixture) {
+  core::Json names = {"public"};
+  for (const auto& expert : mixture.experts) names.push_back(expert.name);
+  return names;
+}
+
+DecoderConfig mixture_config(const MixtureModel& model, DecoderConfig::Family family) {
+  DecoderConfig config = model.base;
+  config.family = family;
+  config.num_experts = static_cast<int64_t>(model.mixture.experts.size()) + 1;
+  config.num_experts_per_tok = model.top_k;
+  config.norm_topk_prob = model.norm_topk_prob;
+  if (family != DecoderConfig::Family::kFlexMore) return config;
+  config.expert_ranks = {0};
+  for (const auto& expert : model.mixture.experts) config.expert_ranks.push_back(expert.rank());
+  return config;
+}
+
+// Key of a tensor of the public model inside a mixture: its FFN is expert 0.
+std::string key_in_mixture(const std::string& name) {
+  const auto at_mlp = name.find(".mlp.");
+  return at_mlp == std::string::npos ? name : name.substr(0, at_mlp) + ".mlp.experts.0." + name.substr(at_mlp + 5);
+}
+
+models::LazyTensor lazy(std::string name, const at::Tensor& tensor, at::ScalarType dtype) {
+  return {std::move(name), tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype)), [tensor, dtype] { return tensor.to(dtype).contiguous(); }};
+}
+
+at::ScalarType widest_type(const MixtureModel& model) {
+  at::ScalarType widest = model.base_weights.begin()->second.scalar_type();
+  const auto add = [&](const at::Tensor& t) {
+    if (t.defined()) widest = c10::promoteTypes(widest, t.scalar_type());
+  };
+  for (const auto& [name, weight] : model.base_weights) add(weight);
+  for (const auto& row : model.mixture.public_rows) add(row);
+  for (const auto& expert : model.mixture.experts)
+    for (size_t l = 0; l < expert.layers.size(); ++l) {
+      add(expert.router_rows[l]);
+      for (const auto& p : kProjections) {
+        add(expert.layers[l].*p.full);
+        add((expert.layers[l].*p.delta).a);
+      }
+    }
+  return widest;
+}
+
+void attach_to(const core::Safetensors& biases, MixtureModel& model) {
+  for (size_t l = 0; l < model.mixture.public_rows.size(); ++l) {
+    const std::string name = ffn_slot(l) + ".gate.bias";
+    const core::TensorView* view = biases.find(name);
+    const auto experts = static_cast<int64_t>(model.mixture.experts.size());
+    if (view == nullptr || view->shape != std::vector<int64_t>{experts})
+      throw core::UserError(fmt::format("algorithms/flexmore: {}: '{}' is missing or has not {} values", biases.origin(), name, experts), "one bias per expert but the public one");
+    const at::Tensor bias = models::copy_of(*view);
+    for (int64_t e = 0; e < experts; ++e) model.mixture.experts[static_cast<size_t>(e)].biases.push_back(bias.narrow(0, e, 1).contiguous());
+  }
+}
+
+}  // namespace
+
+MixtureModel read_mixture_directory(const fs::path& directory) {
+  const fs::path config_path = directory / "config.json";
+  const core::Json json = core::read_json(config_path);
+  const DecoderConfig config = DecoderConfig::from_json(json, config_path.string());
+  if (!config.is_mixture())
+    throw core::UserError(fmt::format("algorithms/flexmore: {} is no mixture (model_type {})", config_path.string(), json.at("model_type").dump()), "name a directory with model_type flex_olmo or flexmore");
+  const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
+  const auto unpacked = models::unpack_experts(files->tensors(), directory.string());
+  const auto expected = models::expected_tensors(config);
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto* view : models::match_tensors(expected, unpacked, directory.string())) tensors.emplace(view->name, models::borrow(*view, files));
+
+  MixtureModel model{config, {}, {}, config.num_experts_per_tok, config.norm_topk_prob};
+  model.base.family = DecoderConfig::Family::kOlmo2;
+  model.base.num_experts = model.base.num_experts_per_tok = 1;
+  model.base.norm_topk_prob = false;
+  model.base.expert_ranks.clear();
+  for (const auto& [name, shape] : models::expected_tensors(model.base)) model.base_weights.emplace(name, tensors.at(key_in_mixture(name)));
+  for (int64_t e = 1; e < config.num_experts; ++e) model.mixture.experts.push_back({fmt::format("expert{}", e), {}, {}, {}});
+  if (const auto names = json.find(kNames); names != json.end() && names->is_array() && static_cast<int64_t>(names->size()) == config.num_experts)
+    for (size_t e = 0; e < model.mixture.experts.size(); ++e) model.mixture.experts[e].name = names->at(e + 1).get<std::string>();
+  for (int64_t l = 0; l < config.num_layers; ++l) {
+    const std::string mlp = ffn_slot(static_cast<size_t>(l));
+    const at::Tensor& rows = tensors.at(mlp + ".gate.weight");
+    model.mixture.public_rows.push_back(rows[0].contiguous());
+    for (int64_t e = 1; e < config.num_experts; ++e) {
+      models::FfnExpert ffn;
+      for (const auto& p : kProjections) {
+        const std::string path = fmt::format("{}.experts.{}.{}", mlp, e, p.name);
+        if (config.rank_of(e) == 0) {
+          ffn.*p.full = tensors.at(path + ".weight");
+        } else {
+          ffn.*p.delta = {tensors.at(path + "_a.weight"), tensors.at(path + "_b.weight")};
+        }
+      }
+      Expert& expert = model.mixture.experts[static_cast<size_t>(e - 1)];
+      expert.layers.push_back(std::move(ffn));
+      expert.router_rows.push_back(rows[e].contiguous());
+    }
+  }
+  if (fs::exists(directory / kBiasFile)) attach_to(core::Safetensors::open(directory / kBiasFile), model);
+  return model;
+}
+
+void write_flexmore_directory(const MixtureModel& model, const fs::path& directory) {
+  const at::NoGradGuard no_grad;
+  std::vector<models::LazyTensor> tensors;
+  models::NamedTensors biases;
+  for (const auto& [name, weight] : model.base_weights) tensors.push_back(lazy(key_in_mixture(name), weight, weight.scalar_type()));
+  const auto artefact = write_mixture(model.mixture, core::Json::object());
+  for (const auto& view : artefact->file().tensors()) {
+    const at::Tensor tensor = models::borrow(view, artefact);
+    if (view.name.ends_with(".gate.bias")) {
+      biases.emplace_back(view.name, tensor);
+    } else {
+      tensors.push_back(lazy(view.name, tensor, tensor.scalar_type()));
+    }
+  }
+  core::Json config = mixture_config(model, DecoderConfig::Family::kFlexMore).to_json();
+  config[kNames] = expert_names(model.mixture);
+  models::write_checkpoint(directory, config, std::move(tensors));
+  if (biases.empty()) {
+    fs::remove(directory / kBiasFile);   // of an earlier mixture
+    return;
+  }
+  std::vector<at::Tensor> keep;
+  core::write_atomically(directory / kBiasFile, core::serialize_safetensors(models::views_of(biases, keep), {{"format", "pt"}}));
+  core::log::warn("the mixture's router bias has no place in the FlexMoRE format: file={} other_tools=ignore it", (directory / kBiasFile).string());
+}
+
+void write_flexolmo_directory(const MixtureModel& model, const fs::path& directory, std::optional<at::ScalarType> dtype) {
+  const at::NoGradGuard no_grad;
+  if (has_bias(model.mixture))
+    throw core::UserError("algorithms/flexmore: a FlexOlmo model has no place for this mixture's router bias", "--to hf keeps it in router_bias.safetensors; or train with router.bias: none");
+  const at::ScalarType type = dtype.value_or(widest_type(model));
+  std::vector<models::LazyTensor> tensors;
+  for (const auto& [name, weight] : model.base_weights) tensors.push_back(lazy(key_in_mixture(name), weight, type));
+  for (size_t l = 0; l < model.mixture.public_rows.size(); ++l) {
+    std::vector<at::Tensor> rows = {model.mixture.public_rows[l].to(type)};
+    for (size_t e = 0; e < model.mixture.experts.size(); ++e) {
+      const Expert& expert = model.mixture.experts[e];
+      rows.push_back(expert.router_rows[l].to(type));
+      for (const auto& p : kProjections) {
+        const std::string name = fmt::format("{}.experts.{}.{}.weight", ffn_slot(l), e + 1, p.name);
+        if (expert.rank() == 0) {
+          tensors.push_back(lazy(name, expert.layers[l].*p.full, type));
+          continue;
+        }
+        const at::Tensor base = model.base_weights.at(fmt::format("{}.{}.weight", ffn_slot(l), p.name));
+        const models::LowRank delta = expert.layers[l].*p.delta;
+        tensors.push_back({name, base.numel() * static_cast<int64_t>(c10::elementSize(type)),
+                           [=] { return (base.to(at::kDouble) + at::matmul(delta.b.to(at::kDouble), delta.a.to(at::kDouble))).to(type); }});
+      }
+    }
+    tensors.push_back(lazy(ffn_slot(l) + ".gate.weight", at::stack(rows), type));
+  }
+  core::Json config = mixture_config(model, DecoderConfig::Family::kFlexOlmo).to_json();
+  config[kNames] = expert_names(model.mixture);
+  models::write_checkpoint(directory, config, std::move(tensors));
+}
+
+void write_peft_expert(const Expert& expert, const fs::path& directory, const std::string& base_model) {
+  if (expert.rank() == 0)
+    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' is full-size and has no low-rank form", expert.name), "--experts chooses the low-rank ones; --to flexolmo or hf exports any");
+  adapters::LoraConfig config;
+  config.rank = expert.rank();
+  config.alpha = static_cast<double>(config.rank);
+  config.target_modules.clear();
+  models::NamedTensors factors;
+  for (const auto& p : kProjections) {
+    config.target_modules.emplace_back(p.name);
+    for (size_t l = 0; l < expert.layers.size(); ++l) {
+      const std::string slot = fmt::format("{}.{}", ffn_slot(l), p.name);
+      factors.emplace_back(slot + ".lora_A.weight", (expert.layers[l].*p.delta).a);
+      factors.emplace_back(slot + ".lora_B.weight", (expert.layers[l].*p.delta).b);
+    }
+  }
+  core::Json peft = adapters::peft_config(config);
+  peft["task_type"] = "CAUSAL_LM";
+  std::vector<at::Tensor> keep;
+  adapters::write_peft_directory(directory, std::move(peft), models::views_of(factors, keep), base_model);
+}
+
+void export_mixture(MixtureModel model, const ExportRequest& request, const std::string& base_model) {
+  std::vector<std::string> names;
+  for (const auto& expert : model.mixture.experts) names.push_back(expert.name);
+  for (const auto& name : request.experts)
+    if (std::find(names.begin(), names.end(), name) == names.end()) throw core::UserError(fmt::format("algorithms/flexmore: the mixture has no expert '{}'", name), core::name_hint(name, names));
+  if (!request.experts.empty())
+    std::erase_if(model.mixture.experts, [&](const Expert& e) { return std::find(request.experts.begin(), request.experts.end(), e.name) == request.experts.end(); });
+  model.top_k = std::min(model.top_k, static_cast<int64_t>(model.mixture.experts.size()) + 1);
+  if (request.format == "peft") {
+    for (const auto& expert : model.mixture.experts)
+      if (expert.rank() == 0) write_peft_expert(expert, request.directory, base_model);   // refuses before anything is written
+    for (const auto& expert : model.mixture.experts) write_peft_expert(expert, request.directory / expert.name, base_model);
+  } else if (request.format == "flexolmo") {
+    const auto dtype = request.dtype.empty() ? std::nullopt : std::optional(request.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
+    write_flexolmo_directory(model, request.directory, dtype);
+  } else {
+    if (!request.dtype.empty()) throw core::UserError("algorithms/flexmore: FlexMoRE keys keep every tensor as it is stored", "leave out --dtype, or use --to flexolmo");
+    write_flexmore_directory(model, request.directory);
+  }
+}
+
+models::Decoder assemble(const MixtureModel& model, at::ScalarType dtype) {
+  models::NamedTensors weights(model.base_weights.begin(), model.base_weights.end());
+  std::vector<at::Tensor> keep;
+  auto decoder = models::Decoder::from_tensors(model.base, models::views_of(weights, keep), "public model", dtype);
+  attach(decoder, model.mixture, {.top_k = model.top_k, .norm_topk_prob = model.norm_topk_prob}, {});
+  return decoder;
+}
+
+}  // namespace moraine::algorithms::flexmore

@@ -1,0 +1,12 @@
+#include "algorithms/method.h"
+
+#include "core/error.h"
+
+namespace moraine::algorithms {
+
+void Method::export_as(const RunState&, const ExportRequest& request) const {
+  throw core::UserError(fmt::format("algorithms: the results of this run's method cannot be exported as '{}': they are no sums of linear updates of a model", request.format),
+                        "copy artefacts with `moraine cp`, which any safetensors reader reads");
+}
+
+}  // namespace moraine::algorithms
