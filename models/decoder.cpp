@@ -1,6 +1,7 @@
 #include "models/decoder.h"
 
 #include <algorithm>
+#include <numbers>
 #include <utility>
 
 #include <ATen/TensorOperators.h>
@@ -9,10 +10,12 @@
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/embedding.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/where.h>
 
 #include "core/error.h"
 #include "models/fused_ops.h"
@@ -31,6 +34,19 @@ constexpr int64_t kLogitsPerPiece = int64_t{1} << 24;
 
 std::string expert_path(int64_t layer, int64_t expert) {
   return fmt::format("{}.mlp.experts.{}", layer_path(layer), expert);
+}
+
+// Frequencies of transformers' rope types, in its order of float32 operations.
+at::Tensor scaled_frequencies(const at::Tensor& frequencies, const RopeScaling& scaling) {
+  if (scaling.type == RopeScaling::Type::kNone) return frequencies;
+  const at::Tensor slowed = frequencies / scaling.factor;
+  if (scaling.type == RopeScaling::Type::kLinear) return slowed;
+  const auto original = static_cast<double>(scaling.original_max_position_embeddings);
+  const double low = scaling.low_freq_factor, high = scaling.high_freq_factor;
+  const at::Tensor wave = frequencies.reciprocal() * (2 * std::numbers::pi);
+  const at::Tensor kept = (wave.reciprocal() * original - low) / (high - low);
+  const at::Tensor blend = (1 - kept) * slowed + kept * frequencies;
+  return at::where(wave.gt(original / low), slowed, at::where(wave.lt(original / high), frequencies, blend));
 }
 
 }  // namespace
@@ -68,6 +84,7 @@ void Decoder::refer_to_weights() {
     block.post_ffn_norm = weight(path + ".post_feedforward_layernorm.weight");
     block.q_norm = weight(path + ".self_attn.q_norm.weight");
     block.k_norm = weight(path + ".self_attn.k_norm.weight");
+    block.window = config_.window_of(layer);
     if (config_.is_mixture()) attach_mixture(layer);
   }
   for (size_t i = 0; i < slots().size(); ++i) {
@@ -125,9 +142,18 @@ void Decoder::extend_rotation(int64_t length) {
   const at::NoGradGuard no_grad;
   const at::TensorOptions options = embedding_.options().dtype(at::kFloat).requires_grad(false);
   const at::Tensor exponents = at::arange(0, config_.head_dim, 2, options) / static_cast<double>(config_.head_dim);
-  const at::Tensor angles = at::outer(at::arange(length, options), at::pow(config_.rope_theta, exponents).reciprocal());
+  const at::Tensor frequencies = at::pow(config_.rope_theta, exponents).reciprocal();
+  const at::Tensor angles = at::outer(at::arange(length, options), scaled_frequencies(frequencies, config_.rope_scaling));
   cos_ = angles.cos();
   sin_ = angles.sin();
+}
+
+void Decoder::fit_window_mask(int64_t length) {
+  if (config_.sliding_window == 0 || length <= config_.sliding_window) return;
+  if (window_mask_.defined() && window_mask_.size(0) == length) return;
+  window_mask_ = at::ones({length, length}, embedding_.options().dtype(at::kBool).requires_grad(false))
+                     .tril()
+                     .triu(1 - config_.sliding_window);
 }
 
 at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length) {
@@ -145,8 +171,10 @@ at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t b
     };
     k = repeat(k), v = repeat(v);
   }
-  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), {},
-                                                        0.0, /*is_causal=*/true);
+  const bool windowed = block.window > 0 && length > block.window;
+  const std::optional<at::Tensor> mask = windowed ? std::optional(window_mask_) : std::nullopt;
+  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
+                                                        0.0, /*is_causal=*/!windowed);
   return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch * length, heads * head_dim}));
 }
 
@@ -169,6 +197,7 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
     }
   }
   extend_rotation(length);
+  fit_window_mask(length);
   at::Tensor x = at::embedding(embedding_, tokens).to(dtype()).view({batch * length, config_.hidden_size});
   for (const Block& block : blocks_) {
     const bool last = &block == &blocks_.back();

@@ -20,7 +20,7 @@ namespace moraine::models {
 ///
 /// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A
 /// mixture has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the
-/// start. Sources: transformers 4.57 (llama, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
+/// start. Sources: transformers 4.57 (llama, mistral, qwen2, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
 class Decoder final : public Backbone {
  public:
   /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
@@ -65,6 +65,7 @@ class Decoder final : public Backbone {
   struct Block {
     at::Tensor input_norm, post_attention_norm, post_ffn_norm, q_norm, k_norm;  // as the family has them
     size_t first_slot = 0;
+    int64_t window = 0;  // 0 = none
   };
 
   Decoder(DecoderConfig config, Weights weights);
@@ -77,11 +78,13 @@ class Decoder final : public Backbone {
   at::Tensor ffn(const Block& block, const at::Tensor& x);
   at::Tensor trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs);
   void extend_rotation(int64_t length);
+  void fit_window_mask(int64_t length);
 
   DecoderConfig config_;
   std::vector<Block> blocks_;
   at::Tensor embedding_, final_norm_;
-  at::Tensor cos_, sin_;  // [positions, head_dim / 2] float32
+  at::Tensor cos_, sin_;    // [positions, head_dim / 2] float32
+  at::Tensor window_mask_;  // [T, T] bool: who sees whom; undefined while every sequence fits the window
 };
 
 }  // namespace moraine::models

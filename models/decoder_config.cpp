@@ -2,11 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <optional>
 #include <set>
 
+#include <fmt/ranges.h>
+
 #include "core/error.h"
 #include "core/registry.h"
+#include "models/config_keys.h"
 
 namespace moraine::models {
 namespace {
@@ -14,119 +18,112 @@ namespace {
 using core::Json;
 using Family = DecoderConfig::Family;
 
-struct FamilyNames {
+// What transformers 4.57 calls a family and assumes where its config.json is silent.
+struct FamilyTraits {
   Family family;
   const char* model_type;
   const char* architecture;
+  int64_t positions;
+  double eps, theta;
+  int64_t kv_heads = 0;  // 0 = as many as heads
 };
-constexpr std::array<FamilyNames, 4> kFamilies = {{
-    {Family::kFlexMore, "flexmore", "FlexMoREForCausalLM"},
-    {Family::kFlexOlmo, "flex_olmo", "FlexOlmoForCausalLM"},
-    {Family::kLlama, "llama", "LlamaForCausalLM"},
-    {Family::kOlmo2, "olmo2", "Olmo2ForCausalLM"},
+constexpr std::array<FamilyTraits, 6> kFamilies = {{
+    {Family::kFlexMore, "flexmore", "FlexMoREForCausalLM", 4096, 1e-6, 500000},
+    {Family::kFlexOlmo, "flex_olmo", "FlexOlmoForCausalLM", 4096, 1e-6, 500000},
+    {Family::kLlama, "llama", "LlamaForCausalLM", 2048, 1e-6, 10000},
+    {Family::kMistral, "mistral", "MistralForCausalLM", 131072, 1e-6, 10000, 8},
+    {Family::kOlmo2, "olmo2", "Olmo2ForCausalLM", 2048, 1e-5, 10000},
+    {Family::kQwen2, "qwen2", "Qwen2ForCausalLM", 32768, 1e-6, 10000, 32},
 }};
+constexpr int64_t kWindow = 4096, kQwen2WindowLayers = 28;  // transformers' defaults
 
-const FamilyNames& names_of(Family family) {
-  return *std::find_if(kFamilies.begin(), kFamilies.end(), [&](const FamilyNames& n) { return n.family == family; });
+const FamilyTraits& traits_of(Family family) {
+  return *std::find_if(kFamilies.begin(), kFamilies.end(), [&](const FamilyTraits& t) { return t.family == family; });
 }
 
-// No forward pass over frozen weights depends on these. Keys that start with '_' are transformers' own notes.
-constexpr std::array kIrrelevant = {"architectures",       "attention_dropout",    "dtype",
-                                    "torch_dtype",         "transformers_version", "use_cache",
-                                    "router_aux_loss_coef"};
+// Sizes by their key, the ones without a default first.
+struct SizeKey {
+  const char* key;
+  int64_t DecoderConfig::*member;
+};
+constexpr std::array<SizeKey, 8> kSizes = {{{"vocab_size", &DecoderConfig::vocab_size},
+                                            {"hidden_size", &DecoderConfig::hidden_size},
+                                            {"intermediate_size", &DecoderConfig::intermediate_size},
+                                            {"num_hidden_layers", &DecoderConfig::num_layers},
+                                            {"num_attention_heads", &DecoderConfig::num_heads},
+                                            {"num_key_value_heads", &DecoderConfig::num_kv_heads},
+                                            {"head_dim", &DecoderConfig::head_dim},
+                                            {"max_position_embeddings", &DecoderConfig::max_position_embeddings}}};
+constexpr size_t kRequiredSizes = 5;
 
-/// Reads one config.json, remembers what was read and collects what is wrong.
-class KeyReader {
- public:
-  KeyReader(const Json& json, std::vector<std::string>& problems) : json_(json), problems_(problems) {}
-
-  const Json* find(const std::string& key) {
-    seen_.insert(key);
-    const auto at = json_.find(key);
-    return at == json_.end() || at->is_null() ? nullptr : &*at;
-  }
-
-  Json any(const std::string& key) {
-    const Json* value = find(key);
-    return value == nullptr ? Json() : *value;
-  }
-  int64_t integer(const std::string& key, std::optional<int64_t> absent) {
-    const Json* value = find(key);
-    if (value != nullptr && value->is_number_integer()) return value->get<int64_t>();
-    if (value != nullptr) problems_.push_back(fmt::format("'{}' must be an integer: {}", key, value->dump()));
-    if (value == nullptr && !absent) problems_.push_back(fmt::format("'{}' is missing", key));
-    return absent.value_or(1);
-  }
-  double number(const std::string& key, double absent) {
-    const Json* value = find(key);
-    if (value != nullptr && !value->is_number())
-      problems_.push_back(fmt::format("'{}' must be a number: {}", key, value->dump()));
-    return value != nullptr && value->is_number() ? value->get<double>() : absent;
-  }
-  bool boolean(const std::string& key, bool absent) {
-    const Json* value = find(key);
-    if (value != nullptr && !value->is_boolean())
-      problems_.push_back(fmt::format("'{}' must be true or false: {}", key, value->dump()));
-    return value != nullptr && value->is_boolean() ? value->get<bool>() : absent;
-  }
-  std::vector<int64_t> integers(const std::string& key) {
-    const Json* value = find(key);
-    const bool good = value != nullptr && value->is_array() &&
-                      std::all_of(value->begin(), value->end(), [](const Json& v) { return v.is_number_integer(); });
-    if (good) return value->get<std::vector<int64_t>>();
-    problems_.push_back(
-        fmt::format("'{}' must be a list of integers: {}", key, value == nullptr ? "missing" : value->dump()));
-    return {};
-  }
-  /// Options that change the mathematics and are not implemented: absent, null or `neutral`.
-  void only(const std::string& key, const Json& neutral) {
-    const Json* value = find(key);
-    if (value != nullptr && *value != neutral) {
-      problems_.push_back(fmt::format("'{}' = {} is not implemented (only {})", key, value->dump(), neutral.dump()));
+// rope_theta and rope_scaling, or transformers 5's rope_parameters, which holds both.
+void read_rope(ConfigKeys& read, DecoderConfig& c, double absent_theta) {
+  c.rope_theta = read.number("rope_theta", absent_theta);
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    const Json* rope = read.find(key);
+    if (rope == nullptr) continue;
+    const Json type =
+        rope->is_object() ? rope->value("rope_type", rope->value("type", Json("default"))) : Json(nullptr);
+    std::map<std::string, double> numbers;
+    if (type == "linear" || type == "llama3") numbers["factor"] = 0;
+    if (type == "llama3")
+      for (const char* name : {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}) numbers[name] = 0;
+    if (type != "default" && numbers.empty()) {
+      read.wrong(fmt::format("'{}' = {} is not implemented (only the rotary types default, linear and llama3)", key, rope->dump()));
+      continue;
     }
-  }
-  /// rope_theta, or transformers 5's rope_parameters {rope_type, rope_theta}; scaled variants are refused.
-  double rope_theta(double absent) {
-    double theta = number("rope_theta", absent);
-    for (const char* key : {"rope_scaling", "rope_parameters"}) {
-      const Json* rope = find(key);
-      if (rope == nullptr) continue;
-      const Json type =
-          rope->is_object() ? rope->value("rope_type", rope->value("type", Json("default"))) : Json(nullptr);
-      for (const auto& [name, value] : rope->items()) {
-        const bool known = name == "rope_theta" ? value.is_number() : name == "rope_type" || name == "type";
-        if (!known || type != "default") {
-          problems_.push_back(
-              fmt::format("'{}' = {} is not implemented (only the default rotary embedding)", key, rope->dump()));
-          break;
-        }
-        if (name == "rope_theta") theta = value.get<double>();
+    std::set<std::string> missing;
+    for (const auto& [name, value] : numbers) missing.insert(name);
+    for (const auto& [name, value] : rope->items()) {
+      missing.erase(name);
+      if (name == "rope_type" || name == "type") continue;
+      const bool known = name == "rope_theta" || numbers.contains(name);
+      if (!known || !value.is_number() || value.get<double>() <= 0) {
+        read.wrong(fmt::format("'{}': '{}' = {} is not known for the rotary type {}, or no positive number", key, name, value.dump(), type.dump()));
+      } else if (name == "rope_theta") {
+        c.rope_theta = value.get<double>();
+      } else {
+        numbers[name] = value.get<double>();
       }
     }
-    return theta;
+    if (!missing.empty()) read.wrong(fmt::format("'{}' = {} lacks {}", key, rope->dump(), fmt::join(missing, ", ")));
+    if (type == "default") continue;
+    c.rope_scaling.type = type == "linear" ? RopeScaling::Type::kLinear : RopeScaling::Type::kLlama3;
+    c.rope_scaling.factor = numbers["factor"];
+    if (type == "linear") continue;
+    c.rope_scaling.low_freq_factor = numbers["low_freq_factor"];
+    c.rope_scaling.high_freq_factor = numbers["high_freq_factor"];
+    c.rope_scaling.original_max_position_embeddings = static_cast<int64_t>(numbers["original_max_position_embeddings"]);
   }
-  void refuse_unread() {
-    for (const auto& [key, value] : json_.items()) {
-      const bool irrelevant =
-          key.starts_with('_') || std::find(kIrrelevant.begin(), kIrrelevant.end(), key) != kIrrelevant.end();
-      if (irrelevant || seen_.contains(key) || value.is_null()) continue;
-      problems_.push_back(
-          fmt::format("'{}' = {} is not known for this model type; it may change the model", key, value.dump()));
-    }
-  }
+}
 
- private:
-  const Json& json_;
-  std::vector<std::string>& problems_;
-  std::set<std::string> seen_;
-};
+// Mistral has a window unless the key says null; Qwen2 has one if `use_sliding_window`, from max_window_layers on.
+void read_window(ConfigKeys& read, DecoderConfig& c) {
+  const bool none = read.contains("sliding_window") && read.find("sliding_window") == nullptr;
+  const int64_t window = none ? 0 : read.integer("sliding_window", kWindow);
+  if (!none && window < 1) read.wrong(fmt::format("'sliding_window' must be positive or null: {}", window));
+  if (c.family == Family::kMistral) {
+    c.sliding_window = window;
+    return;
+  }
+  const int64_t first = read.integer("max_window_layers", kQwen2WindowLayers);
+  if (first < 0) read.wrong(fmt::format("'max_window_layers' must not be negative: {}", first));
+  if (read.boolean("use_sliding_window", false)) c.sliding_window = window, c.max_window_layers = first;
+  const Json* types = read.find("layer_types");
+  if (types == nullptr) return;
+  Json expected = Json::array();
+  for (int64_t layer = 0; layer < c.num_layers; ++layer)
+    expected.push_back(c.window_of(layer) > 0 ? "sliding_attention" : "full_attention");
+  if (*types != expected)
+    read.wrong(fmt::format("'layer_types' = {} is not implemented (only what max_window_layers says: {})", types->dump(), expected.dump()));
+}
 
 Family family_of(const Json& json, const std::string& origin) {
   const std::string type = json.is_object() && json.contains("model_type") && json["model_type"].is_string()
                                ? json["model_type"].get<std::string>()
                                : "";
   std::vector<std::string> known;
-  for (const FamilyNames& names : kFamilies) {
+  for (const FamilyTraits& names : kFamilies) {
     if (type == names.model_type) return names.family;
     known.push_back(names.model_type);
   }
@@ -161,20 +158,18 @@ void add_expert(NamedShapes& list, const std::string& path, const DecoderConfig&
 DecoderConfig DecoderConfig::from_json(const Json& json, const std::string& origin) {
   DecoderConfig c;
   c.family = family_of(json, origin);
-  const bool flex = c.is_mixture(), llama = c.family == Family::kLlama;
+  const FamilyTraits& traits = traits_of(c.family);
   std::vector<std::string> wrong;
-  KeyReader read(json, wrong);
+  ConfigKeys read(json, wrong);
   read.find("model_type");
-  c.vocab_size = read.integer("vocab_size", std::nullopt);
-  c.hidden_size = read.integer("hidden_size", std::nullopt);
-  c.intermediate_size = read.integer("intermediate_size", std::nullopt);
-  c.num_layers = read.integer("num_hidden_layers", std::nullopt);
-  c.num_heads = read.integer("num_attention_heads", std::nullopt);
-  c.num_kv_heads = read.integer("num_key_value_heads", c.num_heads);
+  for (size_t i = 0; i < kRequiredSizes; ++i) c.*kSizes[i].member = read.integer(kSizes[i].key, std::nullopt);
+  const bool kv_assumed = traits.kv_heads > 0 && !read.contains("num_key_value_heads");
+  c.num_kv_heads = read.integer("num_key_value_heads", kv_assumed ? traits.kv_heads : c.num_heads);
   c.head_dim = read.integer("head_dim", c.num_heads > 0 ? c.hidden_size / c.num_heads : 0);
-  c.max_position_embeddings = read.integer("max_position_embeddings", flex ? 4096 : 2048);
-  c.rms_norm_eps = read.number("rms_norm_eps", c.family == Family::kOlmo2 ? 1e-5 : 1e-6);
-  c.rope_theta = read.rope_theta(flex ? 500000 : 10000);
+  c.max_position_embeddings = read.integer("max_position_embeddings", traits.positions);
+  c.rms_norm_eps = read.number("rms_norm_eps", traits.eps);
+  read_rope(read, c, traits.theta);
+  if (c.family == Family::kMistral || c.family == Family::kQwen2) read_window(read, c);
   c.initializer_range = read.number("initializer_range", 0.02);
   c.tie_word_embeddings = read.boolean("tie_word_embeddings", false);
   c.bos_token_id = read.any("bos_token_id");
@@ -183,20 +178,20 @@ DecoderConfig DecoderConfig::from_json(const Json& json, const std::string& orig
   read.only("hidden_act", "silu");
   read.only("clip_qkv", nullptr);
   read.only("pretraining_tp", 1);
-  if (llama) {
+  if (c.family == Family::kLlama) {
     c.attention_bias = read.boolean("attention_bias", false);
     c.mlp_bias = read.boolean("mlp_bias", false);
   } else {
     read.only("attention_bias", false);
   }
-  if (flex) {
+  if (c.is_mixture()) {
     c.num_experts = read.integer("num_experts", std::nullopt);
     c.num_experts_per_tok = read.integer("num_experts_per_tok", std::nullopt);
     c.norm_topk_prob = read.boolean("norm_topk_prob", false);
     read.only("output_router_logits", false);
   }
   if (c.family == Family::kFlexMore) c.expert_ranks = read.integers("expert_ranks");
-  read.refuse_unread();
+  read.refuse_unread({"attention_dropout", "router_aux_loss_coef"});
   if (wrong.empty()) wrong = c.problems();
   if (!wrong.empty()) {
     throw core::UserError(fmt::format("models: {}: cannot build this model:{}", origin, joined(wrong)),
@@ -210,20 +205,17 @@ std::vector<std::string> DecoderConfig::problems() const {
   const auto require = [&](bool good, std::string what) {
     if (!good) wrong.push_back(std::move(what));
   };
-  const std::pair<const char*, int64_t> sizes[] = {{"vocab_size", vocab_size},
-                                                   {"hidden_size", hidden_size},
-                                                   {"intermediate_size", intermediate_size},
-                                                   {"num_hidden_layers", num_layers},
-                                                   {"num_attention_heads", num_heads},
-                                                   {"num_key_value_heads", num_kv_heads},
-                                                   {"head_dim", head_dim},
-                                                   {"max_position_embeddings", max_position_embeddings},
-                                                   {"num_experts", num_experts}};
-  for (const auto& [key, value] : sizes) require(value > 0, fmt::format("'{}' must be positive: {}", key, value));
+  for (const SizeKey& size : kSizes)
+    require(this->*size.member > 0, fmt::format("'{}' must be positive: {}", size.key, this->*size.member));
+  require(num_experts > 0, fmt::format("'num_experts' must be positive: {}", num_experts));
   require(rms_norm_eps > 0, fmt::format("'rms_norm_eps' must be positive: {}", rms_norm_eps));
   require(rope_theta > 0, fmt::format("'rope_theta' must be positive: {}", rope_theta));
   require(initializer_range >= 0, fmt::format("'initializer_range' must not be negative: {}", initializer_range));
   require(head_dim % 2 == 0, fmt::format("'head_dim' must be even for rotary embeddings: {}", head_dim));
+  if (rope_scaling.type == RopeScaling::Type::kLlama3)
+    require(rope_scaling.high_freq_factor > rope_scaling.low_freq_factor,
+            fmt::format("'rope_scaling': high_freq_factor {} must be above low_freq_factor {}", rope_scaling.high_freq_factor,
+                        rope_scaling.low_freq_factor));
   require(
       num_kv_heads <= 0 || num_heads % num_kv_heads == 0,
       fmt::format("'num_key_value_heads' = {} does not divide 'num_attention_heads' = {}", num_kv_heads, num_heads));
@@ -242,17 +234,9 @@ std::vector<std::string> DecoderConfig::problems() const {
 }
 
 Json DecoderConfig::to_json() const {
-  const FamilyNames& names = names_of(family);
-  Json json = {{"model_type", names.model_type},
-               {"architectures", {names.architecture}},
-               {"vocab_size", vocab_size},
-               {"hidden_size", hidden_size},
-               {"intermediate_size", intermediate_size},
-               {"num_hidden_layers", num_layers},
-               {"num_attention_heads", num_heads},
-               {"num_key_value_heads", num_kv_heads},
-               {"head_dim", head_dim},
-               {"max_position_embeddings", max_position_embeddings},
+  const FamilyTraits& traits = traits_of(family);
+  Json json = {{"model_type", traits.model_type},
+               {"architectures", {traits.architecture}},
                {"rms_norm_eps", rms_norm_eps},
                {"rope_theta", rope_theta},
                {"rope_scaling", nullptr},
@@ -263,7 +247,19 @@ Json DecoderConfig::to_json() const {
                {"bos_token_id", bos_token_id},
                {"eos_token_id", eos_token_id},
                {"pad_token_id", pad_token_id}};
+  for (const SizeKey& size : kSizes) json[size.key] = this->*size.member;
+  if (rope_scaling.type == RopeScaling::Type::kLinear)
+    json["rope_scaling"] = {{"rope_type", "linear"}, {"factor", rope_scaling.factor}};
+  if (rope_scaling.type == RopeScaling::Type::kLlama3)
+    json["rope_scaling"] = {{"rope_type", "llama3"},
+                            {"factor", rope_scaling.factor},
+                            {"low_freq_factor", rope_scaling.low_freq_factor},
+                            {"high_freq_factor", rope_scaling.high_freq_factor},
+                            {"original_max_position_embeddings", rope_scaling.original_max_position_embeddings}};
   if (family == Family::kLlama) json["mlp_bias"] = mlp_bias;
+  if (family == Family::kMistral || family == Family::kQwen2)
+    json["sliding_window"] = sliding_window > 0 ? Json(sliding_window) : Json(nullptr);
+  if (family == Family::kQwen2) json["use_sliding_window"] = sliding_window > 0, json["max_window_layers"] = max_window_layers;
   if (is_mixture()) {
     json["num_experts"] = num_experts;
     json["num_experts_per_tok"] = num_experts_per_tok;
@@ -275,7 +271,7 @@ Json DecoderConfig::to_json() const {
 
 int64_t DecoderConfig::shared_parameters() const {
   const int64_t d = hidden_size, q = num_heads * head_dim, kv = num_kv_heads * head_dim;
-  const int64_t attention = 2 * d * q + 2 * d * kv + (attention_bias ? q + 2 * kv + d : 0);
+  const int64_t attention = 2 * d * q + 2 * d * kv + (qkv_bias() ? q + 2 * kv : 0) + (attention_bias ? d : 0);
   const int64_t norms = 2 * d + (post_norm() ? q + kv : 0);
   return (tie_word_embeddings ? 1 : 2) * vocab_size * d + num_layers * (attention + norms) + d;
 }
@@ -309,9 +305,9 @@ NamedShapes expected_tensors(const DecoderConfig& c) {
   const int64_t d = c.hidden_size, q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     const std::string path = layer_path(layer), attention = path + ".self_attn";
-    add_linear(list, attention + ".q_proj", q, d, c.attention_bias);
-    add_linear(list, attention + ".k_proj", kv, d, c.attention_bias);
-    add_linear(list, attention + ".v_proj", kv, d, c.attention_bias);
+    add_linear(list, attention + ".q_proj", q, d, c.qkv_bias());
+    add_linear(list, attention + ".k_proj", kv, d, c.qkv_bias());
+    add_linear(list, attention + ".v_proj", kv, d, c.qkv_bias());
     add_linear(list, attention + ".o_proj", d, q, c.attention_bias);
     if (c.post_norm()) {
       list.emplace_back(attention + ".q_norm.weight", Shape{q});

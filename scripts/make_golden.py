@@ -26,6 +26,14 @@ CASES = {
     "olmo2_gqa": ("Olmo2", dict(num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=500000.0)),
     "flexolmo": ("FlexOlmo", dict(**MIXTURE, norm_topk_prob=False)),
     "flexolmo_renormalised": ("FlexOlmo", dict(**MIXTURE, norm_topk_prob=True)),
+    # Wave lengths 6.3, 36 and 208 with an original context of 16: kept, blended, divided.
+    "llama3_rope": ("Llama", dict(num_key_value_heads=4, head_dim=6, rope_theta=190.0, rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=0.25, high_freq_factor=2.0, original_max_position_embeddings=16))),
+    "llama_linear_rope": ("Llama", dict(num_key_value_heads=4, rope_scaling=dict(rope_type="linear", factor=2.5))),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, head_dim=6)),
+    "mistral_window": ("Mistral", dict(num_key_value_heads=4, sliding_window=3)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2_window": ("Qwen2", dict(num_key_value_heads=4, use_sliding_window=True, sliding_window=4, max_window_layers=1)),
 }
 
 

@@ -13,6 +13,8 @@ namespace {
 using Family = DecoderConfig::Family;
 using testing::HasSubstr;
 
+constexpr Family kAll[] = {Family::kLlama, Family::kMistral, Family::kQwen2, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore};
+
 DecoderConfig flex_7b(std::vector<int64_t> ranks) {
   DecoderConfig c;
   c.family = Family::kFlexMore;
@@ -67,7 +69,7 @@ TEST(ParameterCounts, EveryRowOfTheFlexMoreTableIsExact) {
 }
 
 TEST(ParameterCounts, EqualTheSumOverExpectedTensors) {
-  for (const Family family : {Family::kLlama, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore}) {
+  for (const Family family : kAll) {
     DecoderConfig c = tiny_config(family);
     EXPECT_EQ(sum_of_shapes(c), c.total_parameters());
     c.num_kv_heads = 2, c.head_dim = 6;
@@ -78,19 +80,28 @@ TEST(ParameterCounts, EqualTheSumOverExpectedTensors) {
   DecoderConfig biased = tiny_config(Family::kLlama);
   biased.attention_bias = biased.mlp_bias = true;
   EXPECT_EQ(sum_of_shapes(biased), biased.total_parameters());
+  // Two layers, d = 16, 4 heads of 4: biases on q, k and v only.
+  EXPECT_EQ(tiny_config(Family::kQwen2).total_parameters() - tiny_config(Family::kMistral).total_parameters(), 2 * 3 * 16);
   EXPECT_EQ(sum_of_shapes(flex_7b({0, 0, 64, 1})), flex_7b({0, 0, 64, 1}).total_parameters());
 }
 
 TEST(DecoderConfigJson, RoundTripKeepsEveryField) {
-  for (const Family family : {Family::kLlama, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore}) {
+  for (const Family family : kAll) {
     DecoderConfig c = tiny_config(family);
     c.num_kv_heads = 2, c.head_dim = 6, c.rms_norm_eps = 3e-6, c.rope_theta = 1234, c.tie_word_embeddings = true;
     c.eos_token_id = {7, 9}, c.pad_token_id = 3;
     c.norm_topk_prob = c.is_mixture();
     c.attention_bias = c.mlp_bias = family == Family::kLlama;
+    if (family == Family::kMistral || family == Family::kQwen2) c.sliding_window = 5;
+    if (family == Family::kQwen2) c.max_window_layers = 1;
+    if (family == Family::kOlmo2) c.rope_scaling = {.type = RopeScaling::Type::kLinear, .factor = 2};
+    if (family == Family::kLlama) c.rope_scaling = {RopeScaling::Type::kLlama3, 8, 1, 4, 16};
     const core::Json json = c.to_json();
     const DecoderConfig back = DecoderConfig::from_json(json, "test");
     EXPECT_EQ(back.to_json(), json);
+    EXPECT_EQ(back.window_of(0), c.window_of(0));
+    EXPECT_EQ(back.window_of(1), c.window_of(1));
+    EXPECT_EQ(back.rope_scaling.type, c.rope_scaling.type);
     EXPECT_EQ(expected_tensors(back), expected_tensors(c));
   }
 }
@@ -105,6 +116,45 @@ TEST(DecoderConfigJson, AbsentKeysTakeTransformersDefaults) {
   EXPECT_EQ(olmo.head_dim, 4);
   json["model_type"] = "flex_olmo", json["num_experts"] = 4, json["num_experts_per_tok"] = 2;
   EXPECT_EQ(DecoderConfig::from_json(json, "test").rope_theta, 500000);
+}
+
+TEST(DecoderConfigJson, AbsentAndNullDifferAsInTransformers) {
+  core::Json json = {{"model_type", "mistral"},  {"vocab_size", 40},       {"hidden_size", 64},
+                     {"intermediate_size", 24}, {"num_hidden_layers", 2}, {"num_attention_heads", 16}};
+  DecoderConfig c = DecoderConfig::from_json(json, "test");
+  EXPECT_EQ(c.num_kv_heads, 8);
+  EXPECT_EQ(c.sliding_window, 4096);
+  EXPECT_EQ(c.max_position_embeddings, 131072);
+  json["num_key_value_heads"] = nullptr, json["sliding_window"] = nullptr;
+  c = DecoderConfig::from_json(json, "test");
+  EXPECT_EQ(c.num_kv_heads, 16);
+  EXPECT_EQ(c.sliding_window, 0);
+  // Qwen2 names a window in every file and uses it only when told to.
+  json["model_type"] = "qwen2", json["sliding_window"] = 7, json["max_window_layers"] = 1;
+  EXPECT_EQ(DecoderConfig::from_json(json, "test").window_of(1), 0);
+  json["use_sliding_window"] = true;
+  EXPECT_EQ(DecoderConfig::from_json(json, "test").window_of(0), 0);
+  EXPECT_EQ(DecoderConfig::from_json(json, "test").window_of(1), 7);
+  json["layer_types"] = {"full_attention", "sliding_attention"};
+  EXPECT_EQ(DecoderConfig::from_json(json, "test").window_of(1), 7);
+  json["layer_types"] = {"sliding_attention", "full_attention"};
+  EXPECT_THAT(thrown<core::UserError>([&] { DecoderConfig::from_json(json, "c"); }), HasSubstr("'layer_types'"));
+}
+
+TEST(DecoderConfigJson, RotaryTypesThatAreNotImplementedOrIncompleteSaySo) {
+  const std::pair<core::Json, const char*> cases[] = {
+      {{{"rope_type", "dynamic"}, {"factor", 2.0}}, "only the rotary types default, linear and llama3"},
+      {{{"rope_type", "llama3"}, {"factor", 8.0}}, "lacks high_freq_factor, low_freq_factor, original_max_position_embeddings"},
+      {{{"type", "linear"}, {"factor", -1.0}}, "no positive number"},
+      {{{"type", "linear"}, {"factor", 2.0}, {"beta_fast", 32}}, "'beta_fast'"},
+      {{{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 4.0}, {"high_freq_factor", 1.0}, {"original_max_position_embeddings", 16}},
+       "high_freq_factor 1 must be above"},
+      {"linear", "not implemented"}};
+  for (const auto& [scaling, expected] : cases) {
+    core::Json json = tiny_config(Family::kLlama).to_json();
+    json["rope_scaling"] = scaling;
+    EXPECT_THAT(thrown<core::UserError>([&] { DecoderConfig::from_json(json, "c"); }), HasSubstr(expected)) << scaling;
+  }
 }
 
 TEST(DecoderConfigJson, ReadsRopeParametersOfTransformersFive) {
