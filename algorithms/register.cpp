@@ -1,6 +1,11 @@
 #include "algorithms/register.h"
 
+#include "algorithms/fedex_lora/fedex_lora.h"
+#include "algorithms/fedit/fedit.h"
+#include "algorithms/ffa_lora/ffa_lora.h"
 #include "algorithms/flexmore/flexmore.h"
+#include "algorithms/flora/flora.h"
+#include "algorithms/hetlora/hetlora.h"
 #include "core/error.h"
 #include "core/registry.h"
 
@@ -8,7 +13,12 @@ namespace moraine::algorithms {
 
 const std::vector<MethodEntry>& methods() {
   static const std::vector<MethodEntry> entries = {
+      fedex_lora::method_entry(),
+      fedit::method_entry(),
+      ffa_lora::method_entry(),
       flexmore::method_entry(),
+      flora::method_entry(),
+      hetlora::method_entry(),
   };
   return entries;
 }

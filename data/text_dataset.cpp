@@ -129,6 +129,13 @@ std::vector<int64_t> TextDataset::training_batch(uint64_t seed, int64_t step, in
   return rows;
 }
 
+std::vector<int64_t> TextDataset::sequence(int64_t index) const {
+  MORAINE_CHECK(index >= 0 && index < num_sequences(), "data: sequence {} of {}", index, num_sequences());
+  std::vector<int64_t> row(static_cast<size_t>(seq_len_ + 1));
+  split_->tokens.copy(index * seq_len_, seq_len_ + 1, row.data());
+  return row;
+}
+
 std::vector<int64_t> TextDataset::eval_batch(int64_t first, int64_t count) const {
   MORAINE_CHECK(first >= 0 && count >= 0, "data: evaluation sequences [{}, {})", first, first + count);
   const int64_t width = seq_len_ + 1;

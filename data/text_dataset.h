@@ -45,6 +45,9 @@ class TextDataset {
   /// resuming at a step needs no state. Throws as TokenStream::copy().
   std::vector<int64_t> training_batch(uint64_t seed, int64_t step, int64_t batch_size) const;
 
+  /// Training sequence `index` in file order, [seq_len + 1] tokens; 0 <= index < num_sequences().
+  std::vector<int64_t> sequence(int64_t index) const;
+
   /// Evaluation sequences [first, first + count) in file order, row-major [count, seq_len + 1]; positions past the end
   /// are -1.
   std::vector<int64_t> eval_batch(int64_t first, int64_t count) const;

@@ -1,0 +1,160 @@
+#include "algorithms/federated/federated.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
+
+#include "algorithms/adapters/lora.h"
+#include "algorithms/language_model.h"
+#include "core/error.h"
+#include "data/text_dataset.h"
+#include "models/decoder.h"
+#include "models/tensor_io.h"
+
+namespace moraine::algorithms::federated {
+namespace {
+
+models::DecoderConfig architecture_of(const ModelConfig& model) {
+  const auto file = std::filesystem::path(model.path) / "config.json";
+  return models::DecoderConfig::from_json(core::read_json(file), file.string());
+}
+
+}  // namespace
+
+Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config)
+    : method_(std::move(method)), federation_(std::move(federation)), config_(std::move(config)), architecture_(architecture_of(config_.model)) {}
+
+Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config, const core::Json& inputs)
+    : method_(std::move(method)), federation_(std::move(federation)), config_(std::move(config)),
+      architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
+      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
+      sequences_(inputs.at("sequences").get<std::map<std::string, int64_t>>()), model_id_(inputs.at("model").get<std::string>()) {}
+
+core::Json Federated::inputs() const {
+  return {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"sequences", sequences_}, {"model", model_id_}};
+}
+
+void Federated::open_inputs() {
+  core::Problems problems;
+  for (size_t i = 0; i < config_.domains.size(); ++i) {
+    const auto& d = config_.domains[i];
+    const std::string key = fmt::format("domains.{}.path", i);
+    try {
+      for (const char* split : {"train", "validation", "test"}) {
+        const auto dataset = data::TextDataset::open(d.path, split, config_.seq_len, config_.tokenizer);
+        fingerprints_[d.name] = dataset.info().fingerprint;
+        if (split == std::string("train")) sequences_[d.name] = dataset.num_sequences();
+        if (dataset.info().vocab_size > architecture_.vocab_size)
+          problems.add(key, key, fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size, architecture_.vocab_size), "use the model's own tokeniser");
+      }
+    } catch (const core::UserError& error) {
+      problems.add(key, key, error.what(), error.hint());
+    }
+  }
+  if (config_.seq_len > architecture_.max_position_embeddings)
+    problems.add("seq_len", "seq_len", fmt::format("{} is more than the model's {} positions", config_.seq_len, architecture_.max_position_embeddings));
+  if (problems.empty()) {
+    std::string empty;
+    int64_t count = 0;
+    for (const auto& client : clients())
+      if (client.sequences() == 0) {
+        if (++count <= 5) empty += (empty.empty() ? "" : ", ") + client.name;
+      }
+    if (count > 0)
+      problems.add("clients", "clients", fmt::format("{} of {} clients have no data: {}{}", count, config_.clients.count, empty, count > 5 ? ", ..." : ""),
+                   "fewer clients, a larger clients.alpha, another seed, or more text");
+  }
+  if (problems.empty()) {
+    model_id_ = model_identity(config_.model.path, architecture_);
+    // The adapter's targets and ranks are checked against the model once, here, before anything is planned.
+    const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
+    (void)adapters::lora_targets(lora(server_rank()), base.slots());
+  }
+  problems.throw_if_any(config_.name);
+}
+
+void Federated::publish(const RunState& state, const std::filesystem::path& run_directory) const {
+  const at::NoGradGuard no_grad;
+  PlanBuilder builder(state);
+  const Stages stages = walk(builder);
+  if (stages.rounds.empty()) return;
+  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
+  if (!federation_->changes_base()) {
+    const auto artefact = state.artefact(stages.rounds.back().state);
+    const auto adapter = adapters::LoraAdapter::create(lora(server_rank()), base.slots(), 0, at::kCPU);
+    Factors factors = first_factors(base);
+    for (const auto& view : artefact->file().tensors())
+      if (view.name.starts_with("model.") && factors.count(view.name)) factors[view.name] = models::copy_of(view);
+    set_factors(adapter, factors);
+    adapter.save(run_directory / "experts" / "global", config_.model.path);
+    return;
+  }
+  // Rounds changed the base: what other tools can load is the changed model itself.
+  std::map<std::string, at::Tensor> deltas;
+  const auto add = [&](const std::string& slot, const at::Tensor& b, const at::Tensor& a, double scale) {
+    at::Tensor& delta = deltas[slot + ".weight"];
+    const at::Tensor product = b.matmul(a) * scale;
+    delta = delta.defined() ? delta + product : product;
+  };
+  for (const auto& round : stages.rounds) {
+    const auto artefact = state.artefact(round.state);
+    const auto tensor = [&](const std::string& name) { return models::borrow(*artefact->file().find(name), artefact); };
+    const bool last = &round == &stages.rounds.back();
+    for (const auto& view : artefact->file().tensors()) {
+      if (view.name.ends_with(".base_A")) {
+        const std::string slot = view.name.substr(0, view.name.size() - 7);
+        add(slot, tensor(slot + ".base_B"), tensor(view.name), 1);
+      } else if (last && view.name.ends_with(".lora_A.weight")) {
+        const std::string slot = view.name.substr(0, view.name.size() - 14);
+        add(slot, tensor(slot + ".lora_B.weight"), tensor(view.name), scale());
+      }
+    }
+  }
+  const auto merged = base.plus({deltas.begin(), deltas.end()});
+  write_model_directory(run_directory / "merged_model", architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
+}
+
+ParameterTable Federated::parameters() const {
+  const auto model = models::Decoder::from_config(architecture_, 0, at::kFloat);
+  const auto targets = adapters::lora_targets(lora(config_.lora.rank), model.slots());
+  const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
+  ParameterTable table;
+  table.columns = {"rank", "adapter parameters", "% of the model", "up per client and round, numbers", "down per client and round, numbers"};
+  std::vector<int64_t> ranks = config_.clients.ranks.empty() ? std::vector<int64_t>{config_.lora.rank} : config_.clients.ranks;
+  int64_t sum_of_ranks = 0;
+  for (int64_t k = 0; k < sampled; ++k) sum_of_ranks += ranks[static_cast<size_t>(k) % ranks.size()];
+  std::sort(ranks.begin(), ranks.end());
+  ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+  for (const int64_t rank : ranks) {
+    int64_t count = 0, up = 0, down = 0;
+    for (const auto& target : targets) {
+      const auto traffic = federation_->traffic(target.slot.in, target.slot.out, rank, sum_of_ranks, server_rank());
+      count += rank * (target.slot.in + target.slot.out);
+      up += traffic.up;
+      down += traffic.down;
+    }
+    table.rows.push_back({rank, count, 100.0 * static_cast<double>(count) / static_cast<double>(architecture_.total_parameters()), up, down});
+  }
+  table.notes = {fmt::format("{} adapted matrices, {} clients per round, sum of their ranks {}; a number is 4 bytes", targets.size(), sampled, sum_of_ranks)};
+  return table;
+}
+
+ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems, const char* name, std::unique_ptr<Federation> federation) {
+  FederatedConfig config;
+  federated_schema().parse(root, "", config, problems);
+  ParsedRecipe recipe;
+  recipe.run = config;
+  federated_schema().resolve(root, "", config, recipe.resolved);
+  recipe.values = federated_schema().to_json(config);
+  const auto origin = [&](const char* key) { return root.find(key) ? root.find(key)->origin : root.origin; };
+  if (!federation->mixed_ranks() && !config.clients.ranks.empty())
+    problems.add(origin("clients"), "clients.ranks", fmt::format("{} needs one rank for all clients", name), "use flora or hetlora for clients of different ranks");
+  if (!federation->server_optimizers() && config.server.optimizer != "fedavg")
+    problems.add(origin("server"), "server.optimizer", fmt::format("{} forms an exact mean: {} would undo it", name, config.server.optimizer), "server.optimizer: fedavg");
+  if (!config.lora.rank_pattern.empty() || !config.lora.alpha_pattern.empty())
+    problems.add(origin("lora"), "lora.rank_pattern", "ranks per module are not federated", "one lora.rank, and clients.ranks for clients of different ranks");
+  if (problems.empty()) recipe.method = std::make_unique<Federated>(name, std::move(federation), std::move(config));
+  return recipe;
+}
+
+}  // namespace moraine::algorithms::federated

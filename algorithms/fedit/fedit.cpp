@@ -1,0 +1,17 @@
+#include "algorithms/fedit/fedit.h"
+
+#include "algorithms/federated/federated.h"
+
+namespace moraine::algorithms::fedit {
+namespace {
+
+class FedIt final : public federated::Federation {
+ public:
+  static constexpr const char* kName = "fedit";
+};
+
+}  // namespace
+
+MethodEntry method_entry() { return federated::method_entry_of<FedIt>("rounds of LoRA, A and B averaged apart (FedAvg, FedAvgM, FedAdam)"); }
+
+}  // namespace moraine::algorithms::fedit
