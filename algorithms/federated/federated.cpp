@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/cat.h>
 
 #include "algorithms/adapters/lora.h"
 #include "algorithms/language_model.h"
@@ -73,45 +72,71 @@ void Federated::open_inputs() {
   problems.throw_if_any(config_.name);
 }
 
-void Federated::publish(const RunState& state, const std::filesystem::path& run_directory) const {
+void Federated::write_adapter(const RunState& state, const std::string& id, const std::filesystem::path& directory) const {
   const at::NoGradGuard no_grad;
+  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
+  const auto adapter = adapters::LoraAdapter::create(lora(server_rank()), base.slots(), 0, at::kCPU);
+  Factors factors = first_factors(base);
+  for (const auto& view : state.artefact(id)->file().tensors())
+    if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
+  set_factors(adapter, factors);
+  adapter.save(directory, config_.model.path);
+}
+
+void Federated::write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds, const std::filesystem::path& directory) const {
+  const at::NoGradGuard no_grad;
+  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
+  std::map<std::string, at::Tensor> deltas;
+  const auto add = [&](const std::string& slot, const at::Tensor& b, const at::Tensor& a, double factor) {
+    at::Tensor& delta = deltas[slot + ".weight"];
+    const at::Tensor product = b.matmul(a) * factor;
+    delta = delta.defined() ? delta + product : product;
+  };
+  for (const auto& round : rounds) {
+    const auto artefact = state.artefact(round.state);
+    for (const auto& view : artefact->file().tensors())
+      if (view.name.ends_with(".base_A")) {
+        const std::string slot = view.name.substr(0, view.name.size() - 7);
+        add(slot, models::copy_of(*artefact->file().find(slot + ".base_B")), models::copy_of(view), 1);
+      }
+  }
+  if (!federation_->starts_fresh()) {   // the adapter of the last round sits on top
+    Factors factors = first_factors(base);
+    for (const auto& view : state.artefact(rounds.back().state)->file().tensors())
+      if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
+    for (const auto& [name, a] : factors)
+      if (name.ends_with(".lora_A.weight")) {
+        const std::string slot = name.substr(0, name.size() - 14);
+        add(slot, factors.at(slot + ".lora_B.weight"), a, scale());
+      }
+  }
+  const auto merged = base.plus({deltas.begin(), deltas.end()});
+  write_model_directory(directory, architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
+}
+
+void Federated::publish(const RunState& state, const std::filesystem::path& run_directory) const {
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
   if (stages.rounds.empty()) return;
-  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-  if (!federation_->changes_base()) {
-    const auto artefact = state.artefact(stages.rounds.back().state);
-    const auto adapter = adapters::LoraAdapter::create(lora(server_rank()), base.slots(), 0, at::kCPU);
-    Factors factors = first_factors(base);
-    for (const auto& view : artefact->file().tensors())
-      if (view.name.starts_with("model.") && factors.count(view.name)) factors[view.name] = models::copy_of(view);
-    set_factors(adapter, factors);
-    adapter.save(run_directory / "experts" / "global", config_.model.path);
-    return;
-  }
-  // Rounds changed the base: what other tools can load is the changed model itself.
-  std::map<std::string, at::Tensor> deltas;
-  const auto add = [&](const std::string& slot, const at::Tensor& b, const at::Tensor& a, double scale) {
-    at::Tensor& delta = deltas[slot + ".weight"];
-    const at::Tensor product = b.matmul(a) * scale;
-    delta = delta.defined() ? delta + product : product;
-  };
-  for (const auto& round : stages.rounds) {
-    const auto artefact = state.artefact(round.state);
-    const auto tensor = [&](const std::string& name) { return models::borrow(*artefact->file().find(name), artefact); };
-    const bool last = &round == &stages.rounds.back();
-    for (const auto& view : artefact->file().tensors()) {
-      if (view.name.ends_with(".base_A")) {
-        const std::string slot = view.name.substr(0, view.name.size() - 7);
-        add(slot, tensor(slot + ".base_B"), tensor(view.name), 1);
-      } else if (last && view.name.ends_with(".lora_A.weight")) {
-        const std::string slot = view.name.substr(0, view.name.size() - 14);
-        add(slot, tensor(slot + ".lora_B.weight"), tensor(view.name), scale());
-      }
-    }
-  }
-  const auto merged = base.plus({deltas.begin(), deltas.end()});
-  write_model_directory(run_directory / "merged_model", architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
+  if (federation_->changes_base())
+    write_merged_model(state, stages.rounds, run_directory / "merged_model");
+  else
+    write_adapter(state, stages.rounds.back().state, run_directory / "experts" / "global");
+}
+
+void Federated::export_as(const RunState& state, const ExportRequest& request) const {
+  PlanBuilder builder(state);
+  const Stages stages = walk(builder);
+  if (stages.rounds.empty())
+    throw core::UserError("algorithms/federated: no round is complete yet", "finish the run, then export");
+  if (!request.what.empty() || !request.experts.empty())
+    throw core::UserError(fmt::format("algorithms/federated: {} has one result, the global model", method_), "leave out the names of results and experts");
+  if (request.format == "hf") return write_merged_model(state, stages.rounds, request.directory);
+  if (request.format != "peft")
+    throw core::UserError(fmt::format("algorithms/federated: {} has no form '{}'", method_, request.format), "--to hf: the merged model; --to peft: the adapter");
+  if (federation_->changes_base())
+    throw core::UserError(fmt::format("algorithms/federated: {} changes the base model every round: its result is no single adapter", method_), "--to hf writes the merged model");
+  write_adapter(state, stages.rounds.back().state, request.directory);
 }
 
 ParameterTable Federated::parameters() const {

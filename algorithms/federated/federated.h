@@ -41,6 +41,8 @@ class Federated final : public Method {
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
+  /// peft: the global adapter; hf: the merged model, the only form of methods whose rounds change the base.
+  void export_as(const RunState& state, const ExportRequest& request) const override;
   ParameterTable parameters() const override;
 
  private:
@@ -86,6 +88,9 @@ class Federated final : public Method {
   models::Decoder global_model(const Unit& unit, WorkerContext& context) const;
   Factors global_factors(const Unit& unit, WorkerContext& context, const models::Backbone& model) const;
   Factors first_factors(const models::Backbone& model) const;
+  void write_adapter(const RunState& state, const std::string& id, const std::filesystem::path& directory) const;
+  /// The base, everything the rounds added to it and the last adapter, as a Hugging Face directory.
+  void write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds, const std::filesystem::path& directory) const;
   /// Replaces an adapter's values; both must have the same names and shapes.
   void set_factors(const adapters::LoraAdapter& adapter, const Factors& factors) const;
 

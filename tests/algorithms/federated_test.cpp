@@ -18,6 +18,7 @@
 #include "algorithms/federated/weighted_sum.h"
 #include "algorithms/register.h"
 #include "core/error.h"
+#include "core/file.h"
 #include "models/tensor_io.h"
 #include "worker/context.h"
 
@@ -130,7 +131,7 @@ TEST(ServerStep, MomentsFollowTheirRecurrences) {
   config = {};
   config.optimizer = "fedadam", config.learning_rate = 0.1, config.tau = 0.01;
   first.clear();
-  const double m = 0.1 * 0.5, v = 0.99 * 1e-4 + 0.01 * 0.25;
+  const double m = 0.1 * 0.5, v = 0.99 * (0.01 * 0.01) + (1 - 0.99) * 0.25;
   EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(), static_cast<float>(0.1 * m / (std::sqrt(v) + 0.01)));
   EXPECT_DOUBLE_EQ(first.at("v.w").item<double>(), v);
 }
