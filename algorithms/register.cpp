@@ -1,5 +1,6 @@
 #include "algorithms/register.h"
 
+#include "algorithms/continual/continual.h"
 #include "algorithms/fedex_lora/fedex_lora.h"
 #include "algorithms/fedit/fedit.h"
 #include "algorithms/ffa_lora/ffa_lora.h"
@@ -13,6 +14,7 @@ namespace moraine::algorithms {
 
 const std::vector<MethodEntry>& methods() {
   static const std::vector<MethodEntry> entries = {
+      continual::method_entry(),
       fedex_lora::method_entry(),
       fedit::method_entry(),
       ffa_lora::method_entry(),

@@ -85,8 +85,9 @@ Vit Vit::from_tensors(const core::Json& config, const std::vector<core::TensorVi
 }
 
 Vit Vit::from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype) {
+  const core::Json config = core::read_json(directory / "config.json");
   const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
-  return from_tensors(core::read_json(directory / "config.json"), files->tensors(), directory.string(), dtype, files);
+  return from_tensors(config, files->tensors(), directory.string(), dtype, files);
 }
 
 Vit Vit::on(at::Device device) const { return Vit(config_, frozen_weights(device)); }

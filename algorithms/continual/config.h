@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "algorithms/adapters/lora_config.h"
+#include "algorithms/run_config.h"
+#include "algorithms/worker_context.h"
+#include "core/config.h"
+#include "data/task_stream.h"
+#include "models/vit_config.h"
+
+namespace moraine::algorithms::continual {
+
+/// Shapes of a vision transformer that is built from the seed instead of loaded.
+struct ArchitectureConfig {
+  int64_t image_size = 28, patch_size = 7, num_channels = 1;
+  int64_t hidden_size = 64, intermediate_size = 128, num_layers = 3, num_heads = 4;
+};
+
+/// The frozen backbone all learners start from: a directory, or shapes, or shapes trained on a data set that shares no class
+/// with the stream.
+struct BackboneConfig {
+  std::string path;                                // Hugging Face or timm directory; exclusive with `architecture`
+  std::optional<ArchitectureConfig> architecture;  // without `train`: random weights, a control
+  std::string data_path;                           // prepared images it is trained on, with their labels
+  std::optional<TrainConfig> train;
+};
+
+struct ImagesConfig {
+  std::string path;                      // prepared HDF5 file
+  double mean = 0.5, deviation = 0.5;    // of pixels in [0, 1]; a loaded backbone wants what it was trained with
+};
+
+struct TaskConfig {
+  std::vector<int64_t> classes;
+};
+struct StreamConfig {
+  std::vector<TaskConfig> tasks;
+  int64_t base_classes = 0, increment = 2;
+  std::vector<int64_t> leave_out;
+  int64_t train_per_class = 0, test_per_class = 0, validation_per_class = 0;
+};
+
+struct EvaluationConfig {
+  int64_t batch_size = 100;
+  std::string split = "test";  // test | validation
+  bool ahead = true;           // evaluate tasks before they are trained (task-incremental), and the initial model
+};
+
+struct ContinualConfig : RunConfig {
+  BackboneConfig model;
+  ImagesConfig images;
+  StreamConfig stream;
+  std::vector<int64_t> orders = {-1};     // class orders: -1 = as labels stand, else a seed
+  std::vector<int64_t> seeds;             // of initial values and data order; empty = the run's seed
+  std::vector<std::string> methods = {"finetune", "joint", "seq_lora", "simplecil"};
+  TrainConfig train;                      // of one task; joint training takes `steps` per task it sees
+  adapters::LoraConfig lora;              // seq_lora
+  std::optional<TrainConfig> lora_train;  // of one task of seq_lora; absent = train
+  EvaluationConfig evaluation;
+  std::vector<std::string> metrics;       // empty = the canonical ones that the cells give
+
+  std::vector<int64_t> all_seeds() const { return seeds.empty() ? std::vector<int64_t>{seed} : seeds; }
+  const TrainConfig& lora_training() const { return lora_train ? *lora_train : train; }
+  data::TaskStreamSpec stream_spec(int64_t order) const;
+};
+
+const core::Schema<ContinualConfig>& continual_schema();
+
+/// Of a backbone that is built from the seed.
+models::VitConfig vit_config(const ArchitectureConfig& shapes);
+
+}  // namespace moraine::algorithms::continual

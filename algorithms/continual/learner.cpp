@@ -1,0 +1,50 @@
+#include "algorithms/continual/learner.h"
+
+#include "algorithms/continual/finetune/finetune.h"
+#include "algorithms/continual/joint/joint.h"
+#include "algorithms/continual/seq_lora/seq_lora.h"
+#include "algorithms/continual/simplecil/simplecil.h"
+#include "core/error.h"
+#include "core/hash.h"
+
+namespace moraine::algorithms::continual {
+
+const std::vector<const Learner*>& learners() {
+  static const Finetune finetune("finetune", false), finetune_local("finetune_local", true);
+  static const Joint joint;
+  static const SeqLora seq_lora("seq_lora", false), seq_lora_local("seq_lora_local", true);
+  static const SimpleCil simplecil;
+  static const std::vector<const Learner*> all = {&joint, &finetune, &finetune_local, &seq_lora, &seq_lora_local, &simplecil};
+  return all;
+}
+
+const Learner& find_learner(const std::string& name) {
+  for (const Learner* learner : learners())
+    if (learner->name() == name) return *learner;
+  throw core::InternalError(fmt::format("no continual learner '{}'", name));
+}
+
+const Learner& learner_of_kind(const std::string& kind) {
+  for (const Learner* learner : learners())
+    if (learner->kind() == kind) return *learner;
+  throw core::InternalError(fmt::format("no continual learner has units of kind '{}'", kind));
+}
+
+std::vector<std::string> learner_names() {
+  std::vector<std::string> names;
+  for (const Learner* learner : learners()) names.push_back(learner->name());
+  return names;
+}
+
+std::vector<int64_t> StreamFacts::classes_until(int64_t last) const {
+  std::vector<int64_t> classes;
+  for (int64_t task = 0; task <= last; ++task) {
+    const auto& own = tasks[static_cast<size_t>(task)].classes;
+    classes.insert(classes.end(), own.begin(), own.end());
+  }
+  return classes;
+}
+
+uint64_t head_seed(int64_t seed) { return core::derive_seed(static_cast<uint64_t>(seed), "continual/head"); }
+
+}  // namespace moraine::algorithms::continual

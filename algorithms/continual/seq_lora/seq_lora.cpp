@@ -1,0 +1,83 @@
+#include "algorithms/continual/seq_lora/seq_lora.h"
+
+#include <utility>
+
+#include <ATen/core/grad_mode.h>
+
+#include "algorithms/adapters/lora.h"
+#include "algorithms/continual/config.h"
+#include "algorithms/continual/head.h"
+#include "core/error.h"
+#include "core/hash.h"
+#include "models/tensor_io.h"
+
+namespace moraine::algorithms::continual {
+namespace {
+
+constexpr const char* kPrefix = "lora.";
+
+adapters::LoraAdapter fresh_adapter(const LearnerSite& site, uint64_t seed) {
+  return adapters::LoraAdapter::create(site.config.lora, site.base->slots(), seed, site.context.device());
+}
+
+void load(const core::Artefact& artefact, const adapters::LoraAdapter& adapter) {
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, tensor] : adapter.parameters()) {
+    const auto* stored = artefact.file().find(kPrefix + name);
+    MORAINE_CHECK(stored != nullptr, "an adapter's artefact has no '{}'", name);
+    at::Tensor(tensor).copy_(models::copy_of(*stored));
+  }
+}
+
+class LoraClassifier final : public HeadClassifier {
+ public:
+  LoraClassifier(models::Vit vit, const adapters::LoraAdapter& adapter, Head head, uint64_t seed)
+      : HeadClassifier(std::move(head), seed, vit.config().hidden_size, vit.device()), vit_(std::move(vit)) {
+    adapter.attach(vit_);
+  }
+
+ private:
+  at::Tensor features(const at::Tensor& images) override { return vit_.features(images); }
+  models::Vit vit_;
+};
+
+}  // namespace
+
+std::string SeqLora::title() const { return local_ ? "one LoRA, logits of the task" : "one LoRA, logits of all seen"; }
+
+std::vector<UnitRequest> SeqLora::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task, int64_t seed,
+                                        const std::vector<std::string>& before) const {
+  core::Json spec = training_spec(config.lora_training(), stream, task, task, local_, seed);
+  spec["lora"] = adapters::lora_schema().to_json(config.lora);
+  spec["lora_seed"] = core::derive_seed(static_cast<uint64_t>(seed), "continual/lora");
+  return {{fmt::format("task{}", task), std::move(spec), before, trained_images(config.lora_training())}};
+}
+
+core::ArtefactPtr SeqLora::execute(const Unit& unit, const LearnerSite& site) const {
+  models::Vit vit = site.base->share();
+  const adapters::LoraAdapter adapter = fresh_adapter(site, unit.spec.at("lora_seed").get<uint64_t>());
+  Head head;
+  if (!unit.spec.at("fresh").get<bool>()) {
+    const auto before = site.context.artefact(unit.inputs.at(0));
+    load(*before, adapter);
+    head = Head::read(*before, site.context.device());
+  }
+  adapter.attach(vit);
+  models::NamedTensors factors;
+  for (const auto& [name, tensor] : adapter.parameters()) factors.emplace_back(kPrefix + name, tensor);
+  return train_head_and(kind(), unit, site, site.config.lora_training(), factors, std::move(head),
+                        [&](const at::Tensor& images) { return vit.features(images); }, [&] { return factors; });
+}
+
+std::unique_ptr<Classifier> SeqLora::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed, const LearnerSite& site) const {
+  MORAINE_CHECK(state.size() == 1, "a LoRA's state is one artefact, not {}", state.size());
+  const adapters::LoraAdapter adapter = fresh_adapter(site, 0);
+  load(*state[0], adapter);
+  return std::make_unique<LoraClassifier>(site.base->share(), adapter, Head::read(*state[0], site.context.device()), seed);
+}
+
+int64_t SeqLora::trained_parameters(const ContinualConfig& config, const models::Vit& base) const {
+  return adapters::lora_parameters(adapters::lora_targets(config.lora, base.slots()));
+}
+
+}  // namespace moraine::algorithms::continual

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Runs continual recipes as a user would, on tiny images: continual_test.py BINARY CLAIM."""
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+SOURCE = Path(__file__).resolve().parents[2]
+BINARY = sys.argv[1]
+
+RECIPE = """
+name: tiny
+method: continual
+model:
+  architecture: {image_size: 8, patch_size: 4, hidden_size: 8, intermediate_size: 12, num_layers: 2, num_heads: 2}
+  data_path: others.h5
+  train: {steps: 4, batch_size: 8}
+images: {path: images.h5}
+stream: {increment: 2}
+orders: [-1, 1993]
+methods: [joint, finetune, seq_lora, simplecil]
+train: {steps: STEPS, batch_size: 8, checkpoint_every: 5, log_every: 5}
+lora: {rank: 2}
+workers: {local: 2}
+"""
+
+
+class World:
+    def __init__(self, directory: Path):
+        self.directory = directory
+        rng = np.random.default_rng(3)
+        for name, classes in (("images", 6), ("others", 3)):
+            lines = [[*(rng.integers(0, 120, 36) + 130 * (np.arange(36) // 6 == label)), label] for label in np.arange(30 * classes) % classes]
+            (directory / f"{name}.csv.gz").write_bytes(gzip.compress("".join(",".join(map(str, line)) + "\n" for line in lines).encode()))
+            subprocess.run([sys.executable, SOURCE / "scripts/prepare_images.py", "--name", name, "--out", directory / f"{name}.h5", "--table",
+                            directory / f"{name}.csv.gz", "--shape", "1x6x6", "--test-share", "0.3"], check=True, capture_output=True)
+        self.recipe = directory / "recipe.yaml"
+        self.recipe.write_text(RECIPE.replace("STEPS", "8"))
+
+    def command(self, run: str, *overrides: str) -> list[str]:
+        return [BINARY, "run", str(self.recipe), *overrides, "--run-dir", str(self.directory / run)]
+
+    def run(self, run: str, *overrides: str, expect: int = 0) -> subprocess.CompletedProcess:
+        done = subprocess.run(self.command(run, *overrides), capture_output=True, text=True, timeout=300)
+        if done.returncode != expect:
+            sys.exit(f"exit code {done.returncode}, expected {expect}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def summary(self, run: str) -> dict:
+        return json.loads((self.directory / run / "summary.json").read_text())
+
+    def hash(self, run: str) -> str:
+        value = self.summary(run)["hash"]
+        assert len(value) == 64, value
+        return value
+
+
+def expect_in(text: str, *parts: str) -> None:
+    for part in parts:
+        assert part in text, f"no {part!r} in:\n{text}"
+
+
+def workers_and_kills_do_not_change_the_matrices(world: World) -> None:
+    world.recipe.write_text(RECIPE.replace("STEPS", "60").replace("[-1, 1993]", "[1993]").replace("[joint, ", "["))
+    for workers in (1, 3):
+        world.run(f"w{workers}", f"workers.local={workers}")
+    assert world.hash("w1") == world.hash("w3")
+    for number, sign in enumerate((signal.SIGKILL, signal.SIGTERM)):   # in the middle of the chain, each start a little later
+        process = subprocess.Popen(world.command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        started = 0
+        for line in process.stderr:
+            started += "unit starts: unit=train/" in line
+            if started > 2 + number:
+                process.send_signal(sign)
+                break
+        process.stderr.read()
+        code = process.wait(timeout=120)
+        assert code == (-9 if sign == signal.SIGKILL else 75), code
+    world.run("killed")
+    assert world.hash("killed") == world.hash("w1")
+    world.run("seed", "seeds=[2]")
+    assert world.hash("seed") != world.hash("w1")
+
+
+def tables_and_matrices_agree(world: World) -> None:
+    done = world.run("run", "metrics=[last_pooled, forgetting_chaudhry, fwt]")
+    expect_in(done.stdout, "class-IL", "simplecil", "joint")
+    with h5py.File(world.directory / "run" / "metrics.h5") as file:
+        matrices = {}
+        file.visititems(lambda name, item: matrices.update({name: item[:]}) if isinstance(item, h5py.Dataset) else None)
+        streams = json.loads(file.attrs["streams"])
+    assert len(matrices) == 4 * 2 * 2, sorted(matrices)
+    rows = next(t for t in world.summary("run")["tables"] if t["title"] == "Accuracy, %")["rows"]
+    for row in rows:
+        last, forgetting = [], []
+        for stream in streams:
+            images = np.array([task["test"] for task in stream["tasks"]])
+            r = matrices[f"{row['method']}/order{stream['order']}/seed1/class_incremental"][1:]
+            last.append((r[-1] * images).sum() / images.sum())
+            forgetting.append(np.mean([max(r[i][j] for i in range(j, len(r) - 1)) - r[-1][j] for j in range(len(r) - 1)]))
+            t = matrices[f"{row['method']}/order{stream['order']}/seed1/task_incremental"][1:]
+            seen = ~np.isnan(r)
+            assert (seen == np.tril(np.ones_like(r, bool))).all() and (t[seen] >= r[seen]).all()
+        assert abs(np.mean(last) - row["last"]) < 1e-9, row           # the same sums in double, in another order
+        assert abs(np.mean(forgetting) - row["forgetting"]) < 1e-9, row
+    titles = [t["title"] for t in world.summary("run")["tables"]]
+    assert "Class-incremental metrics, %" in titles and "Task-incremental metrics, %" in titles, titles
+    again = world.run("run", "metrics=[last_pooled, bwt]", "--accept-changes")
+    assert "unit starts" not in again.stderr, "metrics are made from what is stored"
+    (world.directory / "images.h5").unlink()   # a report needs the run directory alone
+    subprocess.run([BINARY, "report", str(world.directory / "run")], capture_output=True, check=True)
+
+
+def bad_recipes_are_refused(world: World) -> None:
+    cases = {
+        ("stream.tasks=[{classes: [0, 1]}, {classes: [1, 2, 3, 4, 5]}]",): ("class 1 stands twice: in task 0 and in task 1",),
+        ("stream.tasks=[{classes: [0, 1, 2]}, {classes: [4, 5]}]",): ("class 3 is in no task",),
+        ("metrics=[fwt]", "evaluation.ahead=false"): ("fwt cannot be had from this stream", "evaluation.ahead: true"),
+        ("metrics=[forgeting_pycil]",): ("forgetting_pycil",),
+        ("methods=[simplecl]",): ("did you mean 'simplecil'",),
+        ("images.path=nowhere.h5",): ("nowhere.h5",),
+        ("images.path=recipe.yaml",): ("recipe.yaml",),
+        ("model.data_path=images.h5",): ("labels of tasks to come",),
+        ("model.path=.", "model.architecture=null", "model.train=null", 'model.data_path=""'): ("config.json",),
+    }
+    for overrides, parts in cases.items():
+        done = subprocess.run(world.command("refused", *overrides), capture_output=True, text=True, cwd=world.directory)
+        assert done.returncode == 2, f"{overrides}: {done.returncode}\n{done.stderr}"
+        expect_in(done.stderr, *parts)
+    assert not (world.directory / "refused").exists(), "a refused recipe leaves nothing behind"
+
+
+def a_published_backbone_can_be_loaded(world: World) -> None:
+    world.run("run")
+    model = world.directory / "run" / "backbone"
+    overrides = (f"model.path={model}", "model.architecture=null", "model.train=null", 'model.data_path=""')
+    world.run("from_directory", *overrides)
+    with h5py.File(world.directory / "run" / "metrics.h5") as one, h5py.File(world.directory / "from_directory" / "metrics.h5") as two:
+        for name in ("finetune/order1993/seed1/task_incremental", "simplecil/order-1/seed1/class_incremental"):
+            np.testing.assert_array_equal(one[name][:], two[name][:])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="moraine-continual-") as temporary:
+        globals()[sys.argv[2]](World(Path(temporary)))
