@@ -5,6 +5,7 @@
 #include "coordinator/verify.h"
 #include "core/error.h"
 #include "core/log.h"
+#include "core/tensorboard.h"
 
 namespace moraine::coordinator {
 namespace {
@@ -51,6 +52,7 @@ Coordinator::Coordinator(const RunDirectory& directory, comm::Channel& channel, 
       journal_(layout_.journal()),
       state_(layout_.artefacts(), journal_.records()),
       metrics_(core::metrics::open_jsonl(layout_.metrics())),
+      curves_(core::metrics::open_tensorboard(layout_.tensorboard())),
       core_(channel.peers(), options_, std::move(plan), state_),
       progress_(options_.terminal, [this] { return now(); }) {
   state_.forget_damaged();
@@ -188,7 +190,10 @@ void Coordinator::receive() {
     Event event = event_from(envelope);
     if (envelope.message.type == MessageType::kFetch) answer_fetch(envelope.peer, envelope.message.body);
     if (envelope.message.type == MessageType::kMetrics) {
-      for (const auto& record : metrics_from(envelope.message.body)) metrics_->record(record);
+      for (const auto& record : metrics_from(envelope.message.body)) {
+        metrics_->record(record);
+        curves_->record(record);
+      }
     }
     handle(std::move(event));
   } catch (const core::Json::exception& error) {

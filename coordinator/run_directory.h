@@ -20,6 +20,7 @@ struct RunLayout {
   std::filesystem::path journal() const { return root / "journal" / "000001.log"; }
   std::filesystem::path artefacts() const { return root / "artefacts"; }
   std::filesystem::path metrics() const { return root / "metrics.jsonl"; }
+  std::filesystem::path tensorboard() const { return root / "tensorboard"; }
   std::filesystem::path lock() const { return root / "lock"; }
 };
 
