@@ -1,13 +1,10 @@
 #include "algorithms/language_model.h"
 
-#include <algorithm>
-
 #include <ATen/ops/from_blob.h>
 
 #include "core/error.h"
-#include "core/file.h"
 #include "core/hash.h"
-#include "models/tensor_io.h"
+#include "models/checkpoint.h"
 
 namespace moraine::algorithms {
 
@@ -65,10 +62,9 @@ core::Json curve_json(const TrainOutcome& outcome) {
 }
 
 void write_model_directory(const std::filesystem::path& directory, const core::Json& config, models::NamedTensors tensors) {
-  std::sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::vector<at::Tensor> keep;
-  core::write_atomically(directory / "model.safetensors", core::serialize_safetensors(models::views_of(tensors, keep), {{"format", "pt"}}));
-  core::write_atomically(directory / "config.json", config.dump(2) + "\n");
+  std::vector<models::LazyTensor> stored;
+  for (auto& [name, tensor] : tensors) stored.push_back({name, static_cast<int64_t>(tensor.nbytes()), [tensor = tensor] { return tensor; }});
+  models::write_checkpoint(directory, config, std::move(stored));
 }
 
 }  // namespace moraine::algorithms

@@ -39,7 +39,7 @@ std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> l
 /// Points of a training curve as [[step, loss], ...].
 core::Json curve_json(const TrainOutcome& outcome);
 
-/// Writes config.json and model.safetensors.
+/// Writes config.json and model.safetensors, or shards of it (models/checkpoint.h).
 void write_model_directory(const std::filesystem::path& directory, const core::Json& config, models::NamedTensors tensors);
 
 }  // namespace moraine::algorithms

@@ -27,6 +27,7 @@ struct ExportRequest {
   std::filesystem::path directory;   // empty or not there yet
   std::string what;                  // which result; "" = the main one. The method's error lists what it has
   std::vector<std::string> experts;  // only these parts of it; empty = all
+  std::string base_model;            // name of the base model for adapters; "" = what the method knows, which may be nothing
   std::string dtype;                 // float32 | bfloat16; "" = as stored, where types mix the widest: nothing is rounded
 };
 

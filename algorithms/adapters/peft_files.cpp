@@ -63,13 +63,24 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
                     const std::string& base_model) {
   const core::Json& meta = adapter.meta();
   const bool as_read = meta.contains("peft");
-  if (adapter.kind() != "adapter" || (!as_read && !meta.contains("lora"))) {
-    throw core::UserError(fmt::format("algorithms/adapters: {} is no LoRA adapter (kind '{}')", adapter.file().origin(),
-                                      adapter.kind()),
-                          "only adapters made of pairs A and B have a PEFT form");
+  const auto refuse = [&](const std::string& why) {
+    throw core::UserError(fmt::format("algorithms/adapters: {} (kind '{}') {}", adapter.file().origin(), adapter.kind(), why),
+                          "only adapters made of pairs A and B on an unchanged base have a PEFT form");
+  };
+  if (!as_read && !meta.contains("lora")) refuse("is no LoRA adapter");
+  std::vector<core::TensorView> factors;
+  std::map<std::string, int> halves;
+  for (const core::TensorView& tensor : adapter.file().tensors()) {
+    if (tensor.name.starts_with("m.") || tensor.name.starts_with("v.")) continue;   // a server optimiser's moments
+    if (!tensor.name.ends_with(kA) && !tensor.name.ends_with(kB)) refuse(fmt::format("is more than a LoRA adapter: it holds '{}'", tensor.name));
+    ++halves[tensor.name.substr(0, tensor.name.size() - kA.size())];
+    factors.push_back(tensor);
   }
+  if (factors.empty()) refuse("is no LoRA adapter: it holds no factors");
+  for (const auto& [path, count] : halves)
+    if (count != 2) refuse(fmt::format("has only one of lora_A and lora_B of {}", path));
   core::Json config = as_read ? meta.at("peft") : peft_config(lora_schema().from_json(meta.at("lora")));
-  write_peft_directory(directory, std::move(config), adapter.file().tensors(), base_model);
+  write_peft_directory(directory, std::move(config), std::move(factors), base_model);
 }
 
 core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {

@@ -16,8 +16,9 @@ namespace moraine::algorithms::adapters {
 void write_peft_directory(const std::filesystem::path& directory, core::Json config,
                           std::vector<core::TensorView> factors, const std::string& base_model);
 
-/// An artefact of kind "adapter" (docs/formats.md) as a PEFT directory: its metadata hold adapter_config.json under
-/// "peft", or a LoraConfig under "lora". Throws UserError on another kind or on metadata with neither.
+/// An artefact that is a LoRA (kinds "adapter" and "update", docs/formats.md) as a PEFT directory: its metadata hold
+/// adapter_config.json under "peft", or a LoraConfig under "lora". A server optimiser's moments are left behind. Throws
+/// UserError on metadata with neither, and on tensors other than pairs A and B, such as a change of the base.
 void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
                     const std::string& base_model);
 

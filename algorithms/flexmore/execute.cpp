@@ -179,7 +179,7 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
   const Embedding own_embedding = domain_embedding(model, *dataset, config_.router.embedding_sequences, regression, context);
 
   Mixture mixture{public_rows(*embedding), {}};
-  const core::Json base_fingerprint = fingerprint_of_base(model, mixture.public_rows);
+  const core::Json base_fingerprint = fingerprint_of_base(model.weights(), mixture.public_rows);
   Expert expert{unit.spec.at("name").get<std::string>(), {}, {}, {}};
   TrainJob job{config_.train, {}, nullptr, config_.seq_len};
   const auto own = [&](const std::string& name, at::Tensor tensor) {
@@ -308,7 +308,7 @@ core::ArtefactPtr FlexMore::merge_experts(const Unit& unit, WorkerContext& conte
   const auto ranks = unit.spec.at("ranks").get<std::vector<int64_t>>();
   std::vector<core::ArtefactPtr> experts;
   for (size_t i = 0; i < ranks.size(); ++i) experts.push_back(context.artefact(unit.inputs.at(i + 1)));
-  const core::Json base_fingerprint = fingerprint_of_base(*model, rows);
+  const core::Json base_fingerprint = fingerprint_of_base(model->weights(), rows);
   return write_mixture(merge(experts, ranks, rows, base_fingerprint), {{"base", unit.spec.at("base")}});
 }
 

@@ -72,7 +72,7 @@ int64_t Expert::parameters() const {
   return total;
 }
 
-core::Json fingerprint_of_base(const models::Decoder& base, const std::vector<at::Tensor>& public_rows) {
+core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights, const std::vector<at::Tensor>& public_rows) {
   core::Json out = core::Json::object();
   const auto add = [&out](const std::string& name, const at::Tensor& tensor) {
     const at::Tensor here = tensor.cpu();   // outlives its view
@@ -80,7 +80,7 @@ core::Json fingerprint_of_base(const models::Decoder& base, const std::vector<at
     const auto views = models::views_of({{name, here}}, keep);
     out[name] = core::sha256(views.front().data);
   };
-  for (const auto& [name, tensor] : base.weights()) add(name, tensor);
+  for (const auto& [name, tensor] : weights) add(name, tensor);
   for (size_t l = 0; l < public_rows.size(); ++l) add(layer_prefix(l) + "gate.weight[0]", public_rows[l]);
   return out;
 }

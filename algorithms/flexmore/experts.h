@@ -1,5 +1,6 @@
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ struct Mixture {
 
 /// Names the frozen tensors a submission was trained against: Hugging Face name -> SHA-256 of the bytes. The public
 /// router rows are listed as "model.layers.<l>.mlp.gate.weight[0]".
-core::Json fingerprint_of_base(const models::Decoder& base, const std::vector<at::Tensor>& public_rows);
+core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights, const std::vector<at::Tensor>& public_rows);
 
 /// Expert <-> artefact (kind "expert"; docs/formats.md). `meta` and `extra` tensors are added to the artefact's own.
 core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::NamedTensors extra = {});

@@ -88,7 +88,11 @@ void FlexMore::export_as(const RunState& state, const ExportRequest& request) co
     throw core::UserError(fmt::format("algorithms/flexmore: there is no result '{}' to export", request.what), "a run of this method has `mixture` (chosen ranks) and `full_mixture` (full-size experts)");
   if (!id->second)
     throw core::UserError(fmt::format("algorithms/flexmore: the run has no {} yet", request.what.empty() ? "mixture" : request.what), "`moraine ls` lists what is still to do; a full mixture needs every domain trained with train: full");
-  export_mixture(mixture_model(*id->second, stages, state), request, config_.model.path);
+  if (!model_id_.empty() && model_identity(config_.model.path, architecture_) != model_id_)
+    throw core::UserError(fmt::format("algorithms/flexmore: the public model in {} is not the one the run was made with", config_.model.path), "put the model of that time back; RUN/mixture holds a copy of its own: moraine export RUN/mixture ...");
+  ExportRequest named = request;
+  if (named.base_model.empty()) named.base_model = config_.model.path;
+  export_mixture(mixture_model(*id->second, stages, state), named);
 }
 
 MethodEntry method_entry() {

@@ -87,6 +87,11 @@ at::ScalarType widest_type(const MixtureModel& model) {
   return widest;
 }
 
+void require_low_rank(const Expert& expert) {
+  if (expert.rank() == 0)
+    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' is full-size and has no low-rank form", expert.name), "--experts chooses the low-rank ones; --to flexolmo or hf exports any");
+}
+
 void attach_to(const core::Safetensors& biases, MixtureModel& model) {
   for (size_t l = 0; l < model.mixture.public_rows.size(); ++l) {
     const std::string name = ffn_slot(l) + ".gate.bias";
@@ -203,8 +208,7 @@ void write_flexolmo_directory(const MixtureModel& model, const fs::path& directo
 }
 
 void write_peft_expert(const Expert& expert, const fs::path& directory, const std::string& base_model) {
-  if (expert.rank() == 0)
-    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' is full-size and has no low-rank form", expert.name), "--experts chooses the low-rank ones; --to flexolmo or hf exports any");
+  require_low_rank(expert);
   adapters::LoraConfig config;
   config.rank = expert.rank();
   config.alpha = static_cast<double>(config.rank);
@@ -224,18 +228,23 @@ void write_peft_expert(const Expert& expert, const fs::path& directory, const st
   adapters::write_peft_directory(directory, std::move(peft), models::views_of(factors, keep), base_model);
 }
 
-void export_mixture(MixtureModel model, const ExportRequest& request, const std::string& base_model) {
-  std::vector<std::string> names;
-  for (const auto& expert : model.mixture.experts) names.push_back(expert.name);
-  for (const auto& name : request.experts)
-    if (std::find(names.begin(), names.end(), name) == names.end()) throw core::UserError(fmt::format("algorithms/flexmore: the mixture has no expert '{}'", name), core::name_hint(name, names));
-  if (!request.experts.empty())
-    std::erase_if(model.mixture.experts, [&](const Expert& e) { return std::find(request.experts.begin(), request.experts.end(), e.name) == request.experts.end(); });
+MixtureModel keep_experts(MixtureModel model, const std::vector<std::string>& names) {
+  std::vector<std::string> known;
+  for (const auto& expert : model.mixture.experts) known.push_back(expert.name);
+  for (const auto& name : names)
+    if (std::find(known.begin(), known.end(), name) == known.end()) throw core::UserError(fmt::format("algorithms/flexmore: the mixture has no expert '{}'", name), core::name_hint(name, known));
+  if (!names.empty())
+    std::erase_if(model.mixture.experts, [&](const Expert& e) { return std::find(names.begin(), names.end(), e.name) == names.end(); });
   model.top_k = std::min(model.top_k, static_cast<int64_t>(model.mixture.experts.size()) + 1);
+  return model;
+}
+
+void export_mixture(MixtureModel all, const ExportRequest& request) {
+  const MixtureModel model = keep_experts(std::move(all), request.experts);
   if (request.format == "peft") {
-    for (const auto& expert : model.mixture.experts)
-      if (expert.rank() == 0) write_peft_expert(expert, request.directory, base_model);   // refuses before anything is written
-    for (const auto& expert : model.mixture.experts) write_peft_expert(expert, request.directory / expert.name, base_model);
+    if (model.mixture.experts.empty()) throw core::UserError("algorithms/flexmore: the mixture has no expert beside the public one", "there is nothing to write as an adapter");
+    for (const auto& expert : model.mixture.experts) require_low_rank(expert);   // before anything is written
+    for (const auto& expert : model.mixture.experts) write_peft_expert(expert, request.directory / expert.name, request.base_model);
   } else if (request.format == "flexolmo") {
     const auto dtype = request.dtype.empty() ? std::nullopt : std::optional(request.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
     write_flexolmo_directory(model, request.directory, dtype);

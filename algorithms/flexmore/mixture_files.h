@@ -41,9 +41,11 @@ void write_flexolmo_directory(const MixtureModel& model, const std::filesystem::
 /// scale is 1. The adapter is the expert alone; its router rows have no place in it. Throws UserError if it is full-size.
 void write_peft_expert(const Expert& expert, const std::filesystem::path& directory, const std::string& base_model);
 
-/// Serves `moraine export` for a mixture: peft (one directory per expert), hf (FlexMoRE keys), flexolmo. Leaves out the
-/// experts that were not asked for; the top k then shrinks to what is left. Throws UserError on an unknown name.
-void export_mixture(MixtureModel model, const ExportRequest& request, const std::string& base_model);
+/// The mixture of these experts alone (empty = all); its top k shrinks to what is left. Throws UserError on an unknown name.
+MixtureModel keep_experts(MixtureModel model, const std::vector<std::string>& names);
+
+/// Serves `moraine export` for a mixture: peft (one directory per expert), hf (FlexMoRE keys), flexolmo.
+void export_mixture(MixtureModel all, const ExportRequest& request);
 
 /// The public model in `dtype` with the mixture attached.
 models::Decoder assemble(const MixtureModel& model, at::ScalarType dtype);

@@ -26,7 +26,7 @@ struct World {
   World() {
     for (int64_t l = 0; l < base.config().num_layers; ++l)
       public_rows.push_back(models::random_tensor({base.config().hidden_size}, 100 + static_cast<uint64_t>(l), 0.3).to(at::kFloat));
-    fingerprint = fingerprint_of_base(base, public_rows);
+    fingerprint = fingerprint_of_base(base.weights(), public_rows);
   }
 
   Expert full(const std::string& name, uint64_t seed) const {
