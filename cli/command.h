@@ -45,5 +45,9 @@ void add_cp(CLI::App& app, int& exit_code);
 void add_compare(CLI::App& app, int& exit_code);
 void add_config_schema(CLI::App& app, int& exit_code);
 void add_completion(CLI::App& app, int& exit_code);
+void add_export(CLI::App& app, int& exit_code);
+void add_import(CLI::App& app, int& exit_code);
+void add_merge(CLI::App& app, int& exit_code);
+void add_eval(CLI::App& app, int& exit_code);
 
 }  // namespace moraine::cli

@@ -69,6 +69,10 @@ int run_main(int argc, char** argv) {
   add_cat(app, exit_code);
   add_cp(app, exit_code);
   add_config_schema(app, exit_code);
+  add_export(app, exit_code);
+  add_import(app, exit_code);
+  add_merge(app, exit_code);
+  add_eval(app, exit_code);
   add_completion(app, exit_code);
   add_env(app, exit_code);
   app.parse_complete_callback([&] {

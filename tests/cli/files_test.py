@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,166 @@ def schema_and_completion(world: World) -> None:
     expect_in(moraine("completion", "tcsh", expect=2).stderr, "tcsh")
     for command in ("inspect", "cat", "cp", "compare", "config-schema", "completion"):
         expect_in(moraine(command, "--help").stdout, "Example")
+
+
+def exporting_and_importing(world: World) -> None:
+    world.run("run", "domains.1.rank=full", "domains.1.train=full")
+    run, here = world.directory / "run", world.directory
+    moraine("export", run, here / "lora", "--to", "peft", "--experts", "left")
+    config = json.loads((here / "lora/left/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(run / "public_model"), config
+    assert config["peft_type"] == "LORA" and config["lora_alpha"] == config["r"] == 2, config
+    factors = load_file(here / "lora/left/adapter_model.safetensors")
+    assert len(factors) == 12 and all(name.startswith("base_model.model.model.layers.") for name in factors), list(factors)
+    moraine("export", run, here / "dense", "--to", "flexolmo")
+    moraine("export", run / "mixture", here / "dense2", "--to", "flexolmo")
+    assert sha256(here / "dense/model.safetensors") == sha256(here / "dense2/model.safetensors")
+    dense, factored = load_file(here / "dense/model.safetensors"), load_file(run / "mixture/model.safetensors")
+    path = "model.layers.1.mlp.experts.{}.up_proj"
+    low = factored[path.format(1) + "_b.weight"] @ factored[path.format(1) + "_a.weight"] + factored[path.format(0) + ".weight"]
+    assert numpy.abs(dense[path.format(1) + ".weight"] - low).max() < 1e-6   # the product in float32 here, rounded once there
+    assert json.loads((here / "dense/config.json").read_text())["architectures"] == ["FlexOlmoForCausalLM"]
+    evaluate = lambda model, *more: as_json("eval", model, "--data", here / "left.h5", "--seq-len", 32, *more)[0]
+    assert abs(evaluate(run)["loss"] - evaluate(here / "dense")["loss"]) < 1e-6
+    alone, adapted = evaluate(run / "public_model"), evaluate(run / "public_model", "--adapter", here / "lora/left")
+    assert abs(alone["loss"] - adapted["loss"]) > 1e-6
+
+    moraine("export", run, here / "full", "--to", "flexolmo", "--what", "full_mixture")
+    moraine("import", here / "full", here / "parts")
+    (here / "merge.yaml").write_text("base: parts/public_model\ntop_k: 2\nexperts: [{artefact: parts/left.safetensors}, {artefact: parts/right.safetensors}]\n")
+    moraine("merge", here / "merge.yaml", here / "again")
+    moraine("export", here / "again", here / "back", "--to", "flexolmo")
+    assert sha256(here / "full/model.safetensors") == sha256(here / "back/model.safetensors")
+    moraine("import", here / "lora/left", here / "left.safetensors", "--base", run / "public_model")
+    moraine("export", here / "left.safetensors", here / "lora2", "--to", "peft")
+    assert sha256(here / "lora2/adapter_model.safetensors") == sha256(here / "lora/left/adapter_model.safetensors")
+    moraine("cp", run, "extract/left", here / "expert.safetensors")
+    moraine("export", here / "expert.safetensors", here / "lora4", "--to", "peft", "--base-model", "somewhere")
+    assert json.loads((here / "lora4/adapter_config.json").read_text())["base_model_name_or_path"] == "somewhere"
+
+    moraine("export", run, here / "lora_unit", "--to", "peft", "--what", "extract/left")
+    assert sha256(here / "lora_unit/adapter_model.safetensors") == sha256(here / "lora4/adapter_model.safetensors")
+    expect_in(moraine("export", run, here / "no", "--to", "peft", expect=2).stderr, "'right' is full-size", "--experts")
+    expect_in(moraine("export", run, here / "no", "--to", "hf", "--what", "extract/left", expect=2).stderr, "only be exported as peft")
+    expect_in(moraine("export", run, here / "no", "--to", "peft", "--what", "test/base/left", expect=2).stderr, "no LoRA adapter", "evaluation")
+    expect_in(moraine("export", run, here / "no", "--to", "hf", "--what", "soup", expect=2).stderr, "no result 'soup'", "full_mixture")
+    expect_in(moraine("export", run, here / "dense", "--to", "hf", expect=2).stderr, "not empty")
+    expect_in(moraine("export", run / "public_model", here / "no", "--to", "flexolmo", expect=2).stderr, "is no mixture")
+    moraine("cp", run, "test/base/left", here / "score.safetensors")
+    expect_in(moraine("export", here / "score.safetensors", here / "no", "--to", "peft", expect=2).stderr, "no LoRA adapter", "evaluation")
+    for key, value, parts in (("peft_type", "IA3", ("IA3", "only LoRA")), ("target_modules", ["lm"], ("match no slot", "gate_proj"))):
+        shutil.copytree(here / "lora/left", here / "bad", dirs_exist_ok=True)
+        (here / "bad/adapter_config.json").write_text(json.dumps({**config, key: value}))
+        expect_in(moraine("import", here / "bad", here / "no.safetensors", expect=2).stderr, *parts)
+    expect_in(moraine("import", here / "lora/left", here / "left.safetensors", expect=2).stderr, "exists")
+    expect_in(moraine("import", here / "none", here / "no", expect=2).stderr, "none")
+    assert not (here / "no").exists() and not (here / "no.safetensors").exists()
+
+
+def merging(world: World) -> None:
+    world.run("one")
+    base = ("model.architecture=null", "model.train=null", f"model.path={world.directory / 'one/public_model'}")
+    world.run("two", *base, "seed=5")
+    world.run("other", "seed=9")
+    here = world.directory
+
+    def merge(out: str, text: str, *overrides, expect: int = 0):
+        (here / "merge.yaml").write_text(text)
+        return moraine("merge", here / "merge.yaml", here / out, *overrides, expect=expect)
+
+    expect_in(merge("same", "experts: [{run: one, expert: right}, {run: one, expert: left, rank: 2}]\n").stdout, world.hash("one"), "rank 2")
+    assert sha256(here / "same/model.safetensors") == sha256(here / "one/mixture/model.safetensors")
+    merge("across", "base: one\nexperts: [{run: one, expert: left}, {run: two, expert: right, rank: 2}]\ntop_k: 3\n")
+    config = json.loads((here / "across/config.json").read_text())
+    assert config["expert_ranks"] == [0, 0, 2] and config["num_experts_per_tok"] == 3, config
+    merge("left", "experts: [{run: one, expert: left, rank: 2}, {run: two, expert: right}]\nleave_out: [right]\n")
+    left = as_json("eval", here / "left", "--data", here / "left.h5", "--seq-len", 32)[0]
+    assert abs(left["loss"] - as_json("eval", here / "one", "--data", here / "left.h5", "--seq-len", 32, "--experts", "left")[0]["loss"]) < 1e-9
+
+    refused = merge("no", "experts: [{run: one, expert: left}, {run: other, expert: right}]\n", expect=2).stderr
+    expect_in(refused, "'right' was trained against another public model", "model.embed_tokens.weight")
+    expect_in(merge("no", "experts: [{run: one, expert: lfet}]\n", expect=2).stderr, "no expert 'lfet'", "did you mean 'left'")
+    expect_in(merge("no", "experts: [{run: one, expert: left}]\n", "top_k=5", expect=2).stderr, "top_k 5", "2 experts")
+    expect_in(merge("no", "experts: [{run: one, expert: left}, {run: two, expert: left}]\n", expect=2).stderr, "two experts are named 'left'")
+    expect_in(merge("no", "experts: [{run: one}]\n", expect=2).stderr, "either run and expert, or artefact")
+    expect_in(merge("no", "experts: [{run: one, expert: test/base/left}]\n", expect=2).stderr, "no trained expert")
+    expect_in(merge("no", "expert: []\n", expect=2).stderr, "expert: unknown key", "experts")
+    assert not (here / "no").exists()
+
+
+def evaluating(world: World) -> None:
+    world.run("run", "evaluation.sequences=0")
+    run, here = world.directory / "run", world.directory
+    for model, unit in ((run, "test/mixture/left"), (run / "public_model", "test/base/left")):
+        ours = as_json("eval", model, "--data", here / "left.h5", "--seq-len", 32, "--batch-size", 4)[0]
+        theirs = as_json("cat", run, unit)
+        for key, value in theirs["scores"].items():
+            assert abs(ours[key] - value) < 1e-9, (model, key, ours, value)   # the same batches in the same order
+        assert ours["tokens"] == theirs["metadata"]["result"]["tokens"]
+    moraine("eval", run, "--data", here / "left.h5", "--seq-len", 32, "--sequences", 2, "--logits", here / "logits.safetensors")
+    tensors = load_file(here / "logits.safetensors")
+    assert tensors["tokens"].shape == (2, 33) and tensors["logits"].shape == (2, 32, 264)
+    expect_in(moraine("eval", run, "--data", f"{here}/left.h5,{here}/right.h5", "--seq-len", 32).stdout, "left", "right", "bits_per_byte")
+    expect_in(moraine("eval", run, "--data", here / "none.h5", expect=2).stderr, "none.h5")
+    expect_in(moraine("eval", run, "--data", here / "left.h5", "--seq-len", 65, expect=2).stderr, "65", "64 positions")
+    expect_in(moraine("eval", run, "--data", here / "left.h5", "--experts", "middle", expect=2).stderr, "no expert 'middle'")
+    expect_in(moraine("eval", here, "--data", here / "left.h5", expect=2).stderr, "config.json")
+
+
+def event_frames(data: bytes):
+    """Messages of a TensorBoard event file; both checksums are compared bit by bit."""
+    def masked(part: bytes) -> int:
+        crc = 0xFFFFFFFF
+        for byte in part:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        crc ^= 0xFFFFFFFF
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    while data:
+        (length,), stored = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])[0]
+        message, end = data[12:12 + length], struct.unpack("<I", data[12 + length:16 + length])[0]
+        assert stored == masked(data[:8]) and end == masked(message)
+        yield message
+        data = data[16 + length:]
+
+
+def fields(message: bytes) -> dict:
+    """The fields of a protobuf message, by number."""
+    def varint():
+        nonlocal message
+        value = shift = 0
+        while True:
+            byte, message = message[0], message[1:]
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    out = {}
+    while message:
+        key = varint()
+        size = {1: 8, 5: 4}.get(key & 7)
+        if key & 7 == 0:
+            out[key >> 3] = varint()
+            continue
+        size = varint() if size is None else size
+        out[key >> 3], message = message[:size], message[size:]
+    return out
+
+
+def tensorboard_files(world: World) -> None:
+    world.run("run")
+    found, root = {}, world.directory / "run" / "tensorboard"
+    for file in root.rglob("events.out.tfevents.*"):
+        first, *rest = (fields(message) for message in event_frames(file.read_bytes()))
+        assert first[3] == b"brain.Event:2"
+        for event in rest:
+            value = fields(fields(event[5])[1])
+            assert abs(struct.unpack("<d", event[1])[0] - file.stat().st_mtime) < 3600
+            found[str(file.parent.relative_to(root)), value[1].decode(), event.get(2, 0)] = struct.unpack("<f", value[2])[0]
+    lines = [json.loads(line) for line in (world.directory / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines and found == {(line["unit"], line["key"], line["step"]): float(numpy.float32(line["value"])) for line in lines}
 
 
 if __name__ == "__main__":
