@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "comm/mpi/channel.h"
+#include "comm/mpi/group.h"
 #include "core/error.h"
 
 namespace moraine::comm::mpi {
@@ -18,8 +19,12 @@ Session::~Session() = default;
 
 void Session::abort(int exit_code) { std::_Exit(exit_code); }
 
-std::unique_ptr<Channel> open_channel(const Session&, size_t) {
+std::unique_ptr<Channel> open_channel(const Session&, int, size_t) {
   throw core::InternalError("comm: a channel was asked for without a session");
+}
+
+std::unique_ptr<Group> make_group(const Session&, int) {
+  throw core::InternalError("comm: a group was asked for without a session");
 }
 
 }  // namespace moraine::comm::mpi

@@ -71,7 +71,7 @@ int run(const std::string& mode) {
   MORAINE_CHECK_EQ(session.size(), 3);
   MORAINE_CHECK(mpi::launched(), "mpirun was not noticed");
   try {
-    const auto channel = mpi::open_channel(session, kChunk);
+    const auto channel = mpi::open_channel(session, /*members=*/1, kChunk);
     if (mode == "hang") {  // to be killed by hand or by a test
       std::printf("%d\n", session.index());
       std::fflush(stdout);
