@@ -7,6 +7,7 @@
 #include "cli/command.h"
 #include "cli/run_summary.h"
 #include "comm/mpi/session.h"
+#include "comm/nccl/group.h"
 #include "coordinator/report/table.h"
 
 namespace moraine::cli {
@@ -15,6 +16,7 @@ namespace {
 void print_environment(const std::string& format) {
   core::Json facts = versions();
   facts["mpi"] = comm::mpi::available() ? "built in" : "not built in (MORAINE_WITH_MPI)";
+  facts["nccl"] = comm::nccl::available() ? "built in" : "not built in (MORAINE_WITH_NCCL)";
   facts["cuda"] = at::globalContext().hasCUDA() ? "available" : "absent: this build or machine has none";
   facts["cores"] = std::thread::hardware_concurrency();
   facts["blas"] = at::Context::hasMKL() ? "MKL" : "not MKL";

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstring>
 
+#include "comm/local/group.h"
 #include "comm/message_group.h"
 #include "comm/mpi/channel.h"
 #include "comm/mpi/frames.h"
@@ -60,6 +61,7 @@ class MpiLinks final : public Links {
 std::unique_ptr<Group> make_group(const Session& session, int size) {
   MORAINE_CHECK(size >= 1 && session.index() >= 1 && (session.size() - 1) % size == 0,
                 "comm/mpi: no groups of {} for process {} of {}", size, session.index(), session.size());
+  if (size == 1) return local::make_group();
   const int index = (session.index() - 1) % size, first = session.index() - index;
   std::vector<int> others;
   for (int process = first; process < first + size; ++process) {

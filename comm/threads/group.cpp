@@ -4,6 +4,7 @@
 #include <deque>
 #include <mutex>
 
+#include "comm/local/group.h"
 #include "comm/message_group.h"
 #include "core/error.h"
 
@@ -70,6 +71,11 @@ class ThreadLinks final : public Links {
 
 std::vector<std::unique_ptr<Group>> make_group(int size) {
   MORAINE_CHECK(size >= 1, "comm/threads: a group needs a member: {}", size);
+  if (size == 1) {
+    std::vector<std::unique_ptr<Group>> alone;
+    alone.push_back(local::make_group());
+    return alone;
+  }
   const auto boxes = std::make_shared<std::vector<Mailbox>>(static_cast<size_t>(size));
   std::vector<std::unique_ptr<Group>> members;
   for (int member = 0; member < size; ++member)

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "comm/local/group.h"
+#include "comm/nccl/group.h"
 #include "core/error.h"
 #include "tests/comm/group_script.h"
 
@@ -164,6 +165,16 @@ TEST(ThreadGroup, PlaysTheScriptThatMpiPlays) {
   });
   // comm/MpiGroup.SumsHaveTheBitsOfThreads prints and checks the same number.
   EXPECT_EQ(expected, kScriptDigest);
+}
+
+TEST(NcclGroup, ABuildWithoutItSaysHowToGetIt) {
+  if (nccl::available()) GTEST_SKIP() << "this build has NCCL";
+  try {
+    nccl::make_group(local::make_group(), 0);
+    FAIL() << "a group without NCCL";
+  } catch (const core::UserError& error) {
+    EXPECT_NE(error.hint().find("MORAINE_WITH_NCCL"), std::string::npos) << error.hint();
+  }
 }
 
 TEST(LocalGroup, IsDoneAtOnce) {
