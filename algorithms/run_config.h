@@ -7,10 +7,13 @@
 
 namespace moraine::algorithms {
 
-/// Who does the work. None of it changes results but `threads`, which is therefore part of every unit's identity.
+/// Who does the work. None of it changes results but `threads`, `device` and `group_size`: compute_identity().
 struct WorkersConfig {
-  int64_t threads = 1;          // CPU threads of one worker; results are bit-equal only for equal thread counts
-  int64_t local = 0;            // workers when not started by mpirun; 0 = cores / threads
+  int64_t threads = 1;          // CPU threads of one process; results are bit-equal only for equal thread counts
+  int64_t local = 0;            // working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads
+  int64_t group_size = 1;       // processes (or local threads) that train one unit together
+  int64_t bucket_mib = 8;       // gradients travel in pieces of about this size within a group; 0 = each tensor alone
+  bool overlap = true;          // and start to travel while backward still runs
   std::string device = "cpu";   // cpu | cuda
   int64_t retries = 3;          // attempts per unit before the run gives up
 };
@@ -25,6 +28,12 @@ struct RunConfig {
 };
 
 const core::Schema<WorkersConfig>& workers_schema();
+
+/// What of it belongs into every unit's spec because bits depend on it: threads, device and, above 1, group_size.
+core::Json compute_identity(const WorkersConfig& workers);
+
+/// How many workers `processes` working processes are. Throws UserError if group_size does not divide them.
+int num_workers(const WorkersConfig& workers, int64_t processes);
 
 /// Adds the RunConfig fields to the table of a method's own configuration, which derives from RunConfig.
 template <typename C>

@@ -11,13 +11,17 @@
 #include "cli/version.h"
 #include "comm/local/channel.h"
 #include "comm/mpi/channel.h"
+#include "comm/mpi/group.h"
 #include "comm/mpi/session.h"
+#include "comm/nccl/group.h"
+#include "comm/threads/group.h"
 #include "coordinator/coordinator.h"
 #include "coordinator/report/table.h"
 #include "core/config.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/log.h"
+#include "worker/members.h"
 #include "worker/serve.h"
 
 namespace moraine::cli {
@@ -41,6 +45,9 @@ worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs:
   options.threads = static_cast<int>(run.workers.threads);
   options.workers_on_host = on_host;
   options.device = run.workers.device;
+  options.exchange.bucket_bytes = static_cast<size_t>(run.workers.bucket_mib) << 20;
+  options.exchange.overlap = run.workers.overlap;
+  options.exchange.deadline = options.group_deadline;
   options.checkpoint_directory = coordinator::RunLayout{directory}.root / "checkpoints";
   return options;
 }
@@ -98,33 +105,49 @@ algorithms::ParsedRecipe load(const RunArguments& arguments) {
   return recipe;
 }
 
-// Everything in one process: workers are threads, each with its own thread count.
+// Everything in one process: the members of workers are threads, each with its own thread count.
 int run_alone(const RunArguments& arguments) {
   core::log::configure(g_log_level, "coordinator");
   const auto recipe = load(arguments);
   const fs::path directory = run_directory_of(arguments, recipe.run);
-  const auto threads = recipe.run.workers.threads;
+  const algorithms::WorkersConfig& how = recipe.run.workers;
+  if (how.group_size > 1 && how.device == "cuda")
+    throw core::UserError("cli: a group on GPUs needs a process for each of its members", "start the run with mpirun, or set workers.group_size=1");
   const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  const int count = static_cast<int>(recipe.run.workers.local ? recipe.run.workers.local : std::max<int64_t>(1, cores / threads));
+  const int64_t fitting = std::max<int64_t>(1, cores / how.threads / how.group_size) * how.group_size;
+  const int64_t members = how.local ? how.local : fitting;
+  const int count = algorithms::num_workers(how, members);
   auto star = comm::local::make_star(count);
   static const std::atomic<int> no_signals{0};   // the coordinator passes stop requests on
   std::atomic<bool> leaving{false};              // after an error of the coordinator, which speaks for all
-  const auto objects = std::make_shared<worker::ObjectCache>(32);   // one public model and one reader per data set for all
-  std::vector<std::thread> workers;
-  for (int i = 0; i < count; ++i)
-    workers.emplace_back([&, i, channel = std::move(star.workers[static_cast<size_t>(i)])]() mutable {
+  // One public model and one reader per data set for all. Members of a group load in step with each other, so they cannot
+  // share: one would wait for another's load, which waits for the first.
+  const auto objects = std::make_shared<worker::ObjectCache>(32);
+  std::vector<std::thread> threads;
+  const auto start = [&](int worker, std::shared_ptr<comm::Group> group, std::unique_ptr<comm::Channel> channel) {
+    threads.emplace_back([&, worker, group = std::move(group), channel = std::move(channel)]() mutable {
+      const std::string name = fmt::format("worker {}", worker + 1);
       try {
-        auto options = worker_options(recipe.run, directory, fmt::format("worker {}", i + 1), count);
-        options.objects = objects;
-        worker::serve(*channel, *recipe.method, options, no_signals);
+        auto options = worker_options(recipe.run, directory, name, static_cast<int>(members));
+        if (group->size() == 1) options.objects = objects;
+        if (group->index() > 0) options.checkpoint_directory.clear();
+        options.group = std::move(group);
+        if (channel) worker::serve(*channel, *recipe.method, options, no_signals);
+        else worker::serve_member(*recipe.method, options, no_signals);
       } catch (const core::Error& error) {
-        if (!leaving) core::log::error("worker lost: worker={} reason={}", i + 1, error.what());
+        if (!leaving) core::log::error("worker lost: worker={} reason={}", worker + 1, error.what());
       }
       channel.reset();
     });
+  };
+  for (int worker = 0; worker < count; ++worker) {
+    auto group = comm::threads::make_group(static_cast<int>(how.group_size));
+    for (size_t member = 0; member < group.size(); ++member)
+      start(worker, std::move(group[member]), member == 0 ? std::move(star.workers[static_cast<size_t>(worker)]) : nullptr);
+  }
   const auto join = [&] {
     star.coordinator.reset();
-    for (auto& worker : workers) worker.join();
+    for (auto& thread : threads) thread.join();
   };
   try {
     const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *star.coordinator);
@@ -137,10 +160,29 @@ int run_alone(const RunArguments& arguments) {
   }
 }
 
+// A working process of an MPI job, alone or as a member of a group.
+int work_in_job(comm::mpi::Session& session, const algorithms::ParsedRecipe& recipe, const fs::path& directory, int members, comm::Channel& channel) {
+  auto options = worker_options(recipe.run, directory, fmt::format("worker {}", 1 + (session.index() - 1) / members), 1);
+  options.device_index = session.local_worker();
+  auto group = comm::mpi::make_group(session, members);
+  if (members > 1 && options.device == "cuda") group = comm::nccl::make_group(std::move(group), options.device_index);
+  options.group = std::move(group);
+  try {
+    if (options.group->index() == 0) return worker::serve(channel, *recipe.method, options, g_signals);
+    options.checkpoint_directory.clear();
+    return worker::serve_member(*recipe.method, options, g_signals);
+  } catch (const core::Error& error) {
+    if (members == 1) throw;
+    // The others of the group wait for this process and MPI cannot go on without them: the job ends.
+    std::fprintf(stderr, "moraine: process %d: %s\n  hint: %s\n", session.index(), error.what(), error.hint().c_str());
+    session.abort(error.exit_code());
+  }
+}
+
 // A process of an MPI job: 0 coordinates, the others work.
 int run_in_job(const RunArguments& arguments) {
   comm::mpi::Session session;
-  const auto channel = comm::mpi::open_channel(session);
+  auto channel = comm::mpi::open_channel(session);
   const bool coordinates = session.index() == 0;
   core::log::configure(g_log_level, coordinates ? "coordinator" : fmt::format("{}/worker{}", session.host(), session.index()));
   try {
@@ -148,8 +190,11 @@ int run_in_job(const RunArguments& arguments) {
       throw core::UserError("cli: mpirun started one process: process 0 coordinates and nobody works", "mpirun -n 2 or more; or leave mpirun out to run everything in one process");
     const auto recipe = load(arguments);
     const fs::path directory = run_directory_of(arguments, recipe.run);
-    if (!coordinates)
-      return worker::serve(*channel, *recipe.method, worker_options(recipe.run, directory, fmt::format("worker {}", session.index()), 1), g_signals);
+    const int members = static_cast<int>(recipe.run.workers.group_size);
+    algorithms::num_workers(recipe.run.workers, session.size() - 1);
+    channel.reset();
+    channel = comm::mpi::open_channel(session, members);   // leaders speak for their groups
+    if (!coordinates) return work_in_job(session, recipe, directory, members, *channel);
     const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *channel);
     const int code = report_outcome(outcome);
     if (outcome.abort_workers) session.abort(code);

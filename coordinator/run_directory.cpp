@@ -76,7 +76,7 @@ void check_identity(const RunLayout& layout, const Recipe& recipe, bool accept_c
 }  // namespace
 
 bool is_identity_key(std::string_view key) {
-  if (key == "workers.threads") return true;
+  if (key == "workers.threads" || key == "workers.group_size") return true;
   if (key == "name" || key == "run_dir" || key.starts_with("workers.") || key.starts_with("logging.")) return false;
   const std::string_view last = key.substr(key.rfind('.') + 1);
   // Files count by content: unit ids hold their fingerprints.

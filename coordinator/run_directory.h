@@ -32,7 +32,7 @@ struct Recipe {
 };
 
 /// Whether a change of this key makes it another recipe. Not: `name`, `run_dir`, `logging.*`, `workers.*` but
-/// `workers.threads` (results are bit-equal only for equal thread counts), and any `checkpoint_every`, `log_every`,
+/// `workers.threads` and `workers.group_size` (results are bit-equal only for equal ones), and any `checkpoint_every`, `log_every`,
 /// `path` or `*_path` (files count by content, in unit ids).
 bool is_identity_key(std::string_view key);
 

@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "core/log.h"
+#include "worker/members.h"
 #include "worker/trainer.h"
 
 namespace moraine::worker {
@@ -19,14 +20,19 @@ constexpr std::chrono::milliseconds kTick{250};
 constexpr std::chrono::minutes kFetchDeadline{10};
 constexpr size_t kRecordsPerMessage = 128;  // keeps a message's body well under its 64 KiB
 
-// Why CUDA cannot be used; empty when it can. LibTorch's CUDA part is loaded on demand: linked in, it would more than
+// Why CUDA device `index` cannot be used; empty when it can. LibTorch's CUDA part is loaded on demand: linked in, it would more than
 // triple the start time of every command on machines without a GPU.
-std::string why_no_cuda() {
+std::string why_no_cuda(int index) {
   if (!c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA) && dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     const char* reason = dlerror();
     return reason != nullptr ? reason : "libtorch_cuda.so cannot be loaded";
   }
-  if (c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->deviceCount() == 0) return "LibTorch sees no CUDA device";
+  const int devices = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->deviceCount();
+  if (devices == 0) return "LibTorch sees no CUDA device";
+  if (index >= devices) {
+    return fmt::format("this is working process {} of its host, which has {} CUDA devices; each process uses one", index + 1,
+                       devices);
+  }
   return "";
 }
 
@@ -42,15 +48,18 @@ void check_options(const WorkerOptions& options) {
     throw core::UserError(fmt::format("worker: unknown device: '{}'", options.device),
                           "set workers.device to cpu or cuda");
   }
-  const std::string reason = why_no_cuda();
+  const std::string reason = why_no_cuda(options.device_index);
   if (reason.empty()) {
     setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
     at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
     return;
   }
   throw core::UserError("worker: CUDA asked for but absent: " + reason,
-                        "set workers.device=cpu, or run scripts/setup --cuda on a machine with a GPU and its driver");
+                        "set workers.device=cpu, run scripts/setup --cuda on a machine with a GPU and its driver, or start "
+                        "fewer processes per host");
 }
+
+at::Device WorkerOptions::cuda_device() const { return {at::kCUDA, static_cast<c10::DeviceIndex>(device_index)}; }
 
 void send_or_throw(comm::Channel& channel, comm::Message message) {
   if (const auto sent = channel.send(0, std::move(message)); !sent.ok()) {
@@ -94,7 +103,9 @@ algorithms::TrainOutcome UnitContext::train(algorithms::TrainJob job) {
     tick();
     return stop_requested();
   };
-  site.after_step = [this](int64_t step) { options_.faults.after_step(unit_.label, step); };
+  site.after_step = [this](int64_t step) { options_.faults.after_step(unit_.label, step, group().index() == 0); };
+  site.group = options_.group;
+  site.exchange = options_.exchange;
   site.nan_in_first_step = training == 0 && options_.faults.nan_loss(unit_.label, attempt_);
   TrainResult result = worker::train(job, site);
   train_seconds_ += result.seconds;
@@ -117,6 +128,7 @@ void UnitContext::progress(double done, double total) {
   progress_pending_ = true;
   tick();
   if (stop_requested()) throw_stopped();
+  if (auto others = group().poll(); !others.ok()) throw GroupFailed(others.error());
 }
 
 void UnitContext::throw_stopped() const {
@@ -124,7 +136,7 @@ void UnitContext::throw_stopped() const {
 }
 
 at::Device UnitContext::device() const {
-  return options_.device == "cuda" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
+  return options_.device == "cuda" ? options_.cuda_device() : at::Device(at::kCPU);
 }
 
 std::shared_ptr<void> UnitContext::cached(const std::string& key, const std::function<std::shared_ptr<void>()>& make) {
@@ -174,6 +186,10 @@ ChannelContext::ChannelContext(const algorithms::Unit& unit, int64_t attempt, co
 core::ArtefactPtr ChannelContext::artefact(const std::string& id) {
   if (const auto found = artefacts_.find(id)) return *found;
   core::ArtefactPtr artefact = fetch(id);
+  if (group().size() > 1) {
+    core::Bytes bytes = artefact->bytes();
+    if (auto sent = group().broadcast(bytes, group_deadline()); !sent.ok()) throw GroupFailed(sent.error());
+  }
   artefacts_.insert(id, artefact, artefact->bytes().size());
   return artefact;
 }
@@ -225,6 +241,21 @@ bool ChannelContext::poll_stop() {
   }
   stop_reason_ = message->body.value("reason", "stop");
   return true;
+}
+
+MemberContext::MemberContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,
+                             const std::atomic<int>& signals, ChannelContext::ArtefactCache& artefacts)
+    : UnitContext(unit, attempt, options, signals), artefacts_(artefacts) {}
+
+core::ArtefactPtr MemberContext::artefact(const std::string& id) {
+  if (const auto found = artefacts_.find(id)) return *found;
+  core::Bytes bytes;
+  const auto came = group().broadcast(bytes, group_deadline());
+  if (!came.ok()) throw GroupFailed(came.error());
+  if (!came.value()) throw GroupFailed("the leader did not send an input in time: " + id);
+  core::ArtefactPtr artefact = core::Artefact::parse(std::move(bytes), id, "the leader of the group");
+  artefacts_.insert(id, artefact, artefact->bytes().size());
+  return artefact;
 }
 
 DirectContext::DirectContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,

@@ -13,22 +13,31 @@
 #include "algorithms/unit.h"
 #include "algorithms/worker_context.h"
 #include "comm/channel.h"
+#include "comm/local/group.h"
 #include "core/metrics.h"
 #include "worker/cache.h"
 #include "worker/fault.h"
+#include "worker/gradient_exchange.h"
 
 namespace moraine::worker {
 
-/// How a worker works. Only `threads` and `device` may change results; `threads` is part of every unit's identity.
+/// How a worker works. Only `threads`, `device` and the size of the group may change results; they are part of every
+/// unit's identity.
 struct WorkerOptions {
   std::string name = "worker";
   int threads = 1;                                // CPU threads of this worker
   int workers_on_host = 1;                        // for the warning about too many threads only
   std::string device = "cpu";                     // cpu | cuda
+  int device_index = 0;                           // which CUDA device: one per process of a host
   std::filesystem::path checkpoint_directory;     // empty = no checkpoints: a stopped unit starts over
   size_t artefact_cache_bytes = size_t{1} << 30;  // inputs kept in memory between units
   std::shared_ptr<ObjectCache> objects = std::make_shared<ObjectCache>(32);  // local workers may share one
   Faults faults = Faults::from_environment();
+  std::shared_ptr<comm::Group> group = comm::local::make_group();  // who is this worker; member 0 leads (worker/members.h)
+  ExchangeOptions exchange;                                        // of gradients in a group of several
+  std::chrono::milliseconds group_deadline = std::chrono::minutes(10);  // for a member that says nothing
+
+  at::Device cuda_device() const;
 };
 
 /// Throws UserError if this machine cannot do what the options ask for (threads < 1, CUDA without LibTorch's CUDA part or
@@ -63,6 +72,8 @@ class UnitContext : public algorithms::WorkerContext {
   virtual void send_progress(double done, double total) = 0;
   /// Whether someone other than a signal asks to stop. Called about four times a second.
   virtual bool poll_stop() = 0;
+  comm::Group& group() const { return *options_.group; }
+  std::chrono::milliseconds group_deadline() const { return options_.group_deadline; }
   bool stop_requested() const { return stop_ || signals_.load() > 0; }
   [[noreturn]] void throw_stopped() const;
 
@@ -84,7 +95,8 @@ class UnitContext : public algorithms::WorkerContext {
   double train_seconds_ = 0;
 };
 
-/// A worker's context: artefacts, metrics and stop requests go through the channel to the coordinator, peer 0.
+/// A worker's (or its leader's) context: artefacts, metrics and stop requests go through the channel to the coordinator,
+/// peer 0. What it fetches it passes on to the other members of its group, which ask for the same.
 /// Throws CommError when the coordinator is gone, refuses this worker, or does not answer a fetch within ten minutes.
 class ChannelContext : public UnitContext {
  public:
@@ -106,6 +118,23 @@ class ChannelContext : public UnitContext {
   comm::Channel& channel_;
   ArtefactCache& artefacts_;
   std::optional<std::string> stop_reason_;
+};
+
+/// The context of a member that is not the leader: artefacts come from the leader, metrics and progress go nowhere.
+/// Throws GroupFailed when the leader does not send an artefact.
+class MemberContext : public UnitContext {
+ public:
+  MemberContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,
+                const std::atomic<int>& signals, ChannelContext::ArtefactCache& artefacts);
+  core::ArtefactPtr artefact(const std::string& id) override;
+
+ protected:
+  void send_metrics(const std::vector<core::metrics::Record>&) override {}
+  void send_progress(double, double) override {}
+  bool poll_stop() override { return false; }
+
+ private:
+  ChannelContext::ArtefactCache& artefacts_;
 };
 
 /// The context of units that run on the coordinator, and of single-process use: everything by direct call.

@@ -21,9 +21,9 @@ Faults Faults::parse(std::string_view text) {
     const bool shaped = at != std::string_view::npos && colon != std::string_view::npos && at < colon;
     if (shaped) std::from_chars(item.data() + colon + 1, item.data() + item.size(), number);
     const std::string kind(item.substr(0, shaped ? at : 0));
-    if (number < 1 || (kind != "throw" && kind != "memory" && kind != "nan" && kind != "exit")) {
+    if (number < 1 || (kind != "throw" && kind != "memory" && kind != "nan" && kind != "exit" && kind != "member")) {
       throw core::UserError(fmt::format("worker: MORAINE_FAULT has an item that cannot be read: '{}'", item),
-                            "write throw@LABEL:N, memory@LABEL:N, nan@LABEL:N or exit@LABEL:N, separated by commas");
+                            "write throw@LABEL:N, memory@LABEL:N, nan@LABEL:N, exit@LABEL:N or member@LABEL:N, separated by commas");
     }
     faults.faults_.push_back({kind, std::string(item.substr(at + 1, colon - at - 1)), number});
   }
@@ -53,9 +53,10 @@ bool Faults::nan_loss(const std::string& label, int64_t attempt) const {
   return false;
 }
 
-void Faults::after_step(const std::string& label, int64_t step) const {
+void Faults::after_step(const std::string& label, int64_t step, bool leads) const {
   for (const Fault& fault : faults_) {
-    if (fault.kind == "exit" && fault.label == label && step == fault.number) std::raise(SIGKILL);
+    const bool dies = fault.kind == "exit" || (fault.kind == "member" && !leads);
+    if (dies && fault.label == label && step == fault.number) std::raise(SIGKILL);
   }
 }
 

@@ -15,6 +15,7 @@ namespace moraine::worker {
 ///   nan@label:n      attempts 1..n see a loss of NaN in their first training step
 ///   exit@label:n     the process dies (SIGKILL) right after training step n of the unit, after its checkpoint if one
 ///   is due
+///   member@label:n   the same, in the processes of a group that do not lead it
 class Faults {
  public:
   Faults() = default;
@@ -27,7 +28,7 @@ class Faults {
   void at_start(const std::string& label, int64_t attempt) const;
   bool nan_loss(const std::string& label, int64_t attempt) const;
   /// Called after `step` steps; does not return if the process is to die.
-  void after_step(const std::string& label, int64_t step) const;
+  void after_step(const std::string& label, int64_t step, bool leads = true) const;
 
  private:
   struct Fault {

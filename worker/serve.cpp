@@ -2,16 +2,15 @@
 
 #include <array>
 #include <chrono>
-#include <new>
-#include <system_error>
 
 #include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
 #include <sched.h>
 #include <unistd.h>
 
 #include "core/error.h"
 #include "core/log.h"
+#include "worker/failure.h"
+#include "worker/members.h"
 
 namespace moraine::worker {
 namespace {
@@ -19,7 +18,6 @@ namespace {
 using comm::MessageType;
 
 constexpr std::chrono::milliseconds kIdleWait{250};
-constexpr size_t kMaxFailureText = 4096;
 
 std::string host_name() {
   std::array<char, 256> name{};
@@ -33,8 +31,6 @@ int usable_processors() {
   return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
-std::string first_line(const std::string& text) { return text.substr(0, std::min(text.find('\n'), kMaxFailureText)); }
-
 class Server {
  public:
   Server(comm::Channel& channel, const algorithms::Method& method, const WorkerOptions& options,
@@ -46,6 +42,13 @@ class Server {
         artefacts_(options.artefact_cache_bytes) {}
 
   int run() {
+    const int code = converse();
+    dismiss_members(*options_.group, code);
+    return code;
+  }
+
+ private:
+  int converse() {
     send(MessageType::kHello, {{"name", options_.name},
                                {"host", host_name()},
                                {"pid", getpid()},
@@ -77,7 +80,6 @@ class Server {
     }
   }
 
- private:
   void send(MessageType type, core::Json body, core::Bytes payload = {}) {
     send_or_throw(channel_, {type, std::move(body), std::move(payload)});
   }
@@ -96,50 +98,53 @@ class Server {
     const int64_t attempt = body.at("attempt");
     core::log::info("unit started: unit={} attempt={}", unit.label, attempt);
     ChannelContext context(unit, attempt, options_, signals_, channel_, artefacts_);
-    try {
-      const auto start = std::chrono::steady_clock::now();
-      options_.faults.at_start(unit.label, attempt);
-      const core::ArtefactPtr artefact = method_.execute(unit, context);
-      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      context.flush();
-      send(MessageType::kResult,
-           {{"unit", id},
-            {"attempt", attempt},
-            {"artefact", artefact->id()},
-            {"seconds", seconds},
-            {"stats", context.stats()}},
-           artefact->bytes());
-      accepted_checkpoints_ = context.checkpoints();
-      core::log::info("unit finished: unit={} seconds={:.1f} bytes={}", unit.label, seconds, artefact->bytes().size());
-    } catch (const core::StopRequested& stopped) {
-      context.flush();
-      core::log::info("unit stopped: unit={} reason={}", unit.label, stopped.what());
-      return stop(id, exit_code_of(context));
-    } catch (const core::CommError&) {
-      throw;
-    } catch (...) {
-      report_failure(context, id, attempt, describe_current_exception());
+    const auto start = std::chrono::steady_clock::now();
+    call_members(*options_.group, body);
+    const UnitEnd end = execute_together(method_, unit, attempt, options_, context);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (end.kind != UnitEnd::Kind::kDone) forget_objects(end);
+    context.flush();
+    switch (end.kind) {
+      case UnitEnd::Kind::kDone:
+        send(MessageType::kResult,
+             {{"unit", id},
+              {"attempt", attempt},
+              {"artefact", end.artefact->id()},
+              {"seconds", seconds},
+              {"stats", context.stats()}},
+             end.artefact->bytes());
+        accepted_checkpoints_ = context.checkpoints();
+        core::log::info("unit finished: unit={} seconds={:.1f} bytes={}", unit.label, seconds,
+                        end.artefact->bytes().size());
+        break;
+      case UnitEnd::Kind::kStopped:
+        core::log::info("unit stopped: unit={} reason={}", unit.label, end.failure.text);
+        return stop(id, exit_code_of(context));
+      case UnitEnd::Kind::kFailed:
+        core::log::error("unit failed: unit={} attempt={} kind={} reason={}", unit.label, attempt, end.failure.kind,
+                         end.failure.text);
+        send(MessageType::kFailed, {{"unit", id},
+                                    {"attempt", attempt},
+                                    {"kind", end.failure.kind},
+                                    {"text", end.failure.text},
+                                    {"hint", end.failure.hint}});
+        break;
     }
     if (context.stop_reason() || signals_.load() > 0) return stop("", exit_code_of(context));
     send(MessageType::kPoll, core::Json::object());
     return std::nullopt;
   }
 
+  /// After a failure members may hold different things, and after one of memory they hold too many.
+  void forget_objects(const UnitEnd& end) {
+    if (end.failure.kind != "memory" && options_.group->size() == 1) return;
+    artefacts_.clear();
+    options_.objects->clear();
+  }
+
   /// A run that has failed ends its workers with 0: the coordinator's exit code speaks for it.
   int exit_code_of(const ChannelContext& context) const {
     return context.stop_reason().value_or("stop") == "stop" ? core::kExitRequeue : core::kExitOk;
-  }
-
-  void report_failure(ChannelContext& context, const std::string& id, int64_t attempt, const FailureReport& failure) {
-    core::log::error("unit failed: unit={} attempt={} kind={} reason={}", context.unit().label, attempt, failure.kind,
-                     failure.text);
-    if (failure.kind == "memory") {
-      artefacts_.clear();
-      options_.objects->clear();
-    }
-    context.flush();
-    send(MessageType::kFailed,
-         {{"unit", id}, {"attempt", attempt}, {"kind", failure.kind}, {"text", failure.text}, {"hint", failure.hint}});
   }
 
   void remove_accepted_checkpoints() {
@@ -158,39 +163,9 @@ class Server {
 
 }  // namespace
 
-FailureReport describe_current_exception() {
-  const char* memory_hint = "lower train.micro_batch_size, or run fewer workers on this host";
-  try {
-    throw;
-  } catch (const core::Error& error) {
-    const char* kind = error.exit_code() == core::kExitUser      ? "user"
-                       : error.exit_code() == core::kExitIo      ? "io"
-                       : error.exit_code() == core::kExitNumeric ? "numeric"
-                                                                 : "internal";
-    return {kind, std::string(error.what()).substr(0, kMaxFailureText), error.hint()};
-  } catch (const std::bad_alloc&) {
-    return {"memory", "out of memory", memory_hint};
-  } catch (const c10::Error& error) {
-    // The CPU allocator reports exhaustion as a plain Error.
-    const std::string text = first_line(error.what_without_backtrace());
-    const bool memory = dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
-                        text.find("DefaultCPUAllocator") != std::string::npos;
-    if (memory) return {"memory", text, memory_hint};
-    return {"internal", text, "this is a bug in Moraine: please report it with this message"};
-  } catch (const std::system_error& error) {
-    return {"io", first_line(error.what()), "check disk, permissions and limits of this host"};
-  } catch (const std::exception& error) {
-    return {"internal", first_line(error.what()), "this is a bug in Moraine: please report it with this message"};
-  } catch (...) {
-    return {"internal", "something that is no std::exception was thrown",
-            "this is a bug in Moraine: please report it with this message"};
-  }
-}
-
 int serve(comm::Channel& channel, const algorithms::Method& method, const WorkerOptions& options,
           const std::atomic<int>& signals) {
-  check_options(options);
-  at::set_num_threads(options.threads);
+  prepare_thread(options);
   const int wanted = options.threads * options.workers_on_host, processors = usable_processors();
   if (wanted > processors) {
     core::log::warn("more threads than processors, expect to be slow: threads={} workers_on_host={} processors={}",

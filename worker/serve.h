@@ -5,6 +5,7 @@
 #include "algorithms/method.h"
 #include "comm/channel.h"
 #include "worker/context.h"
+#include "worker/failure.h"
 
 namespace moraine::worker {
 
@@ -25,16 +26,13 @@ namespace moraine::worker {
 /// oversubscribed. After a unit that ran out of memory the caches are emptied. Checkpoints of a unit go away when the
 /// coordinator's next lease shows that it has taken the result.
 ///
+/// When the options name a group of several members, this is its leader: the others run serve_member()
+/// (worker/members.h) and do what the leader does.
+///
 /// `signals` counts requests to stop from outside (SIGINT, SIGTERM); above zero stops like kStop.
 /// Returns the process's exit code: 0, 75, or what kRefuse said. Throws UserError before anything runs if the options
 /// cannot be met, CommError (exit code 3) when the coordinator is lost.
 int serve(comm::Channel& channel, const algorithms::Method& method, const WorkerOptions& options,
           const std::atomic<int>& signals);
-
-/// What went wrong in a unit, as kFailed carries it. Call inside a catch block.
-struct FailureReport {
-  std::string kind, text, hint;
-};
-FailureReport describe_current_exception();
 
 }  // namespace moraine::worker

@@ -3,13 +3,18 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <span>
 
 #include <ATen/core/grad_mode.h>
 
 #include "core/error.h"
+#include "core/hash.h"
 #include "core/log.h"
+#include "models/tensor_io.h"
 #include "worker/checkpoint.h"
+#include "worker/members.h"
 #include "worker/optimizer.h"
 
 namespace moraine::worker {
@@ -34,10 +39,21 @@ struct LoopState {
   }
 };
 
+/// What a step of one member, or of all of them together, adds up to.
+struct StepTotals {
+  double loss_sum = 0;
+  int64_t targets = 0;
+  int64_t stop = 0;  // members that were asked to stop
+};
+
 class Loop {
  public:
   Loop(const algorithms::TrainJob& job, const TrainSite& site)
-      : job_(job), site_(site), optimizer_(job.config, job.parameters) {
+      : job_(job),
+        site_(site),
+        group_(*site.group),
+        optimizer_(job.config, job.parameters),
+        exchange_(group_, optimizer_.parameters(), site.exchange) {
     for (const auto& [name, tensor] : job.parameters) checkpointed_.emplace_back("parameter/" + name, tensor);
     for (const auto& [name, tensor] : optimizer_.state()) checkpointed_.emplace_back("state/" + name, tensor);
   }
@@ -48,8 +64,7 @@ class Loop {
     const int64_t steps = job_.config.steps;
     interval_start_ = start;
     while (state_.step < steps) {
-      one_step();
-      const bool stop = site_.stop_requested();
+      const bool stop = one_step();
       if (stop || checkpoint_due()) save();
       site_.progress(static_cast<double>(state_.step), static_cast<double>(steps));
       site_.after_step(state_.step);
@@ -57,6 +72,7 @@ class Loop {
         throw core::StopRequested(
             fmt::format("worker: stopped after step {} of {} of {}", state_.step, steps, site_.label));
     }
+    compare_members();
     TrainResult result;
     result.outcome.curve = state_.curve;
     result.outcome.final_loss = state_.curve.empty() ? 0 : state_.curve.back().second;
@@ -68,12 +84,61 @@ class Loop {
 
  private:
   void resume() {
-    if (site_.checkpoint.empty()) return;
-    const core::Json loop = load_checkpoint(site_.checkpoint, site_.job, checkpointed_);
+    core::Json loop;
+    if (!site_.checkpoint.empty()) loop = load_checkpoint(site_.checkpoint, site_.job, checkpointed_);
+    if (group_.size() > 1) share_start(loop);
     if (loop.is_null()) return;
     state_ = LoopState::from_json(loop);
     resumed_at_ = state_.step;
     core::log::info("training resumed: unit={} step={} of={}", site_.label, state_.step, job_.config.steps);
+  }
+
+  /// Member 0's checkpoint, or else its parameters, become everybody's.
+  void share_start(core::Json& loop) {
+    const std::string text = loop.dump();
+    const core::Bytes shared = from_leader(comm::bytes_of(std::as_bytes(std::span(text))));
+    const auto* first = reinterpret_cast<const char*>(shared.span().data());
+    loop = core::Json::parse(first, first + shared.size());
+    const at::NoGradGuard no_grad;
+    for (const auto& [name, tensor] : checkpointed_) {
+      if (loop.is_null() && !name.starts_with("parameter/")) continue;
+      const at::Tensor mine = tensor.detach().to(at::kCPU).contiguous();
+      const core::Bytes bytes = from_leader(group_.index() == 0 ? bytes_of_tensor(mine) : core::Bytes());
+      if (group_.index() == 0) continue;
+      if (bytes.size() != mine.nbytes())
+        throw GroupFailed(fmt::format("the members train different tensors: {} of {}", name, site_.label));
+      at::Tensor(tensor).copy_(models::borrow({name, core::DType::kF32, mine.sizes().vec(), bytes.span()}));
+    }
+  }
+
+  core::Bytes from_leader(core::Bytes bytes) {
+    const auto came = group_.broadcast(bytes, site_.exchange.deadline);
+    if (!came.ok()) throw GroupFailed(came.error());
+    if (!came.value()) throw GroupFailed(fmt::format("the leader did not start {} in time", site_.label));
+    return bytes;
+  }
+
+  static core::Bytes bytes_of_tensor(const at::Tensor& tensor) {
+    return comm::bytes_of({static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()});
+  }
+
+  std::vector<core::Bytes> everybodys(core::Bytes mine) {
+    auto all = group_.gather(std::move(mine), site_.exchange.deadline);
+    if (!all.ok()) throw GroupFailed(all.error());
+    return std::move(all.value());
+  }
+
+  /// Members that make the same updates hold the same parameters, unless their processors round differently.
+  void compare_members() {
+    if (group_.size() == 1) return;
+    uint32_t crc = 0;
+    for (const at::Tensor& parameter : optimizer_.parameters()) crc = core::crc32c(bytes_of_tensor(parameter.detach().to(at::kCPU).contiguous()).span(), crc);
+    const core::Bytes mine = comm::bytes_of(std::as_bytes(std::span(&crc, 1)));
+    for (const core::Bytes& other : everybodys(mine)) {
+      if (std::ranges::equal(other.span(), mine.span())) continue;
+      throw core::UserError(fmt::format("worker: the members of a group end {} with different parameters", site_.label),
+                            "put the members of one group on machines of one kind");
+    }
   }
 
   void save() {
@@ -85,38 +150,61 @@ class Loop {
     return steps >= 2 * every && (state_.step % every == 0 || state_.step == steps);
   }
 
-  void one_step() {
-    const int64_t targets = accumulate();
+  /// Returns whether the loop is to stop.
+  bool one_step() {
+    const StepTotals totals = accumulate();
+    if (!std::isfinite(totals.loss_sum)) fail("loss", totals.loss_sum);
+    if (totals.targets == 0) {
+      throw core::UserError(fmt::format("worker: step {} of {} has no targets", state_.step + 1, site_.label),
+                            "check that the training data is not all padding");
+    }
+    state_.loss_sum += totals.loss_sum;
+    state_.targets += totals.targets;
     const double rate = learning_rate(job_.config, state_.step);
-    const double norm =
-        scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(targets), job_.config.clip_norm);
+    const double norm = scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(totals.targets),
+                                                 job_.config.clip_norm);
     if (!std::isfinite(norm)) fail("gradient norm", norm);
     optimizer_.step(rate);
     ++state_.step;
     if (state_.step % job_.config.log_every == 0 || state_.step == job_.config.steps) log_point(rate, norm);
+    return totals.stop > 0;
   }
 
-  /// Gradients of the step's summed loss; returns the number of targets.
-  int64_t accumulate() {
+  /// Gradients of the step's summed loss over all members.
+  StepTotals accumulate() {
     const int64_t batch = job_.config.batch_size;
     const int64_t micro = job_.config.micro_batch_size > 0 ? job_.config.micro_batch_size : batch;
-    double loss_sum = 0;
-    int64_t targets = 0;
+    StepTotals own;
     for (int64_t first = 0; first < batch; first += micro) {
-      const auto loss = job_.loss(state_.step, first, std::min(micro, batch - first));
-      loss_sum += loss.sum.item<double>();
-      targets += loss.count;
-      if (site_.nan_in_first_step && state_.step == resumed_at_) loss_sum = std::numeric_limits<double>::quiet_NaN();
-      if (!std::isfinite(loss_sum)) fail("loss", loss_sum);
+      if (first + micro >= batch) exchange_.watch();
+      const int64_t count = std::min(micro, batch - first);
+      const int64_t begin = count * group_.index() / group_.size(), end = count * (group_.index() + 1) / group_.size();
+      if (begin == end) continue;
+      const auto loss = job_.loss(state_.step, first + begin, end - begin);
+      own.loss_sum += loss.sum.item<double>();
+      own.targets += loss.count;
+      if (!std::isfinite(own.loss_sum)) continue;  // the step has failed, but members stay in step
       loss.sum.backward({}, std::nullopt, false, optimizer_.parameters());
     }
-    if (targets == 0) {
-      throw core::UserError(fmt::format("worker: step {} of {} has no targets", state_.step + 1, site_.label),
-                            "check that the training data is not all padding");
+    if (site_.nan_in_first_step && state_.step == resumed_at_) own.loss_sum = std::numeric_limits<double>::quiet_NaN();
+    own.stop = site_.stop_requested() ? 1 : 0;
+    exchange_.launch();
+    return sum_over_members(own);
+  }
+
+  StepTotals sum_over_members(const StepTotals& own) {
+    if (group_.size() == 1) return own;
+    StepTotals totals;
+    for (const core::Bytes& bytes : everybodys(comm::bytes_of(std::as_bytes(std::span(&own, 1))))) {
+      StepTotals other;
+      if (bytes.size() != sizeof other) throw GroupFailed("the members are out of step");
+      std::memcpy(&other, bytes.span().data(), sizeof other);
+      totals.loss_sum += other.loss_sum;
+      totals.targets += other.targets;
+      totals.stop += other.stop;
     }
-    state_.loss_sum += loss_sum;
-    state_.targets += targets;
-    return targets;
+    if (std::isfinite(totals.loss_sum)) exchange_.finish();
+    return totals;
   }
 
   void log_point(double rate, double norm) {
@@ -148,7 +236,9 @@ class Loop {
 
   const algorithms::TrainJob& job_;
   const TrainSite& site_;
+  comm::Group& group_;
   Optimizer optimizer_;
+  GradientExchange exchange_;
   models::NamedTensors checkpointed_;
   LoopState state_;
   int64_t resumed_at_ = 0;

@@ -49,8 +49,7 @@ Unit FlexMore::make_unit(const std::string& kind, const std::string& label, core
                          double cost, const Stages& stages) const {
   spec["method"] = "flexmore";
   spec["version"] = kResultVersion;
-  spec["threads"] = config_.workers.threads;
-  spec["device"] = config_.workers.device;
+  spec.update(compute_identity(config_.workers));
   spec["dtype"] = config_.train.dtype;
   if (stages.base) {
     spec["base"] = *stages.base;

@@ -13,6 +13,21 @@
 
 namespace moraine::comm::mpi {
 
+namespace {
+
+// MPI orders the processes of a host by their index in the job, so the coordinator is the first of its host.
+int place_on_host(int index) {
+  MPI_Comm host = MPI_COMM_NULL;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, index, MPI_INFO_NULL, &host);
+  int place = 0, first = index;
+  MPI_Comm_rank(host, &place);
+  MPI_Bcast(&first, 1, MPI_INT, 0, host);
+  MPI_Comm_free(&host);
+  return first == 0 ? place - 1 : place;
+}
+
+}  // namespace
+
 bool available() { return true; }
 
 Session::Session() : exceptions_at_start_(std::uncaught_exceptions()) {
@@ -33,6 +48,7 @@ Session::Session() : exceptions_at_start_(std::uncaught_exceptions()) {
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   MPI_Comm_rank(MPI_COMM_WORLD, &index_);
   MPI_Comm_size(MPI_COMM_WORLD, &size_);
+  local_worker_ = place_on_host(index_);
   char name[MPI_MAX_PROCESSOR_NAME] = {};
   int length = 0;
   MPI_Get_processor_name(name, &length);

@@ -27,12 +27,16 @@ class Session {
   int index() const { return index_; }  // process index; 0 is the coordinator
   int size() const { return size_; }
   const std::string& host() const { return host_; }
+  /// Place of this process among the working processes of its host, from 0: which of the host's GPUs is its own. The
+  /// coordinator does not count (-1), wherever it runs.
+  int local_worker() const { return local_worker_; }
   /// Ends every process of the job at once; mpirun exits with `exit_code`.
   [[noreturn]] void abort(int exit_code);
 
  private:
   int index_ = 0;
   int size_ = 1;
+  int local_worker_ = 0;
   std::string host_;
   [[maybe_unused]] int exceptions_at_start_ = 0;  // unused without MPI
 };

@@ -104,6 +104,53 @@ def mpi_equals_local(world: World) -> None:
     assert done.stderr.count("trian: unknown key") == 1, done.stderr
 
 
+def a_group_of_threads_equals_a_group_of_processes(world: World) -> None:
+    world.run("threads", "workers.group_size=2")                # workers.local: 2, so one worker of two members
+    world.run("again", "workers.group_size=2", "workers.local=4", "workers.overlap=false", "workers.bucket_mib=0")
+    assert world.hash("again") == world.hash("threads"), "two workers, other pieces: the same bits"
+    world.run("one")
+    losses = {}
+    for run in ("one", "threads"):
+        with (world.directory / run / "metrics.jsonl").open() as lines:
+            records = [json.loads(line) for line in lines]
+        losses[run] = {(r["unit"], r["step"]): r["value"] for r in records if r["key"] == "train_loss"}
+    assert losses["one"].keys() == losses["threads"].keys() and losses["one"], losses
+    for key, loss in losses["one"].items():                     # a mean of float32 losses summed in another order
+        assert abs(losses["threads"][key] - loss) < 1e-4 * loss, (key, loss, losses["threads"][key])
+    assert world.units_done("threads") == world.units_done("one")
+    done = world.run("threads", "workers.group_size=1", expect=2)
+    expect_in(done.stderr, "workers.group_size: 2 -> 1", "--accept-changes")
+    done = world.run("refused", "workers.group_size=2", "workers.local=3", expect=2)
+    expect_in(done.stderr, "3 working processes cannot be divided into groups of 2", "hint: ")
+    if not shutil.which("mpirun"):
+        print("skipped: no mpirun")
+        sys.exit(77)
+    world.run("processes", "workers.group_size=2", processes=5)
+    assert world.hash("processes") == world.hash("threads")
+    done = world.run("refused", "workers.group_size=2", processes=4, expect=2)
+    assert done.stderr.count("3 working processes cannot be divided into groups of 2") == 1, done.stderr
+    expect_in(done.stderr, "mpirun -n 3 or 5")
+    assert not (world.directory / "refused").exists(), "a refused recipe leaves nothing behind"
+
+
+def a_stopped_or_killed_group_continues_to_the_same_hash(world: World) -> None:
+    world.recipe.write_text(RECIPE.replace("STEPS", "150") + "\n")
+    world.run("whole", "workers.group_size=2")
+    done = world.run("failing", "workers.group_size=2", env={"MORAINE_FAULT": "throw@train/left:1,nan@train/right:1"})
+    expect_in(done.stderr, "attempt=2")
+    assert world.hash("failing") == world.hash("whole")
+    if not shutil.which("mpirun"):
+        print("skipped: no mpirun")
+        sys.exit(77)
+    done = subprocess.run(world.command("killed", "workers.group_size=2", processes=3), capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "MORAINE_FAULT": "member@train/left:60"})
+    assert done.returncode != 0, "a member died"
+    assert "train/left" in done.stderr
+    done = world.run("killed", "workers.group_size=2", processes=3)
+    expect_in(done.stderr, "training resumed: unit=train/left")
+    assert world.hash("killed") == world.hash("whole")
+
+
 def killed_runs_continue_to_the_same_hash(world: World) -> None:
     world.recipe.write_text(RECIPE.replace("STEPS", "400"))
     world.run("whole")

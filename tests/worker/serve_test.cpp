@@ -15,43 +15,16 @@
 #include "comm/local/channel.h"
 #include "core/error.h"
 #include "models/tensor_io.h"
+#include "tests/worker/scripted_method.h"
 #include "tests/worker/tiny_job.h"
 
 namespace moraine::worker {
 namespace {
 
-using algorithms::Unit;
 using comm::Message;
 using comm::MessageType;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-
-/// A method whose units do what the test says.
-class ScriptedMethod : public algorithms::Method {
- public:
-  explicit ScriptedMethod(std::function<void(algorithms::WorkerContext&)> body) : body_(std::move(body)) {}
-  void open_inputs() override {}
-  core::Json inputs() const override { return {}; }
-  algorithms::Plan plan(const algorithms::RunState&) const override { return {}; }
-  core::ArtefactPtr execute(const Unit& unit, algorithms::WorkerContext& context) const override {
-    body_(context);
-    return core::Artefact::create("test", {{"label", unit.label}}, {});
-  }
-  core::Json summary(const algorithms::RunState&) const override { return {}; }
-  void publish(const algorithms::RunState&, const std::filesystem::path&) const override {}
-  algorithms::ParameterTable parameters() const override { return {}; }
-
- private:
-  std::function<void(algorithms::WorkerContext&)> body_;
-};
-
-Unit unit_called(const std::string& label) {
-  Unit unit;
-  unit.kind = "test";
-  unit.label = label;
-  unit.spec = {{"label", label}};
-  return unit;
-}
 
 /// Messages keep their order and sending does not wait, so a whole conversation can be laid out before serve() runs.
 class Serve : public ::testing::Test {
@@ -60,10 +33,10 @@ class Serve : public ::testing::Test {
     ASSERT_TRUE(star_.coordinator->send(1, {type, std::move(body), {}}).ok());
   }
   void lease(const std::string& label, int64_t attempt = 1) {
-    say(MessageType::kLease, {{"unit", unit_called(label).to_json()}, {"attempt", attempt}});
+    say(MessageType::kLease, {{"unit", testing::unit_called(label).to_json()}, {"attempt", attempt}});
   }
   int serve(const std::function<void(algorithms::WorkerContext&)>& body) {
-    return worker::serve(*star_.workers[0], ScriptedMethod(body), options_, signals_);
+    return worker::serve(*star_.workers[0], testing::ScriptedMethod(body), options_, signals_);
   }
   std::vector<Message> heard() {
     std::vector<Message> messages;
@@ -110,7 +83,7 @@ TEST_F(Serve, ResultCarriesTheArtefactAndWhatWasMeasured) {
   say(MessageType::kStop, {{"reason", "done"}});
   serve([](auto&) {});
   const Message result = only(MessageType::kResult);
-  EXPECT_EQ(result.body.at("unit"), unit_called("a").id());
+  EXPECT_EQ(result.body.at("unit"), testing::unit_called("a").id());
   EXPECT_EQ(result.body.at("attempt"), 2);
   EXPECT_GE(result.body.at("seconds").get<double>(), 0);
   EXPECT_GT(result.body.at("stats").at("peak_rss_bytes").get<int64_t>(), 0);
@@ -153,7 +126,7 @@ TEST_F(Serve, EveryKindOfFailureIsReportedAndTheWorkerGoesOn) {
     ASSERT_EQ(messages.size(), 7u);
     const core::Json& failed = messages[2].body;
     EXPECT_EQ(messages[2].type, MessageType::kFailed);
-    EXPECT_EQ(failed.at("unit"), unit_called("bad").id());
+    EXPECT_EQ(failed.at("unit"), testing::unit_called("bad").id());
     EXPECT_EQ(failed.at("kind"), c.kind);
     EXPECT_THAT(failed.at("text").get<std::string>(), HasSubstr(c.text));
     EXPECT_EQ(failed.at("text").get<std::string>().find('\n'), std::string::npos);
@@ -189,7 +162,7 @@ TEST_F(Serve, SignalDuringTrainingCheckpointsAndTheNextServeFinishesWithTheSameB
   };
   lease("a");
   EXPECT_EQ(serve(body(4)), core::kExitRequeue);
-  EXPECT_EQ(only(MessageType::kStop).body.at("unit"), unit_called("a").id());
+  EXPECT_EQ(only(MessageType::kStop).body.at("unit"), testing::unit_called("a").id());
 
   signals_ = 0;
   star_ = comm::local::make_star(1);
@@ -215,7 +188,7 @@ TEST_F(Serve, StopOfTheCoordinatorReachesARunningUnit) {
               while (true) context.progress(1, 2);  // looks for a stop about four times a second
             }),
             core::kExitRequeue);
-  EXPECT_EQ(only(MessageType::kStop).body.at("unit"), unit_called("a").id());
+  EXPECT_EQ(only(MessageType::kStop).body.at("unit"), testing::unit_called("a").id());
 }
 
 TEST_F(Serve, IdleWorkerEndsWithTheCodeOfTheReason) {
