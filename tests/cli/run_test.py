@@ -151,6 +151,17 @@ def a_stopped_or_killed_group_continues_to_the_same_hash(world: World) -> None:
     assert world.hash("killed") == world.hash("whole")
 
 
+def several_hosts_equal_one(world: World) -> None:
+    world.run("local", "workers.group_size=2")
+    line = [str(SOURCE / "scripts/namespace_hosts"), "3", "1", *world.command("hosts", "workers.group_size=2")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    if done.returncode == 77 or not shutil.which("mpirun"):
+        print(done.stdout)
+        sys.exit(77)
+    assert done.returncode == 0, done.stderr
+    assert world.hash("hosts") == world.hash("local"), "a group whose members sit on two hosts"
+
+
 def killed_runs_continue_to_the_same_hash(world: World) -> None:
     world.recipe.write_text(RECIPE.replace("STEPS", "400"))
     world.run("whole")
