@@ -39,8 +39,8 @@ class Group {
   virtual bool on_device() const { return false; }
 
   /// Starts to replace `buffer` by the sum over all members; it must stay alive and alone until wait() or the handle's
-  /// destruction. Members pass equal sizes. Sums are finished in any order. Work on CUDA memory that was enqueued on the
-  /// legacy default stream before the call is waited for; wait() returns when the sum is there for every stream.
+  /// destruction. Members pass equal sizes. Sums are finished in any order. Work on CUDA memory that was enqueued on
+  /// the legacy default stream before the call is waited for; wait() returns when the sum is there for every stream.
   virtual std::unique_ptr<Reduction> all_reduce(std::span<float> buffer) = 0;
 
   /// Member 0's bytes replace everybody's. Member 0 does not wait and gets true. The others: false when the deadline

@@ -48,8 +48,8 @@ class MessageGroup final : public Group {
   int size() const override { return links_->size(); }
 
   std::unique_ptr<Reduction> all_reduce(std::span<float> buffer) override {
-    auto sum = std::make_shared<Sum>(
-        Sum{sequence_++, buffer, false, std::vector<bool>(static_cast<size_t>(size()), false)});
+    auto sum =
+        std::make_shared<Sum>(Sum{sequence_++, buffer, false, std::vector<bool>(static_cast<size_t>(size()), false)});
     sums_.push_back(sum);
     auto reduction = std::make_unique<Handle>(*this, sum);
     for (int member = 0; member < size(); ++member) {
@@ -86,8 +86,10 @@ class MessageGroup final : public Group {
       if (member != index()) send(member, Kind::kGather, sequence, mine);
     }
     const auto missing = [&] { return without(sequence, Kind::kGather); };
-    if (auto came = wait_for(missing, sequence, {Kind::kGather}, deadline); !came.ok()) return came.because("gather");
-    else if (!came.value()) return late(missing(), deadline).because("gather");
+    if (auto came = wait_for(missing, sequence, {Kind::kGather}, deadline); !came.ok())
+      return came.because("gather");
+    else if (!came.value())
+      return late(missing(), deadline).because("gather");
     std::vector<core::Bytes> all(static_cast<size_t>(size()));
     for (int member = 0; member < size(); ++member) {
       all[static_cast<size_t>(member)] = member == index() ? mine : take(member, sequence, Kind::kGather);
@@ -155,7 +157,8 @@ class MessageGroup final : public Group {
   }
 
   core::Result<void> check_present(int member) const {
-    if (gone_[static_cast<size_t>(member)]) return core::Failure{fmt::format("comm: member {} of the group is gone", member)};
+    if (gone_[static_cast<size_t>(member)])
+      return core::Failure{fmt::format("comm: member {} of the group is gone", member)};
     if (ahead_[static_cast<size_t>(member)])
       return core::Failure{fmt::format("comm: member {} of the group has given up what was under way", member)};
     return {};
@@ -178,8 +181,8 @@ class MessageGroup final : public Group {
         const auto other = inbox_.lower_bound({member, sequence, Kind{}});
         if (other != inbox_.end() && std::get<0>(other->first) == member && std::get<1>(other->first) == sequence &&
             std::ranges::find(kinds, std::get<2>(other->first)) == kinds.end()) {
-          return core::Failure{fmt::format("comm: the members of the group are out of step: member {} makes another call",
-                                           member)};
+          return core::Failure{
+              fmt::format("comm: the members of the group are out of step: member {} makes another call", member)};
         }
         if (auto present = check_present(member); !present.ok()) return core::Failure{present.error()};
       }
@@ -231,7 +234,8 @@ class MessageGroup final : public Group {
         } else if (!copy_floats(take(member, sum.sequence, Kind::kPart), part, member)) {
           return;
         }
-        if (member == 0) total.swap(part);
+        if (member == 0)
+          total.swap(part);
         else
           for (size_t i = 0; i < total.size(); ++i) total[i] += part[i];
       }
@@ -245,16 +249,17 @@ class MessageGroup final : public Group {
     for (int member = 0; member < size(); ++member) {
       if (sum.slice_done[static_cast<size_t>(member)] || find(member, sum.sequence, Kind::kSum) == nullptr) continue;
       const Slice slice = slice_of(sum.buffer.size(), member, size());
-      if (!copy_floats(take(member, sum.sequence, Kind::kSum), sum.buffer.subspan(slice.first, slice.count), member)) return;
+      if (!copy_floats(take(member, sum.sequence, Kind::kSum), sum.buffer.subspan(slice.first, slice.count), member))
+        return;
       sum.slice_done[static_cast<size_t>(member)] = true;
     }
   }
 
   bool copy_floats(const core::Bytes& bytes, std::span<float> target, int member) {
     if (bytes.size() != target.size_bytes()) {
-      broken_ = core::Failure{fmt::format(
-          "comm: the members of the group are out of step: member {} sums {} bytes, this one expects {}", member,
-          bytes.size(), target.size_bytes())};
+      broken_ = core::Failure{
+          fmt::format("comm: the members of the group are out of step: member {} sums {} bytes, this one expects {}",
+                      member, bytes.size(), target.size_bytes())};
       return false;
     }
     if (!target.empty()) std::memcpy(target.data(), bytes.span().data(), bytes.size());
@@ -278,11 +283,11 @@ class MessageGroup final : public Group {
 
   std::unique_ptr<Links> links_;
   uint32_t epoch_ = 0, sequence_ = 0;
-  std::map<Key, core::Bytes> inbox_;                    // of this epoch
-  std::vector<std::pair<int, GroupMessage>> early_;     // of later epochs
-  std::vector<bool> ahead_, gone_;                      // by member
+  std::map<Key, core::Bytes> inbox_;                 // of this epoch
+  std::vector<std::pair<int, GroupMessage>> early_;  // of later epochs
+  std::vector<bool> ahead_, gone_;                   // by member
   std::list<std::shared_ptr<Sum>> sums_;
-  std::optional<core::Failure> broken_;                 // for good: the links failed
+  std::optional<core::Failure> broken_;  // for good: the links failed
 };
 
 }  // namespace

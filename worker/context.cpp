@@ -20,18 +20,19 @@ constexpr std::chrono::milliseconds kTick{250};
 constexpr std::chrono::minutes kFetchDeadline{10};
 constexpr size_t kRecordsPerMessage = 128;  // keeps a message's body well under its 64 KiB
 
-// Why CUDA device `index` cannot be used; empty when it can. LibTorch's CUDA part is loaded on demand: linked in, it would more than
-// triple the start time of every command on machines without a GPU.
+// Why CUDA device `index` cannot be used; empty when it can. LibTorch's CUDA part is loaded on demand: linked in, it
+// would more than triple the start time of every command on machines without a GPU.
 std::string why_no_cuda(int index) {
-  if (!c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA) && dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+  if (!c10::impl::hasDeviceGuardImpl(c10::DeviceType::CUDA) &&
+      dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     const char* reason = dlerror();
     return reason != nullptr ? reason : "libtorch_cuda.so cannot be loaded";
   }
   const int devices = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->deviceCount();
   if (devices == 0) return "LibTorch sees no CUDA device";
   if (index >= devices) {
-    return fmt::format("this is working process {} of its host, which has {} CUDA devices; each process uses one", index + 1,
-                       devices);
+    return fmt::format("this is working process {} of its host, which has {} CUDA devices; each process uses one",
+                       index + 1, devices);
   }
   return "";
 }
@@ -54,9 +55,10 @@ void check_options(const WorkerOptions& options) {
     at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
     return;
   }
-  throw core::UserError("worker: CUDA asked for but absent: " + reason,
-                        "set workers.device=cpu, run scripts/setup --cuda on a machine with a GPU and its driver, or start "
-                        "fewer processes per host");
+  throw core::UserError(
+      "worker: CUDA asked for but absent: " + reason,
+      "set workers.device=cpu, run scripts/setup --cuda on a machine with a GPU and its driver, or start "
+      "fewer processes per host");
 }
 
 at::Device WorkerOptions::cuda_device() const { return {at::kCUDA, static_cast<c10::DeviceIndex>(device_index)}; }

@@ -33,16 +33,17 @@ struct WorkerOptions {
   size_t artefact_cache_bytes = size_t{1} << 30;  // inputs kept in memory between units
   std::shared_ptr<ObjectCache> objects = std::make_shared<ObjectCache>(32);  // local workers may share one
   Faults faults = Faults::from_environment();
-  std::shared_ptr<comm::Group> group = comm::local::make_group();  // who is this worker; member 0 leads (worker/members.h)
-  ExchangeOptions exchange;                                        // of gradients in a group of several
+  std::shared_ptr<comm::Group> group =
+      comm::local::make_group();  // who is this worker; member 0 leads (worker/members.h)
+  ExchangeOptions exchange;       // of gradients in a group of several
   std::chrono::milliseconds group_deadline = std::chrono::minutes(10);  // for a member that says nothing
 
   at::Device cuda_device() const;
 };
 
-/// Throws UserError if this machine cannot do what the options ask for (threads < 1, CUDA without LibTorch's CUDA part or
-/// a device). For CUDA it also asks LibTorch for deterministic kernels in the whole process, which a resumed run needs to
-/// repeat an undisturbed one: call it before other threads start.
+/// Throws UserError if this machine cannot do what the options ask for (threads < 1, CUDA without LibTorch's CUDA part
+/// or a device). For CUDA it also asks LibTorch for deterministic kernels in the whole process, which a resumed run
+/// needs to repeat an undisturbed one: call it before other threads start.
 void check_options(const WorkerOptions& options);
 
 /// What execute() sees, whatever lies behind it. One per unit execution, used by one thread.
@@ -95,9 +96,9 @@ class UnitContext : public algorithms::WorkerContext {
   double train_seconds_ = 0;
 };
 
-/// A worker's (or its leader's) context: artefacts, metrics and stop requests go through the channel to the coordinator,
-/// peer 0. What it fetches it passes on to the other members of its group, which ask for the same.
-/// Throws CommError when the coordinator is gone, refuses this worker, or does not answer a fetch within ten minutes.
+/// A worker's (or its leader's) context: artefacts, metrics and stop requests go through the channel to the
+/// coordinator, peer 0. What it fetches it passes on to the other members of its group, which ask for the same. Throws
+/// CommError when the coordinator is gone, refuses this worker, or does not answer a fetch within ten minutes.
 class ChannelContext : public UnitContext {
  public:
   using ArtefactCache = LruCache<core::ArtefactPtr>;

@@ -87,8 +87,10 @@ struct GradientExchange::State {
     if (bucket.filled[position]) return;
     const at::Tensor& gradient = leaves[leaf].grad();
     const at::Tensor target = bucket.memory.narrow(0, bucket.offsets[position], leaves[leaf].numel());
-    if (gradient.defined()) target.view(gradient.sizes()).copy_(gradient);
-    else target.zero_();
+    if (gradient.defined())
+      target.view(gradient.sizes()).copy_(gradient);
+    else
+      target.zero_();
     bucket.memory.narrow(0, bucket.flags + static_cast<int64_t>(position), 1).fill_(gradient.defined() ? 1 : 0);
     bucket.filled[position] = true;
     --bucket.missing;

@@ -12,8 +12,9 @@ namespace moraine::worker {
 
 /// How gradients travel between the members of a group. Never changes bits: sums are made element by element.
 struct ExchangeOptions {
-  size_t bucket_bytes = size_t{8} << 20;  // gradients of about this size travel together; smaller starts sooner, costs more messages
-  bool overlap = true;                    // false: the first bucket leaves when backward is over
+  size_t bucket_bytes =
+      size_t{8} << 20;  // gradients of about this size travel together; smaller starts sooner, costs more messages
+  bool overlap = true;  // false: the first bucket leaves when backward is over
   std::chrono::milliseconds deadline = std::chrono::minutes(10);  // for another member's part of a step
 };
 

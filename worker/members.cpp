@@ -45,19 +45,20 @@ OwnEnd execute_alone(const algorithms::Method& method, const algorithms::Unit& u
   }
 }
 
-core::Result<std::vector<core::Bytes>> exchange(comm::Group& group, const OwnEnd& own, std::chrono::milliseconds deadline) {
-  return group.gather(bytes_of({{"end", own.kind},
-                                {"kind", own.failure.kind},
-                                {"text", own.failure.text},
-                                {"hint", own.failure.hint}}),
-                      deadline);
+core::Result<std::vector<core::Bytes>> exchange(comm::Group& group, const OwnEnd& own,
+                                                std::chrono::milliseconds deadline) {
+  return group.gather(
+      bytes_of({{"end", own.kind}, {"kind", own.failure.kind}, {"text", own.failure.text}, {"hint", own.failure.hint}}),
+      deadline);
 }
 
 /// The ends of all members. A member whose unit did not end well starts the group anew, which ends it for the others.
 std::vector<core::Json> all_ends(comm::Group& group, OwnEnd& own, std::chrono::milliseconds deadline) {
   if (own.kind == "done") {
-    if (auto ends = exchange(group, own, deadline); ends.ok()) return std::vector<core::Json>(ends.value().size(), {{"end", "done"}});
-    else own = {"left", nullptr, {"io", ends.error(), ""}};
+    if (auto ends = exchange(group, own, deadline); ends.ok())
+      return std::vector<core::Json>(ends.value().size(), {{"end", "done"}});
+    else
+      own = {"left", nullptr, {"io", ends.error(), ""}};
   }
   group.renew();
   auto ends = exchange(group, own, deadline);
@@ -125,8 +126,10 @@ UnitEnd execute_together(const algorithms::Method& method, const algorithms::Uni
     const std::string who = member == group.index() ? "" : fmt::format("member {} of the group: ", member);
     return FailureReport{end->at("kind"), who + end->at("text").template get<std::string>(), end->at("hint")};
   };
-  if (const auto failed = first("failed"); failed != ends.end()) return {UnitEnd::Kind::kFailed, nullptr, report(failed)};
-  if (const auto stopped = first("stopped"); stopped != ends.end()) return {UnitEnd::Kind::kStopped, nullptr, report(stopped)};
+  if (const auto failed = first("failed"); failed != ends.end())
+    return {UnitEnd::Kind::kFailed, nullptr, report(failed)};
+  if (const auto stopped = first("stopped"); stopped != ends.end())
+    return {UnitEnd::Kind::kStopped, nullptr, report(stopped)};
   if (const auto left = first("left"); left != ends.end()) return {UnitEnd::Kind::kFailed, nullptr, report(left)};
   return {UnitEnd::Kind::kDone, own.artefact, {}};
 }
@@ -153,8 +156,7 @@ int serve_member(const algorithms::Method& method, const WorkerOptions& options,
 void prepare_thread(const WorkerOptions& options) {
   check_options(options);
   at::set_num_threads(options.threads);
-  if (options.device == "cuda")
-    c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->setDevice(options.cuda_device());
+  if (options.device == "cuda") c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA)->setDevice(options.cuda_device());
 }
 
 }  // namespace moraine::worker

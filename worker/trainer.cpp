@@ -132,7 +132,8 @@ class Loop {
   void compare_members() {
     if (group_.size() == 1) return;
     uint32_t crc = 0;
-    for (const at::Tensor& parameter : optimizer_.parameters()) crc = core::crc32c(bytes_of_tensor(parameter.detach().to(at::kCPU).contiguous()).span(), crc);
+    for (const at::Tensor& parameter : optimizer_.parameters())
+      crc = core::crc32c(bytes_of_tensor(parameter.detach().to(at::kCPU).contiguous()).span(), crc);
     const core::Bytes mine = comm::bytes_of(std::as_bytes(std::span(&crc, 1)));
     for (const core::Bytes& other : everybodys(mine)) {
       if (std::ranges::equal(other.span(), mine.span())) continue;

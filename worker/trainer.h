@@ -18,10 +18,10 @@ struct TrainSite {
   std::string label;                 // unit label, for people and metrics
   std::filesystem::path checkpoint;  // file; empty = never write one
   std::function<void(const core::metrics::Record&)> metric;
-  std::function<void(double done, double total)> progress;        // steps; called after every step
-  std::function<bool()> stop_requested;                           // asked in every step; it still ends
-  std::function<void(int64_t step)> after_step = [](int64_t) {};  // after everything a step does; tests die here
-  bool nan_in_first_step = false;                                 // fault injection
+  std::function<void(double done, double total)> progress;         // steps; called after every step
+  std::function<bool()> stop_requested;                            // asked in every step; it still ends
+  std::function<void(int64_t step)> after_step = [](int64_t) {};   // after everything a step does; tests die here
+  bool nan_in_first_step = false;                                  // fault injection
   std::shared_ptr<comm::Group> group = comm::local::make_group();  // who trains this job together
   ExchangeOptions exchange;
 };

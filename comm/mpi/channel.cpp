@@ -27,8 +27,9 @@ class MpiChannel final : public Channel {
     MORAINE_CHECK(coordinates_ ? peer >= 1 && peer <= peers() : peer == 0, "comm/mpi: no such peer: {}", peer);
     const std::string text = control_text(message);
     const auto bytes = std::as_bytes(std::span(text));
-    return frames_.send(static_cast<size_t>(coordinates_ ? peer - 1 : 0),
-                        {static_cast<uint16_t>(message.type), {bytes.begin(), bytes.end()}, std::move(message.payload)});
+    return frames_.send(
+        static_cast<size_t>(coordinates_ ? peer - 1 : 0),
+        {static_cast<uint16_t>(message.type), {bytes.begin(), bytes.end()}, std::move(message.payload)});
   }
 
   core::Result<std::optional<Envelope>> receive(std::chrono::milliseconds deadline) override {

@@ -24,10 +24,11 @@ struct Frame {
 };
 
 struct FrameOptions {
-  int tag = 0;                // one per use: frames of one tag between two processes keep their order
-  size_t chunk_bytes = 0;     // payloads travel in pieces of this size, below 2^31; equal in all processes
-  size_t max_control = 0;     // longer control parts are refused by the receiver
-  std::chrono::microseconds longest_nap{2000};  // waiting polls with a sleep growing from 50 us to this: processes share cores
+  int tag = 0;             // one per use: frames of one tag between two processes keep their order
+  size_t chunk_bytes = 0;  // payloads travel in pieces of this size, below 2^31; equal in all processes
+  size_t max_control = 0;  // longer control parts are refused by the receiver
+  std::chrono::microseconds longest_nap{
+      2000};  // waiting polls with a sleep growing from 50 us to this: processes share cores
 };
 
 /// Frames between this process and some others, `peers` by position in `processes`. On the wire: (type u16, 6 zero

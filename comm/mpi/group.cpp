@@ -34,8 +34,9 @@ class MpiLinks final : public Links {
   core::Result<void> send(int member, GroupMessage message) override {
     const Place place{message.epoch, message.sequence};
     const auto bytes = std::as_bytes(std::span(&place, 1));
-    return frames_.send(static_cast<size_t>(member < index_ ? member : member - 1),
-                        {static_cast<uint16_t>(message.kind), {bytes.begin(), bytes.end()}, std::move(message.payload)});
+    return frames_.send(
+        static_cast<size_t>(member < index_ ? member : member - 1),
+        {static_cast<uint16_t>(message.kind), {bytes.begin(), bytes.end()}, std::move(message.payload)});
   }
 
   core::Result<std::optional<std::pair<int, GroupMessage>>> receive(std::chrono::milliseconds deadline) override {

@@ -98,7 +98,8 @@ class NcclGroup final : public Group {
         ncclAllReduce(buffer.data(), buffer.data(), buffer.size(), ncclFloat32, ncclSum, communicator_, stream_);
     if (auto launched = check(code, "sum"); !launched.ok()) return launched;
     if (auto launched = settle(Clock::now() + kStartDeadline); !launched.ok()) return launched;
-    if (auto made = check(cudaEventCreateWithFlags(&sum.done, cudaEventDisableTiming), "event"); !made.ok()) return made;
+    if (auto made = check(cudaEventCreateWithFlags(&sum.done, cudaEventDisableTiming), "event"); !made.ok())
+      return made;
     return check(cudaEventRecord(sum.done, stream_), "event");
   }
 
@@ -107,7 +108,8 @@ class NcclGroup final : public Group {
     if (communicator_ != nullptr) return {};
     if (auto set = check(cudaSetDevice(device_), "device"); !set.ok()) return set;
     if (stream_ == nullptr) {
-      if (auto made = check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream"); !made.ok()) return made;
+      if (auto made = check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream"); !made.ok())
+        return made;
     }
     ncclUniqueId id{};
     if (index() == 0) {
@@ -120,7 +122,8 @@ class NcclGroup final : public Group {
     std::memcpy(&id, bytes.span().data(), sizeof id);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    if (auto made = check(ncclCommInitRankConfig(&communicator_, size(), id, index(), &config), "start"); !made.ok()) return made;
+    if (auto made = check(ncclCommInitRankConfig(&communicator_, size(), id, index(), &config), "start"); !made.ok())
+      return made;
     auto ready = settle(Clock::now() + kStartDeadline);
     if (ready.ok()) core::log::debug("NCCL communicator made: member={} of={} device={}", index(), size(), device_);
     return ready;

@@ -264,7 +264,8 @@ TEST_F(GroupServing, AFailureOfEitherMemberIsReportedAndTheGroupGoesOn) {
     const auto failed = std::ranges::find(messages, MessageType::kFailed, &Message::type);
     ASSERT_NE(failed, messages.end());
     EXPECT_EQ(failed->body.at("kind"), "memory");
-    EXPECT_THAT(failed->body.at("text").get<std::string>(), HasSubstr(failing == 1 ? "member 1 of the group" : "out of memory"));
+    EXPECT_THAT(failed->body.at("text").get<std::string>(),
+                HasSubstr(failing == 1 ? "member 1 of the group" : "out of memory"));
     EXPECT_EQ(std::ranges::count(messages, MessageType::kResult, &Message::type), 1) << "unit good";
   }
 }
