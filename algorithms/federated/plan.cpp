@@ -53,8 +53,7 @@ std::vector<Client> Federated::clients() const {
 Unit Federated::make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs, double cost) const {
   spec["method"] = method_;
   spec["version"] = kResultVersion;
-  spec["threads"] = config_.workers.threads;
-  spec["device"] = config_.workers.device;
+  spec.update(compute_identity(config_.workers));
   spec["dtype"] = config_.train.dtype;
   spec["base"] = model_id_;
   return {kind, label, std::move(spec), std::move(inputs), Place::kWorker, cost};
