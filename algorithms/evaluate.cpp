@@ -23,6 +23,11 @@ Evaluation Evaluation::from_json(const core::Json& json) {
 
 Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
                     WorkerContext& context) {
+  return evaluate([&](const at::Tensor& batch) { return model.loss(batch, /*count_correct=*/true); }, dataset, sequences, batch_size, context);
+}
+
+Evaluation evaluate(const BatchLoss& score, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
+                    WorkerContext& context) {
   const at::NoGradGuard no_grad;
   const int64_t available = dataset.num_eval_sequences();
   const int64_t total = sequences ? std::min(sequences, available) : available;
@@ -31,7 +36,7 @@ Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, in
     const int64_t count = std::min(batch_size, total - first);
     std::vector<int64_t> rows = dataset.eval_batch(first, count);
     const at::Tensor batch = at::from_blob(rows.data(), {count, dataset.seq_len() + 1}, at::kLong).to(context.device());
-    const models::Decoder::Loss loss = model.loss(batch, /*count_correct=*/true);
+    const models::Decoder::Loss loss = score(batch);
     out.nats += loss.sum.item<double>();
     out.tokens += loss.count;
     out.correct += loss.correct;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "algorithms/worker_context.h"
 #include "core/json.h"
@@ -27,6 +28,11 @@ struct Evaluation {
 /// Sums are kept in double in file order, so the result depends on batch_size only through the model's own rounding.
 /// Throws NumericError if the loss is not finite.
 Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
+                    WorkerContext& context);
+
+/// The same for whatever scores a batch [B, T + 1] of sequences as Decoder::loss does.
+using BatchLoss = std::function<models::Decoder::Loss(const at::Tensor& sequences)>;
+Evaluation evaluate(const BatchLoss& loss, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
                     WorkerContext& context);
 
 }  // namespace moraine::algorithms

@@ -4,6 +4,7 @@
 #include <charconv>
 #include <set>
 
+#include "algorithms/flexmore/comparisons.h"
 #include "core/error.h"
 
 namespace moraine::algorithms::flexmore {
@@ -135,6 +136,10 @@ Violation cross_check(const FlexMoreConfig& c) {
   for (const auto& name : c.leave_out)
     if (!names.count(name)) return fmt::format("leave_out: no domain '{}'", name);
   if (c.leave_out.size() >= c.domains.size()) return "leave_out leaves no expert";
+  for (const auto& comparison : c.comparisons)
+    if (comparison == "scaled_delta" || comparison == "random_subspace" || comparison == "rank_sweep")
+      for (const auto& domain : c.domains)
+        if (domain.train == "direct") return fmt::format("comparisons: {} needs full-size experts; domain '{}' is trained at its rank", comparison, domain.name);
   const auto experts = static_cast<int64_t>(c.domains.size() - c.leave_out.size()) + 1;
   if (c.top_k > experts) return fmt::format("top_k {} is more than the {} experts of the mixture (public one included)", c.top_k, experts);
   return std::nullopt;
@@ -160,6 +165,7 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
         .field("forward", &C::forward).choices({"factored", "per_expert"}).doc("How mixtures are computed; per_expert is the slow reference")
         .field("kernels", &C::kernels).choices({"auto", "reference"}).doc("Low-rank experts: auto = ragged-rank kernels where they exist and are faster (CPU; with gradients up to 4 experts per token), else ATen; reference = ATen. Results differ by rounding only")
         .field("leave_out", &C::leave_out).doc("Experts left out of the mixtures")
+        .field("comparisons", &C::comparisons).choices(kComparisons).doc("Also measured: btm = branch-train-merge, the two most probable experts per token; cross_domain = each expert on every text; joint = one expert trained on all domains with all experts' steps; random_subspace = a random cut of the rank PHLoRA has; rank_sweep = every candidate rank on the tables' text, with regressions; scaled_delta = 0.25, 0.5 and 0.75 of the full-size change")
         .object("evaluation", &C::evaluation, evaluation_schema()).doc("What is measured")
         .check(cross_check);
     return s;

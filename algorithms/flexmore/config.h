@@ -82,6 +82,7 @@ struct FlexMoreConfig : RunConfig {
   std::string forward = "factored";    // factored | per_expert
   std::string kernels = "auto";        // auto | reference
   std::vector<std::string> leave_out;  // experts left out of the mixtures
+  std::vector<std::string> comparisons;   // of kComparisons: measured beside the mixture, in the same run
   EvaluationConfig evaluation;
 };
 

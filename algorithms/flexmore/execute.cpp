@@ -5,6 +5,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/full.h>
@@ -14,6 +15,7 @@
 #include <ATen/ops/stack.h>
 
 #include "algorithms/evaluate.h"
+#include "algorithms/flexmore/comparisons.h"
 #include "algorithms/flexmore/experts.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "algorithms/flexmore/phlora.h"
@@ -92,8 +94,43 @@ models::LowRank fresh_low_rank(int64_t in, int64_t out, int64_t rank, uint64_t s
           trainable(at::zeros({out, rank}, at::TensorOptions().dtype(at::kFloat).device(device)))};
 }
 
+using Datasets = std::vector<std::shared_ptr<data::TextDataset>>;
+
+// The mean of the domains' embeddings: what one expert for all of them looks like to the router.
+Embedding mean_embedding(std::vector<Embedding> embeddings) {
+  Embedding mean = std::move(embeddings.front());
+  const auto count = static_cast<double>(embeddings.size());
+  const auto average = [&](std::vector<at::Tensor> Embedding::*part) {
+    for (size_t l = 0; l < (mean.*part).size(); ++l) {
+      at::Tensor& sum = (mean.*part)[l];
+      for (size_t i = 1; i < embeddings.size(); ++i) sum = sum + (embeddings[i].*part)[l];
+      sum = sum / count;
+    }
+  };
+  if (embeddings.size() > 1) average(&Embedding::mean), average(&Embedding::second_moment);
+  return mean;
+}
+
+// Loss on batches whose rows come from the data sets in turn.
+std::function<TrainJob::MicroLoss(int64_t, int64_t, int64_t)> joint_loss(models::Decoder& model, Datasets datasets, uint64_t seed, int64_t batch_size, at::Device device) {
+  return [&model, datasets = std::move(datasets), seed, batch_size, device](int64_t step, int64_t first, int64_t count) {
+    const auto sets = static_cast<int64_t>(datasets.size());
+    const int64_t share = (batch_size + sets - 1) / sets;
+    std::vector<at::Tensor> rows;
+    for (int64_t row = first; row < first + count; ++row)
+      rows.push_back(training_rows(*datasets[static_cast<size_t>(row % sets)], seed, step, share, row / sets, 1, device));
+    const auto loss = model.loss(at::cat(rows));
+    return TrainJob::MicroLoss{loss.sum, loss.count};
+  };
+}
+
 models::MixtureKernels mixture_kernels(const std::string& name) {
   return name == "reference" ? models::MixtureKernels::kReference : models::MixtureKernels::kAuto;
+}
+
+models::MixtureFfn::Options mixture_options(const core::Json& spec) {
+  const auto forward = spec.at("forward") == "per_expert" ? models::MixtureForward::kPerExpert : models::MixtureForward::kFactored;
+  return {spec.at("top_k").get<int64_t>(), spec.at("norm_topk_prob").get<bool>(), forward, mixture_kernels(spec.at("kernels").get<std::string>())};
 }
 
 }  // namespace
@@ -169,19 +206,24 @@ core::ArtefactPtr FlexMore::embed_public(const Unit& unit, WorkerContext& contex
 
 core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& context) const {
   auto model = load_base(unit, context)->share();
-  const auto dataset = load_data(unit.spec.at("data"), context);
+  const core::Json& data = unit.spec.at("data");   // a list: one expert for several domains
+  Datasets datasets;
+  for (const auto& spec : data.is_array() ? data : core::Json::array({data})) datasets.push_back(load_data(spec, context));
   const auto seed = unit.spec.at("seed").get<uint64_t>();
   const auto rank = unit.spec.at("rank").get<int64_t>();
   const auto embedding = context.artefact(unit.inputs.at(0));
   const at::Tensor public_mean = models::copy_of(*embedding->file().find("embedding"));
   const bool regression = config_.router.init == "regression";
   const at::Tensor public_moment = regression ? models::copy_of(*embedding->file().find("second_moment")) : at::Tensor();
-  const Embedding own_embedding = domain_embedding(model, *dataset, config_.router.embedding_sequences, regression, context);
+  std::vector<Embedding> embeddings;
+  for (const auto& dataset : datasets) embeddings.push_back(domain_embedding(model, *dataset, config_.router.embedding_sequences, regression, context));
+  const Embedding own_embedding = mean_embedding(std::move(embeddings));
 
   Mixture mixture{public_rows(*embedding), {}};
   const core::Json base_fingerprint = fingerprint_of_base(model.weights(), mixture.public_rows);
   Expert expert{unit.spec.at("name").get<std::string>(), {}, {}, {}};
   TrainJob job{config_.train, {}, nullptr, config_.seq_len};
+  job.config.steps = unit.spec.at("train").at("steps").get<int64_t>();
   const auto own = [&](const std::string& name, at::Tensor tensor) {
     job.parameters.emplace_back(name, tensor);
     return tensor;
@@ -226,7 +268,8 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
   std::sort(job.parameters.begin(), job.parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   mixture.experts = {expert};
   attach(model, mixture, {.top_k = 2, .norm_topk_prob = config_.norm_topk_prob, .kernels = mixture_kernels(config_.kernels)}, {});
-  job.loss = language_model_loss(model, dataset, seed, config_.train.batch_size, context.device());
+  job.loss = datasets.size() == 1 ? language_model_loss(model, datasets.front(), seed, config_.train.batch_size, context.device())
+                                  : joint_loss(model, datasets, seed, config_.train.batch_size, context.device());
   const TrainOutcome outcome = context.train(std::move(job));
   return write_expert(expert, {{"base", unit.spec.at("base")}, {"base_tensors", base_fingerprint}, {"curve", curve_json(outcome)},
                                {"data", unit.spec.at("data")}});
@@ -243,6 +286,8 @@ core::ArtefactPtr FlexMore::extract(const Unit& unit, WorkerContext& context) co
     models::FfnExpert& ffn = expert.layers[l];
     const models::SlotBase& base = model->base(ffn_slot(l));
     const auto cut = [&](const char* name, const at::Tensor& tuned, const at::Tensor& frozen) {
+      if (unit.spec.contains("subspace_seed"))
+        return random_subspace_of(tuned, frozen.cpu(), rank, core::derive_seed(unit.spec.at("subspace_seed").get<uint64_t>(), fmt::format("{}/{}", l, name)));
       const Spectrum spectrum = spectrum_of_difference(tuned, frozen.cpu());
       spectra.emplace_back(fmt::format("spectrum.{}.{}", l, name), spectrum.s);
       return low_rank_of(spectrum, rank);
@@ -261,6 +306,7 @@ core::ArtefactPtr FlexMore::evaluate_unit(const Unit& unit, WorkerContext& conte
   auto model = load_base(unit, context)->share();
   const auto dataset = load_data(unit.spec.at("data"), context);
   const auto what = unit.spec.at("what").get<std::string>();
+  if (what == "btm") return evaluate_branch_train_merge(unit, *dataset, context);
   std::vector<std::shared_ptr<models::MixtureFfn>> layers;
   std::vector<std::string> names = {"public"};
   if (what == "expert" || what == "mixture") {
@@ -269,13 +315,12 @@ core::ArtefactPtr FlexMore::evaluate_unit(const Unit& unit, WorkerContext& conte
     if (what == "expert") {
       mixture.public_rows = public_rows(*context.artefact(unit.inputs.at(0)));
       mixture.experts = {read_expert(*context.artefact(unit.inputs.at(1)), unit.spec.at("rank").get<int64_t>())};
+      if (unit.spec.contains("scale")) mixture.experts = {with_scaled_change(mixture.experts.front(), model, unit.spec.at("scale").get<double>())};
     } else {
       mixture = read_mixture(*context.artefact(unit.inputs.at(0)));
     }
-    const auto forward = options.at("forward") == "per_expert" ? models::MixtureForward::kPerExpert : models::MixtureForward::kFactored;
     const auto leave_out = options.at("leave_out").get<std::vector<std::string>>();
-    layers = attach(model, mixture, {options.at("top_k").get<int64_t>(), options.at("norm_topk_prob").get<bool>(), forward,
-                                     mixture_kernels(options.at("kernels").get<std::string>())}, leave_out);
+    layers = attach(model, mixture, mixture_options(options), leave_out);
     for (const auto& expert : mixture.experts)
       if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) names.push_back(expert.name);
   } else if (what == "soup") {
@@ -299,6 +344,24 @@ core::ArtefactPtr FlexMore::evaluate_unit(const Unit& unit, WorkerContext& conte
     meta["load"] = {{"experts", names}, {"selected", selected}, {"probability", probability}};
   }
   return core::Artefact::create("evaluation", std::move(meta), {});
+}
+
+core::ArtefactPtr FlexMore::evaluate_branch_train_merge(const Unit& unit, const data::TextDataset& dataset, WorkerContext& context) const {
+  const auto base = load_base(unit, context);
+  const auto rows = public_rows(*context.artefact(unit.inputs.front()));
+  std::vector<Expert> experts;
+  for (size_t i = 1; i < unit.inputs.size(); ++i)
+    if (unit.inputs[i] != unit.spec.at("base")) experts.push_back(read_expert(*context.artefact(unit.inputs[i]), 0));
+  std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
+  std::vector<models::Decoder> members;   // the public model, then every owner's own model as trained
+  members.push_back(base->share());
+  for (const Expert& expert : experts) {
+    members.push_back(base->share());
+    attach(members.back(), {rows, {expert}}, mixture_options(unit.spec.at("mixture")), {});
+  }
+  const auto loss = [&](const at::Tensor& sequences) { return branch_train_merge_loss(members, sequences, unit.spec.at("mixture").at("top_k").get<int64_t>()); };
+  const Evaluation result = evaluate(loss, dataset, unit.spec.at("sequences").get<int64_t>(), unit.spec.at("batch_size").get<int64_t>(), context);
+  return core::Artefact::create("evaluation", {{"result", result.to_json()}}, {});
 }
 
 core::ArtefactPtr FlexMore::merge_experts(const Unit& unit, WorkerContext& context) const {

@@ -56,6 +56,10 @@ class FlexMore final : public Method {
     std::map<std::string, int64_t> ranks;                                   // chosen; 0 = full-size. Empty until all are known
     std::optional<std::string> mixture, full_mixture, soup;
     std::map<std::string, std::map<std::string, std::string>> tests;        // method -> domain -> evaluation
+    std::optional<std::string> joint;                                       // comparisons: the expert trained on all domains,
+    std::map<std::string, std::map<std::string, std::string>> cross;        // evaluations by expert and text,
+    std::map<std::string, std::map<double, std::string>> scaled;            // by domain and share of the change,
+    std::map<std::string, std::map<int64_t, std::string>> sweep, random_subspace;   // by domain and rank
   };
   Stages walk(PlanBuilder& plan) const;
   models::Decoder public_model(const Stages& stages, const RunState& state) const;
@@ -69,8 +73,16 @@ class FlexMore final : public Method {
                        std::vector<std::string> inputs, int64_t rank, const Stages& stages) const;
   Unit merge_unit(const std::string& label, bool full, const Stages& stages) const;
   core::Json data_spec(const std::string& domain, const std::string& split) const;
+  core::Json router_spec() const;
+  void test_everywhere(PlanBuilder& plan, Stages& stages, const std::string& method, const std::string& what, const std::vector<std::string>& inputs) const;
   std::vector<std::string> evaluated_domains() const;
   int64_t max_rank(const DomainConfig& domain) const;
+
+  // comparison_plan.cpp, comparison_summary.cpp
+  bool compares(const std::string& name) const;
+  void plan_comparisons(PlanBuilder& plan, Stages& stages) const;
+  void summarize_comparisons(const Stages& stages, const RunState& state, core::Json& out) const;
+  void summarize_sweep(const Stages& stages, const RunState& state, core::Json& out) const;
 
   // execute.cpp: what workers do
   core::ArtefactPtr train_base(const Unit& unit, WorkerContext& context) const;
@@ -78,6 +90,7 @@ class FlexMore final : public Method {
   core::ArtefactPtr train_expert(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr extract(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr evaluate_branch_train_merge(const Unit& unit, const data::TextDataset& dataset, WorkerContext& context) const;
   core::ArtefactPtr merge_experts(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr make_soup(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<models::Decoder> load_base(const Unit& unit, WorkerContext& context) const;

@@ -40,6 +40,10 @@ core::Json FlexMore::data_spec(const std::string& name, const std::string& split
   return {{"name", name}, {"fingerprint", fingerprints_.at(name)}, {"split", split}, {"seq_len", config_.seq_len}, {"tokenizer", config_.tokenizer}};
 }
 
+core::Json FlexMore::router_spec() const {
+  return pick(flexmore_schema().to_json(config_).at("router"), {"init", "init_logit", "init_norm", "train", "bias", "bias_value", "embedding_sequences"});
+}
+
 int64_t FlexMore::max_rank(const DomainConfig& d) const {
   if (const auto fixed = fixed_rank(d)) return *fixed;
   return *std::max_element(config_.ranks.candidates.begin(), config_.ranks.candidates.end());
@@ -62,16 +66,17 @@ Unit FlexMore::evaluation_unit(const std::string& label, const std::string& what
                                std::vector<std::string> inputs, int64_t rank, const Stages& stages) const {
   const int64_t sequences = label.starts_with("validate/") ? config_.evaluation.validation_sequences : config_.evaluation.sequences;
   core::Json spec = {{"what", what}, {"data", data_spec(name, split)}, {"sequences", sequences}, {"batch_size", config_.evaluation.batch_size}};
-  if (what == "expert" || what == "mixture") {
+  if (what == "expert" || what == "mixture" || what == "btm") {   // btm: every expert by itself, then weighted
     const core::Json values = flexmore_schema().to_json(config_);
     spec["mixture"] = pick(values, {"norm_topk_prob", "forward", "kernels"});
-    spec["mixture"]["top_k"] = what == "expert" ? 2 : config_.top_k;
-    spec["mixture"]["leave_out"] = what == "expert" ? core::Json::array() : values.at("leave_out");
+    spec["mixture"]["top_k"] = what == "mixture" ? config_.top_k : 2;
+    spec["mixture"]["leave_out"] = what == "mixture" ? values.at("leave_out") : core::Json::array();
     spec["rank"] = rank;
     spec["router"] = pick(values.at("router"), {"init", "init_norm"});
   }
   const double tokens = static_cast<double>((sequences ? sequences : 512) * config_.seq_len);
-  const double active = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters() * (what == "mixture" ? 2 : 1));
+  const double active = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters() * (what == "mixture" ? 2 : 1)) *
+                        static_cast<double>(what == "btm" ? inputs.size() : 1);
   return make_unit("evaluate", label, std::move(spec), std::move(inputs), 2 * active * tokens, stages);
 }
 
@@ -133,7 +138,6 @@ std::map<std::string, int64_t> FlexMore::choose_ranks(const Stages& stages, cons
 
 FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
   Stages s;
-  const core::Json values = flexmore_schema().to_json(config_);
   const double model = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters());
   const auto training_cost = [&](const TrainConfig& train, double parameters) {
     return 6 * parameters * static_cast<double>(train.steps * train.batch_size * config_.seq_len);
@@ -162,7 +166,7 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
   bool ranks_known = true;
   for (const auto& d : config_.domains) {
     core::Json spec = {{"name", d.name}, {"rank", d.train == "direct" ? *fixed_rank(d) : 0}, {"train", train_identity(config_.train)}, {"log_every", config_.train.log_every},
-                       {"router", values.at("router")}, {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "expert/" + d.name)},
+                       {"router", router_spec()}, {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "expert/" + d.name)},
                        {"data", data_spec(d.name, "train")}};
     if (d.train == "direct") spec["kernels"] = config_.kernels;   // a full-size expert does not pass through them
     const auto expert = plan.need(make_unit("train_expert", "train/" + d.name, std::move(spec), {*s.public_embedding}, training_cost(config_.train, 1.5 * model), s));
@@ -196,23 +200,16 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
   for (const auto& [name, id] : s.experts)
     if (const auto test = plan.need(evaluation_unit("test/expert/" + name, "expert", name, config_.evaluation.split, {*s.public_embedding, id}, 0, s)))
       s.tests["expert"][name] = *test;
-  const auto test_everywhere = [&](const std::string& method, const std::string& what, const std::string& id) {
-    for (const auto& name : evaluated_domains()) {
-      std::vector<std::string> inputs = {id};
-      if (const auto test = plan.need(evaluation_unit("test/" + method + "/" + name, what, name, config_.evaluation.split, std::move(inputs), 0, s)))
-        s.tests[method][name] = *test;
-    }
-  };
   if (all_trained && all_full) {
     s.full_mixture = plan.need(merge_unit("merge/full", true, s));
-    if (s.full_mixture) test_everywhere("full_mixture", "mixture", *s.full_mixture);
+    if (s.full_mixture) test_everywhere(plan, s, "full_mixture", "mixture", {*s.full_mixture});
     std::vector<std::string> inputs;
     for (const auto& [name, id] : s.experts) inputs.push_back(id);
     std::sort(inputs.begin(), inputs.end());
     Unit unit = make_unit("soup", "merge/soup", core::Json::object(), inputs, 1e6, s);
     unit.place = Place::kCoordinator;
     s.soup = plan.need(std::move(unit));
-    if (s.soup) test_everywhere("soup", "soup", *s.soup);
+    if (s.soup) test_everywhere(plan, s, "soup", "soup", {*s.soup});
   }
   const bool cuts_known = std::all_of(config_.domains.begin(), config_.domains.end(),
                                       [&](const auto& d) { return d.rank == "full" || s.low_rank.count(d.name); });
@@ -224,8 +221,9 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
                                                         {*s.public_embedding, s.low_rank.at(name)}, rank, s)))
           s.tests["low_rank_expert"][name] = *test;
     s.mixture = plan.need(merge_unit("merge/mixture", false, s));
-    if (s.mixture) test_everywhere("mixture", "mixture", *s.mixture);
+    if (s.mixture) test_everywhere(plan, s, "mixture", "mixture", {*s.mixture});
   }
+  if (!config_.comparisons.empty()) plan_comparisons(plan, s);
   return s;
 }
 

@@ -19,7 +19,9 @@ constexpr MethodColumn kMethods[] = {{"base", "base"},
                                      {"low_rank_expert", "own expert, chosen rank"},
                                      {"mixture", "mixture, chosen ranks"},
                                      {"full_mixture", "mixture, full-size"},
-                                     {"soup", "weight soup"}};
+                                     {"soup", "weight soup"},
+                                     {"btm", "branch-train-merge, top 2"},
+                                     {"joint", "one expert, all domains' text"}};
 
 Json column(const std::string& key, const std::string& label) { return {{"key", key}, {"label", label}}; }
 
@@ -127,6 +129,7 @@ core::Json FlexMore::summary(const RunState& state) const {
   };
   if (stages.base && model_id_.empty()) add_training("public", *stages.base);
   for (const auto& [name, id] : stages.experts) add_training(name, id);
+  if (stages.joint) add_training("all domains", *stages.joint);
   const auto curve = [&](const std::string& title, const std::string& x, const std::string& y, bool log_x, bool log_y, const Json& series, const std::string& note) {
     if (series.empty()) return;
     out["curves"].push_back({{"title", title}, {"x_label", x}, {"y_label", y}, {"log_x", log_x}, {"log_y", log_y}, {"series", series},
@@ -168,6 +171,7 @@ core::Json FlexMore::summary(const RunState& state) const {
   };
   load_map("mixture", "Router load of the mixture, chosen ranks");
   load_map("full_mixture", "Router load of the full-size mixture");
+  summarize_comparisons(stages, state, out);
 
   // One sentence, from this run's own numbers.
   if (added > 0) {

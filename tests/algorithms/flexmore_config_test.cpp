@@ -38,6 +38,12 @@ TEST(FlexMoreRecipe, RefusesTwoDomainsOfOneName) { EXPECT_THAT(problems_with({"d
 
 TEST(FlexMoreRecipe, DirectTrainingNeedsARank) { EXPECT_THAT(problems_with({"domains.0.train=direct"}), HasSubstr("needs a number as rank")); }
 
+TEST(FlexMoreRecipe, ComparisonsAreNamedAndNeedWhatTheyCompare) {
+  EXPECT_THAT(problems_with({"comparisons=[bmt]"}), AllOf(HasSubstr("bmt"), HasSubstr("btm")));
+  EXPECT_THAT(problems_with({"comparisons=[rank_sweep]", "domains.0.train=direct", "domains.0.rank=\"8\""}),
+              AllOf(HasSubstr("rank_sweep needs full-size experts"), HasSubstr("'code'")));
+}
+
 TEST(FlexMoreRecipe, RunningOnShapesAloneNamesEveryMissingInput) {
   auto recipe = load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", {"domains.0.rank=5000"});
   EXPECT_THAT(models::thrown<core::UserError>([&] { recipe.method->open_inputs(); }),

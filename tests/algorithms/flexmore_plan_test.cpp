@@ -34,7 +34,9 @@ class FlexMorePlan : public testing::Test, public RunState {
   // Finishes a unit; evaluations score `bits` per byte.
   void finish(const Unit& unit, double bits = 2) {
     const core::Json result = {{"nats", bits * 1000 * 0.6931471805599453}, {"tokens", 1000}, {"bytes", 1000}, {"correct", 10}};
-    results_[unit.id()] = core::Artefact::create(unit.kind, {{"of", unit.id()}, {"result", result}}, {});
+    const core::Json load = {{"experts", core::Json::array({"public"})}, {"selected", {{1.0}}}};
+    results_[unit.id()] = core::Artefact::create(unit.kind, {{"of", unit.id()}, {"result", result}, {"rank", 0}, {"parameters", 1}, {"added_parameters", 1},
+                                                             {"curve", core::Json::array()}, {"load", load}}, {});
   }
 
   std::map<std::string, core::ArtefactPtr> results_;
@@ -85,6 +87,45 @@ TEST_F(FlexMorePlan, AChangedKeyRedoesOnlyWhatItDetermines) {
   EXPECT_FALSE(method({"workers.threads=2"})->plan(*this).pending.empty());
   EXPECT_EQ(kinds(method({"workers.group_size=2"})->plan(*this).pending).count("train_expert"), 6u);
   EXPECT_TRUE(method({"workers.bucket_mib=1", "workers.overlap=false"})->plan(*this).pending.empty());
+}
+
+std::set<std::string> ids_of(const std::vector<Unit>& units) {
+  std::set<std::string> ids;
+  for (const auto& unit : units) ids.insert(unit.id());
+  return ids;
+}
+
+TEST_F(FlexMorePlan, ComparisonsAddUnitsAndChangeNone) {
+  const std::vector<std::string> small = {"domains=[{name: a}, {name: b}]", "ranks.candidates=[1024, 512]"};
+  std::vector<std::string> with = small;
+  with.push_back("comparisons=[btm, cross_domain, joint, random_subspace, rank_sweep, scaled_delta]");
+  const auto finish_all = [&](const std::vector<std::string>& overrides) {
+    const auto flexmore = method(overrides);
+    Plan plan = flexmore->plan(*this);
+    for (int wave = 0; wave < 20 && !plan.pending.empty(); ++wave, plan = flexmore->plan(*this))
+      for (const auto& unit : plan.pending) finish(unit);
+    EXPECT_TRUE(plan.pending.empty());
+    return plan.finished;
+  };
+  const auto before = finish_all(small), after = finish_all(with);
+  const std::set<std::string> old_ids = ids_of(before), new_ids = ids_of(after);
+  EXPECT_TRUE(std::includes(new_ids.begin(), new_ids.end(), old_ids.begin(), old_ids.end()));
+  std::map<std::string, int> added;
+  for (const auto& unit : after)
+    if (!old_ids.count(unit.id())) ++added[unit.label.substr(0, unit.label.find('/', 5))];
+  // Two experts on three texts, own ones known already; a sweep of two ranks, of which each expert's chosen one is known.
+  EXPECT_EQ(added, (std::map<std::string, int>{{"test/btm", 3}, {"test/cross", 4}, {"train", 1}, {"test/joint", 3}, {"extract", 2},
+                                               {"test/random_subspace", 4}, {"test/rank", 2}, {"test/scaled", 6}}));
+  for (const auto& unit : after) {
+    if (unit.label == "train/joint") {
+      EXPECT_EQ(unit.spec.at("train").at("steps"), 2 * 100) << "two experts' default number of steps";
+    }
+  }
+  const core::Json summary = method(with)->summary(*this);
+  std::set<std::string> titles;
+  for (const auto& table : summary.at("tables")) titles.insert(table.at("title").get<std::string>());
+  EXPECT_TRUE(titles.count("Rank sweep: regression of the score on log2(rank)"));
+  EXPECT_TRUE(titles.count("Own expert at a rank: random subspace against PHLoRA, bits per byte"));
 }
 
 TEST_F(FlexMorePlan, KernelsAreTrainedIntoDirectExperts) {
