@@ -31,10 +31,14 @@ void FlexMore::plan_comparisons(PlanBuilder& plan, Stages& s) const {
     train.steps *= static_cast<int64_t>(config_.domains.size());
     core::Json data = core::Json::array();
     for (const auto& d : config_.domains) data.push_back(data_spec(d.name, "train"));
-    s.joint = plan.need(make_unit("train_expert", "train/joint",
-        {{"name", "joint"}, {"rank", 0}, {"train", train_identity(train)}, {"log_every", train.log_every}, {"router", router_spec()},
-         {"seed", seed("expert/joint")}, {"data", data}},
-        {*s.public_embedding}, 9 * model * static_cast<double>(train.steps * train.batch_size * config_.seq_len), s));
+    core::Json spec = {{"name", "joint"}, {"rank", 0}, {"train", train_identity(train)}, {"log_every", train.log_every}, {"router", router_spec()},
+                       {"seed", seed("expert/joint")}, {"data", data}};
+    if (config_.router.init == "encoder") {
+      spec["encoder"] = core::Json::array();
+      for (const auto& d : config_.domains) spec["encoder"].push_back(encoder_spec(d.name));
+    }
+    s.joint = plan.need(make_unit("train_expert", "train/joint", std::move(spec), {*s.public_embedding},
+        9 * model * static_cast<double>(train.steps * train.batch_size * config_.seq_len), s));
     if (s.joint) test_everywhere(plan, s, "joint", "expert", {*s.public_embedding, *s.joint});
   }
   if (compares("btm") && s.experts.size() == config_.domains.size()) {

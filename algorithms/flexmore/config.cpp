@@ -68,6 +68,7 @@ const core::Schema<DomainConfig>& domain_schema() {
     core::Schema<C> s;
     s.field("name", &C::name).required().doc("Name of the expert")
         .field("path", &C::path).path().doc("Prepared HDF5 file (scripts/prepare_text.py)")
+        .field("encoder_text", &C::encoder_text).path().doc("router.init: encoder: the domain's text prepared with the encoder's tokeniser")
         .field("rank", &C::rank).doc("Rank in the heterogeneous mixture: auto (chosen on validation), full, or a number")
         .field("train", &C::train).choices({"full", "direct"}).doc("full: train a full-size FFN, extract low rank by PHLoRA; direct: train A and B of the given rank")
         .check([](const C& c) -> Violation {
@@ -88,13 +89,18 @@ const core::Schema<RouterConfig>& router_schema() {
   using C = RouterConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("init", &C::init).choices({"regression", "embedding", "centered", "random"}).doc("Where router rows start: least squares between the domain's and the public hidden states, the domain's mean hidden state, its difference to the public one, or at random")
+    s.field("init", &C::init).choices({"regression", "embedding", "centered", "encoder", "random"}).doc("Where router rows start: least squares between the domain's and the public hidden states, the domain's mean hidden state, its difference to the public one, a text encoder's mean embedding of the domain, or at random")
+        .field("encoder", &C::encoder).path().doc("encoder: Hugging Face directory of a BERT-type model with its tokenizer.json (scripts/fetch_encoder)")
         .field("init_logit", &C::init_logit).above(0).doc("regression: logit aimed at on the domain's own text, against 0 on public text; raising it makes routing sharper")
         .field("init_norm", &C::init_norm).above(0).doc("embedding, centered: norm of a row at the start; raising it makes routing sharper")
         .field("train", &C::train).doc("Train the row with the expert, as FlexOlmo does; rows that never saw each other's text drift apart in scale")
         .field("bias", &C::bias).choices({"none", "constant", "learned"}).doc("Bias on every expert but the public one, never positive")
         .field("bias_value", &C::bias_value).max(0).doc("Constant bias, or where a learned one starts")
-        .field("embedding_sequences", &C::embedding_sequences).min(1).doc("Training sequences averaged into a domain embedding");
+        .field("embedding_sequences", &C::embedding_sequences).min(1).doc("Training sequences averaged into a domain embedding")
+        .check([](const C& c) -> Violation {
+          if ((c.init == "encoder") == c.encoder.empty()) return "init: encoder and the key encoder go together";
+          return std::nullopt;
+        });
     return s;
   }();
   return schema;
@@ -154,6 +160,7 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
     add_run_fields(s);
     s.object("model", &C::model, model_schema()).doc("The frozen public model")
         .field("public_path", &C::public_path).path().doc("Prepared HDF5 file of public text")
+        .field("public_encoder_text", &C::public_encoder_text).path().doc("router.init: encoder: public text prepared with the encoder's tokeniser")
         .list("domains", &C::domains, domain_schema()).doc("One entry per expert")
         .field("seq_len", &C::seq_len).min(2).doc("Context of training and evaluation").unit("tokens")
         .field("tokenizer", &C::tokenizer).doc("Tokeniser the data must have been prepared with")

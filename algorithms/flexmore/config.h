@@ -41,12 +41,14 @@ struct DomainConfig {
   std::string name;
   std::string path;                    // prepared HDF5 file; may be empty for `moraine params`
   std::string rank = "auto";           // auto = chosen on validation | full | a number
+  std::string encoder_text;            // router.init = encoder: text of the domain prepared with the encoder's tokeniser
   std::string train = "full";          // full = full-size expert, low rank by PHLoRA | direct = A and B are trained
 };
 
 /// Router of the mixture.
 struct RouterConfig {
-  std::string init = "regression";     // regression | embedding | centered | random
+  std::string init = "regression";     // regression | embedding | centered | encoder | random
+  std::string encoder;                 // encoder: Hugging Face directory of a BERT-type model
   double init_logit = 10;              // regression: logit a row aims at on its own domain's text, against 0 on public text
   double init_norm = 0.5;              // embedding, centered: norm of each domain row; FlexOlmo's released rows have .41-.55
   bool train = false;                  // train the row with the expert, as FlexOlmo does
@@ -71,6 +73,7 @@ struct EvaluationConfig {
 struct FlexMoreConfig : RunConfig {
   PublicModelConfig model;
   std::string public_path;             // prepared HDF5 file of public text
+  std::string public_encoder_text;     // router.init = encoder: public text prepared with the encoder's tokeniser
   std::vector<DomainConfig> domains;
   int64_t seq_len = 256;
   std::string tokenizer = "bytes-v1";

@@ -16,6 +16,7 @@
 
 #include "algorithms/evaluate.h"
 #include "algorithms/flexmore/comparisons.h"
+#include "algorithms/flexmore/encoder.h"
 #include "algorithms/flexmore/experts.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "algorithms/flexmore/phlora.h"
@@ -164,11 +165,22 @@ std::shared_ptr<data::TextDataset> FlexMore::load_data(const core::Json& spec, W
   return cached_dataset(data_path(spec.at("name").get<std::string>()), spec, context);
 }
 
+at::Tensor FlexMore::encoded_row(const core::Json& spec, WorkerContext& context) const {
+  if (spec.at("identity") != encoder_id_)
+    throw core::UserError(fmt::format("algorithms/flexmore: the text encoder in {} differs from the coordinator's", config_.router.encoder),
+                          "every site must use the same encoder and tokenizer.json");
+  auto encoder = DomainEncoder::open(config_.router.encoder, context.device());   // used once per unit, so not worth keeping
+  const at::Tensor embedding = encoder.embed(*load_data(spec.at("data"), context), config_.router.embedding_sequences);
+  return project(embedding, architecture_.hidden_size, spec.at("projection_seed").get<uint64_t>());
+}
+
 std::vector<at::Tensor> FlexMore::public_rows(const core::Artefact& embedding) const {
   const at::Tensor rows = models::copy_of(*embedding.file().find("embedding"));
   std::vector<at::Tensor> out;
   for (int64_t l = 0; l < rows.size(0); ++l) {
-    if (config_.router.init == "embedding") {
+    if (config_.router.init == "encoder") {
+      out.push_back(models::copy_of(*embedding.file().find("encoded")));   // one vector for all layers, as FlexOlmo
+    } else if (config_.router.init == "embedding") {
       out.push_back(unit_norm(rows[l], config_.router.init_norm).contiguous());
     } else if (config_.router.init == "centered" || config_.router.init == "regression") {
       out.push_back(at::zeros({rows.size(1)}, at::kFloat));
@@ -199,6 +211,7 @@ core::ArtefactPtr FlexMore::embed_public(const Unit& unit, WorkerContext& contex
   const bool second_moment = unit.spec.at("second_moment").get<bool>();
   const Embedding embedding = domain_embedding(model, *dataset, unit.spec.at("sequences").get<int64_t>(), second_moment, context);
   models::NamedTensors tensors = {{"embedding", at::stack(embedding.mean)}};
+  if (unit.spec.contains("encoder")) tensors.emplace_back("encoded", encoded_row(unit.spec.at("encoder"), context));
   if (second_moment) tensors.emplace_back("second_moment", at::stack(embedding.second_moment));
   std::vector<at::Tensor> keep;
   return core::Artefact::create("embedding", core::Json::object(), models::views_of(tensors, keep));
@@ -218,6 +231,14 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
   std::vector<Embedding> embeddings;
   for (const auto& dataset : datasets) embeddings.push_back(domain_embedding(model, *dataset, config_.router.embedding_sequences, regression, context));
   const Embedding own_embedding = mean_embedding(std::move(embeddings));
+
+  at::Tensor encoded;
+  if (unit.spec.contains("encoder")) {
+    const core::Json& specs = unit.spec.at("encoder");
+    std::vector<at::Tensor> rows;
+    for (const auto& spec : specs.is_array() ? specs : core::Json::array({specs})) rows.push_back(encoded_row(spec, context));
+    encoded = rows.size() == 1 ? rows.front() : at::stack(rows).mean(0);
+  }
 
   Mixture mixture{public_rows(*embedding), {}};
   const core::Json base_fingerprint = fingerprint_of_base(model.weights(), mixture.public_rows);
@@ -253,6 +274,8 @@ core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& contex
     at::Tensor row;
     if (regression) {
       row = regression_row(mean, own_embedding.second_moment[l], public_moment[layer], config_.router.init_logit);
+    } else if (encoded.defined()) {
+      row = encoded;
     } else if (config_.router.init == "random") {
       row = random_row(mean.size(0), core::derive_seed(seed, fmt::format("router/{}", l)));
     } else {

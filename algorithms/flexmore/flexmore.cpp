@@ -1,5 +1,6 @@
 #include "algorithms/flexmore/flexmore.h"
 
+#include "algorithms/flexmore/encoder.h"
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
@@ -12,13 +13,20 @@ FlexMore::FlexMore(FlexMoreConfig config) : config_(std::move(config)), architec
 
 FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
     : config_(std::move(config)), architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
-      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()), model_id_(inputs.at("model").get<std::string>()) {}
+      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()), model_id_(inputs.at("model").get<std::string>()),
+      encoder_id_(inputs.value("encoder", "")), encoder_tokenizer_(inputs.value("encoder_tokenizer", "")) {}
 
 core::Json FlexMore::inputs() const {
-  return {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"model", model_id_}};
+  core::Json out = {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"model", model_id_}};
+  if (!encoder_id_.empty()) out["encoder"] = encoder_id_, out["encoder_tokenizer"] = encoder_tokenizer_;
+  return out;
 }
 
 std::filesystem::path FlexMore::data_path(const std::string& name) const {
+  if (name.starts_with("encoder/")) {
+    const std::string text = name.substr(std::string("encoder/").size());
+    return text == "public" ? config_.public_encoder_text : domain(text).encoder_text;
+  }
   return name == "public" ? config_.public_path : domain(name).path;
 }
 
@@ -42,6 +50,26 @@ void FlexMore::open_inputs() {
   };
   open("public", "public_path", config_.public_path);
   for (size_t i = 0; i < config_.domains.size(); ++i) open(config_.domains[i].name, fmt::format("domains.{}.path", i), config_.domains[i].path);
+  if (config_.router.init == "encoder") {
+    try {
+      encoder_id_ = DomainEncoder::identity(config_.router.encoder);
+      encoder_tokenizer_ = DomainEncoder::tokenizer(config_.router.encoder);
+      DomainEncoder::open(config_.router.encoder, at::kCPU);
+    } catch (const core::Error& error) {
+      problems.add("router.encoder", "router.encoder", error.what(), error.hint());
+    }
+    const auto open_encoded = [&](const std::string& name, const std::string& key, const std::string& path) {
+      if (path.empty()) return problems.add(key, key, "is missing", "router.init: encoder needs the text prepared with the encoder's tokeniser (scripts/fetch_encoder)");
+      try {
+        fingerprints_["encoder/" + name] = data::TextDataset::open(path, "train", DomainEncoder::kTokens, encoder_tokenizer_).info().fingerprint;
+      } catch (const core::UserError& error) {
+        problems.add(key, key, error.what(), error.hint());
+      }
+    };
+    open_encoded("public", "public_encoder_text", config_.public_encoder_text);
+    for (size_t i = 0; i < config_.domains.size(); ++i)
+      open_encoded(config_.domains[i].name, fmt::format("domains.{}.encoder_text", i), config_.domains[i].encoder_text);
+  }
   if (config_.seq_len > architecture_.max_position_embeddings)
     problems.add("seq_len", "seq_len", fmt::format("{} is more than the model's {} positions", config_.seq_len, architecture_.max_position_embeddings));
   const int64_t smallest = std::min(architecture_.hidden_size, architecture_.intermediate_size);

@@ -29,7 +29,8 @@ struct MixtureModel;
 /// A worker sends r * 3 (d + h) L numbers (low rank) or 3 d h L (full size) plus L d router numbers.
 /// Seeds: `seed` derives data order and initial values per domain, by name.
 /// Source: FlexMoRE (arXiv 2602.08818) and FlexOlmo (arXiv 2507.07024); what embeds a domain is our choice (inferred): the
-/// public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width.
+/// public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width. `router.init: encoder`
+/// takes a text encoder of any width instead.
 class FlexMore final : public Method {
  public:
   explicit FlexMore(FlexMoreConfig config);
@@ -74,6 +75,7 @@ class FlexMore final : public Method {
   Unit merge_unit(const std::string& label, bool full, const Stages& stages) const;
   core::Json data_spec(const std::string& domain, const std::string& split) const;
   core::Json router_spec() const;
+  core::Json encoder_spec(const std::string& domain) const;
   void test_everywhere(PlanBuilder& plan, Stages& stages, const std::string& method, const std::string& what, const std::vector<std::string>& inputs) const;
   std::vector<std::string> evaluated_domains() const;
   int64_t max_rank(const DomainConfig& domain) const;
@@ -95,6 +97,7 @@ class FlexMore final : public Method {
   core::ArtefactPtr make_soup(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<models::Decoder> load_base(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<data::TextDataset> load_data(const core::Json& spec, WorkerContext& context) const;
+  at::Tensor encoded_row(const core::Json& spec, WorkerContext& context) const;
   std::vector<at::Tensor> public_rows(const core::Artefact& embedding) const;
   at::ScalarType compute_dtype() const;
 
@@ -103,8 +106,9 @@ class FlexMore final : public Method {
 
   FlexMoreConfig config_;
   models::DecoderConfig architecture_;
-  std::map<std::string, std::string> fingerprints_;   // data, by domain; "public" for public text
+  std::map<std::string, std::string> fingerprints_;   // data, by domain; "public" for public text; "encoder/..." for the encoder's
   std::string model_id_;                              // of a model that is loaded: "dir:<hash>"
+  std::string encoder_id_, encoder_tokenizer_;        // router.init = encoder
 };
 
 MethodEntry method_entry();

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "algorithms/evaluate.h"
+#include "algorithms/flexmore/encoder.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "core/error.h"
 #include "core/hash.h"
@@ -38,6 +39,12 @@ std::vector<std::string> FlexMore::evaluated_domains() const {
 
 core::Json FlexMore::data_spec(const std::string& name, const std::string& split) const {
   return {{"name", name}, {"fingerprint", fingerprints_.at(name)}, {"split", split}, {"seq_len", config_.seq_len}, {"tokenizer", config_.tokenizer}};
+}
+
+core::Json FlexMore::encoder_spec(const std::string& name) const {
+  const std::string text = "encoder/" + name;
+  return {{"identity", encoder_id_}, {"projection_seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "router/projection")},
+          {"data", {{"name", text}, {"fingerprint", fingerprints_.at(text)}, {"split", "train"}, {"seq_len", DomainEncoder::kTokens}, {"tokenizer", encoder_tokenizer_}}}};
 }
 
 core::Json FlexMore::router_spec() const {
@@ -158,8 +165,10 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
 
   // What the router rows start from.
   const double embedding_cost = 2 * model * static_cast<double>(config_.router.embedding_sequences * config_.seq_len);
-  s.public_embedding = plan.need(make_unit("embed_public", "embed/public",
-      {{"data", data_spec("public", "train")}, {"sequences", config_.router.embedding_sequences}, {"second_moment", config_.router.init == "regression"}}, {}, embedding_cost, s));
+  const bool encoded = config_.router.init == "encoder";
+  core::Json embedding = {{"data", data_spec("public", "train")}, {"sequences", config_.router.embedding_sequences}, {"second_moment", config_.router.init == "regression"}};
+  if (encoded) embedding["encoder"] = encoder_spec("public");
+  s.public_embedding = plan.need(make_unit("embed_public", "embed/public", std::move(embedding), {}, embedding_cost, s));
   if (!s.public_embedding) return s;
 
   // One expert per domain; its cuts; their scores on validation text.
@@ -168,6 +177,7 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
     core::Json spec = {{"name", d.name}, {"rank", d.train == "direct" ? *fixed_rank(d) : 0}, {"train", train_identity(config_.train)}, {"log_every", config_.train.log_every},
                        {"router", router_spec()}, {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "expert/" + d.name)},
                        {"data", data_spec(d.name, "train")}};
+    if (encoded) spec["encoder"] = encoder_spec(d.name);
     if (d.train == "direct") spec["kernels"] = config_.kernels;   // a full-size expert does not pass through them
     const auto expert = plan.need(make_unit("train_expert", "train/" + d.name, std::move(spec), {*s.public_embedding}, training_cost(config_.train, 1.5 * model), s));
     if (!expert) {
