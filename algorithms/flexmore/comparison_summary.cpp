@@ -120,7 +120,8 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
     const auto best = std::min_element(scores.begin(), scores.end(), [&](const auto& a, const auto& b) {
       return evaluation(a.second).bits_per_byte() < evaluation(b.second).bits_per_byte();
     });
-    row["best"] = evaluation(best->second).bits_per_byte() <= full.bits_per_byte() ? Json(best->first) : Json("full");
+    const bool cheap = static_cast<double>(best->first) < break_even;   // above, a cut costs more than what it is a cut of
+    row["best"] = cheap && evaluation(best->second).bits_per_byte() <= full.bits_per_byte() ? Json(best->first) : Json("full");
     slopes.push_back(row);
   }
   if (slopes.empty()) return;
@@ -137,7 +138,7 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
                            {"columns", {{{"key", "domain"}, {"label", "domain"}}, number("coded", "bits per byte per doubling, all ranks", 4), number("coded_r2", "R2", 3),
                                         number("cheaper", "bits per byte per doubling, ranks below break-even and full once", 4), number("cheaper_r2", "R2", 3),
                                         number("accuracy", "accuracy points per doubling, all ranks", 3), number("accuracy_r2", "R2", 3),
-                                        number("cap", "largest possible rank minus full-size, bits per byte", 5), {{"key", "best"}, {"label", "best rank"}}}},
+                                        number("cap", "largest possible rank minus full-size, bits per byte", 5), {{"key", "best"}, {"label", "best below break-even, or full"}}}},
                            {"rows", slopes},
                            {"notes", {"all ranks: as FlexMoRE's analysis, full-size coded as one doubling above the largest rank; below break-even: one function counts once",
                                       "scores on the text the tables are about, for one seed: a slope says how this domain's score moves, not which rank to choose"}}});
