@@ -20,8 +20,7 @@ Unit Continual::make_unit(const std::string& kind, const std::string& label, cor
                           double cost, const Stages& stages) const {
   spec["method"] = "continual";
   spec["version"] = kResultVersion;
-  spec["threads"] = config_.workers.threads;
-  spec["device"] = config_.workers.device;
+  spec.update(compute_identity(config_.workers));
   spec["images"] = {{"fingerprint", fingerprint_}, {"mean", config_.images.mean}, {"deviation", config_.images.deviation}};
   if (stages.backbone) {
     spec["backbone"] = *stages.backbone;

@@ -2,6 +2,7 @@
 """Runs continual recipes as a user would, on tiny images: continual_test.py BINARY CLAIM."""
 import gzip
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+
+from run_test import mpirun, same_losses
 
 SOURCE = Path(__file__).resolve().parents[2]
 BINARY = sys.argv[1]
@@ -86,6 +89,18 @@ def workers_and_kills_do_not_change_the_matrices(world: World) -> None:
     assert world.hash("killed") == world.hash("w1")
     world.run("seed", "seeds=[2]")
     assert world.hash("seed") != world.hash("w1")
+
+
+def chains_trained_by_groups_equal_one_process(world: World) -> None:
+    world.recipe.write_text(RECIPE.replace("STEPS", "8").replace("[-1, 1993]", "[1993]").replace("[joint, ", "["))
+    world.run("one")
+    world.run("threads", "workers.group_size=2", "workers.local=4")
+    same_losses(world.directory / "one", world.directory / "threads")
+    if not shutil.which("mpirun"):
+        print("skipped: no mpirun")
+        sys.exit(77)
+    subprocess.run(mpirun(3) + world.command("processes", "workers.group_size=2"), capture_output=True, check=True, timeout=300)
+    assert world.hash("processes") == world.hash("threads")
 
 
 def tables_and_matrices_agree(world: World) -> None:

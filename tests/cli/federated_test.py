@@ -3,6 +3,7 @@
 CLAIM. The oracle reads the contributions out of the run directory and follows the papers' equations."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from safetensors import safe_open
 
-from run_test import BINARY, SOURCE, World, expect_in
+from run_test import BINARY, SOURCE, World, expect_in, same_losses
 
 RECIPE = f"""
 name: tiny
@@ -173,6 +174,17 @@ def results_do_not_depend_on_workers_or_kills(world: Federation) -> None:
     assert world.hash("killed") == world.hash("fedex_lora2")
 
 
+def clients_trained_by_groups_equal_one_process(world: Federation) -> None:
+    world.run("one", "rounds=2")
+    world.run("threads", "rounds=2", "workers.group_size=2", "workers.local=4")
+    same_losses(world.directory / "one", world.directory / "threads")
+    if not shutil.which("mpirun"):
+        print("skipped: no mpirun")
+        sys.exit(77)
+    world.run("processes", "rounds=2", "workers.group_size=2", processes=3)
+    assert world.hash("processes") == world.hash("threads")
+
+
 def bad_federations_are_refused(world: Federation) -> None:
     cases = {
         ("clients.count=400", "clients.alpha=0.01", "clients.per_round=0"): ("clients have no data", "clients.alpha"),
@@ -214,7 +226,7 @@ def clients_that_fail_end_the_round_or_are_left_out(world: Federation) -> None:
 
 def main() -> None:
     claims = {f.__name__: f for f in (aggregates_equal_numpy, server_optimisers_equal_numpy, results_do_not_depend_on_workers_or_kills,
-                                      bad_federations_are_refused, clients_that_fail_end_the_round_or_are_left_out)}
+                                      clients_trained_by_groups_equal_one_process, bad_federations_are_refused, clients_that_fail_end_the_round_or_are_left_out)}
     with tempfile.TemporaryDirectory() as directory:
         claims[sys.argv[2]](Federation(Path(directory)))
     print("ok")

@@ -34,6 +34,11 @@ workers: {local: 2}
 """
 
 
+def mpirun(processes: int) -> list[str]:
+    line = ["mpirun", "-n", str(processes), "--oversubscribe", "--bind-to", "none"]
+    return line + (["--allow-run-as-root"] if os.geteuid() == 0 else [])
+
+
 class World:
     """A temporary directory with prepared text and a recipe."""
 
@@ -52,10 +57,7 @@ class World:
 
     def command(self, run: str, *overrides: str, processes: int = 0) -> list[str]:
         line = [BINARY, "run", str(self.recipe), *overrides, "--run-dir", str(self.directory / run)]
-        if not processes:
-            return line
-        launch = ["mpirun", "-n", str(processes), "--oversubscribe", "--bind-to", "none"]
-        return launch + (["--allow-run-as-root"] if os.geteuid() == 0 else []) + line
+        return mpirun(processes) + line if processes else line
 
     def run(self, run: str, *overrides: str, processes: int = 0, expect: int = 0, env: dict | None = None,
             largest_file: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess:
@@ -104,19 +106,24 @@ def mpi_equals_local(world: World) -> None:
     assert done.stderr.count("trian: unknown key") == 1, done.stderr
 
 
+def same_losses(one: Path, group: Path) -> None:
+    """Every training loss of two runs, one of them by groups: a mean of float32 losses summed in another order."""
+    losses = []
+    for run in (one, group):
+        with (run / "metrics.jsonl").open() as lines:
+            records = [json.loads(line) for line in lines]
+        losses.append({(r["unit"], r["step"]): r["value"] for r in records if r["key"] == "train_loss"})
+    assert losses[0].keys() == losses[1].keys() and losses[0], losses
+    for key, loss in losses[0].items():
+        assert abs(losses[1][key] - loss) < 1e-4 * loss, (key, loss, losses[1][key])
+
+
 def a_group_of_threads_equals_a_group_of_processes(world: World) -> None:
     world.run("threads", "workers.group_size=2")                # workers.local: 2, so one worker of two members
     world.run("again", "workers.group_size=2", "workers.local=4", "workers.overlap=false", "workers.bucket_mib=0")
     assert world.hash("again") == world.hash("threads"), "two workers, other pieces: the same bits"
     world.run("one")
-    losses = {}
-    for run in ("one", "threads"):
-        with (world.directory / run / "metrics.jsonl").open() as lines:
-            records = [json.loads(line) for line in lines]
-        losses[run] = {(r["unit"], r["step"]): r["value"] for r in records if r["key"] == "train_loss"}
-    assert losses["one"].keys() == losses["threads"].keys() and losses["one"], losses
-    for key, loss in losses["one"].items():                     # a mean of float32 losses summed in another order
-        assert abs(losses["threads"][key] - loss) < 1e-4 * loss, (key, loss, losses["threads"][key])
+    same_losses(world.directory / "one", world.directory / "threads")
     assert world.units_done("threads") == world.units_done("one")
     done = world.run("threads", "workers.group_size=1", expect=2)
     expect_in(done.stderr, "workers.group_size: 2 -> 1", "--accept-changes")
