@@ -22,6 +22,7 @@ struct Unit {
   std::vector<std::string> inputs;   // artefact ids, in an order the kind defines
   Place place = Place::kWorker;      // not hashed
   double cost = 1;                   // predicted work in FLOPs; not hashed
+  double follows = 0;                // cost of the longest chain of units that wait for this one, at its kind's speed; not hashed
 
   /// SHA-256 of the canonical JSON of {kind, spec, inputs}.
   std::string id() const;

@@ -216,7 +216,7 @@ void Core::dispatch() {
   }
   std::vector<Candidate> ready;
   for (const auto& [id, job] : jobs_) {
-    if (job.state == Job::State::kReady) ready.push_back({id, job.unit.kind, job.unit.cost});
+    if (job.state == Job::State::kReady) ready.push_back({id, job.unit.kind, job.unit.cost + job.unit.follows});
   }
   scheduler_.sort(ready);
   std::vector<int> waiting;

@@ -12,10 +12,11 @@ namespace moraine::coordinator {
 struct Candidate {
   std::string id;
   std::string kind;
-  double cost = 1;
+  double cost = 1;  // its own and what follows it
 };
 
-/// Orders units: longest predicted first, so that no long unit starts when the others are done. Pure bookkeeping
+/// Orders units: the one on the longest predicted way to the run's end first, so that no chain waits for what nobody
+/// waits for and no long unit starts when the others are done. Pure bookkeeping
 /// without a clock; the order never changes what a unit computes. Not thread-safe.
 class Scheduler {
  public:

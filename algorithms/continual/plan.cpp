@@ -56,7 +56,9 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
     for (auto& request : track.learner->units(config_, *track.stream, task, track.seed, before)) {
       request.spec["fresh"] = request.inputs.empty();
       const std::string label = track.learner->accumulates() ? fmt::format("train/{}/{}", track.learner->name(), request.label) : fmt::format("train/{}/{}", track.name(), request.label);
-      const auto id = plan.need(make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs), 6 * parameters * request.images, stages));
+      Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs), 6 * parameters * request.images, stages);
+      if (track.learner->chained()) unit.follows = unit.cost * static_cast<double>(tasks - 1 - task);
+      const auto id = plan.need(std::move(unit));
       if (id) after.push_back(*id);
       complete &= id.has_value();
     }

@@ -148,7 +148,9 @@ Federated::Stages Federated::walk(PlanBuilder& plan) const {
         inputs.back() = *id;
       }
       if (!inputs.empty()) round.sent.push_back(inputs.back());
-      if (const auto id = plan.need(update_unit(fmt::format("train/{}/{}", label, client.name), client, t, config_.train.steps, rank, std::move(inputs)))) {
+      Unit unit = update_unit(fmt::format("train/{}/{}", label, client.name), client, t, config_.train.steps, rank, std::move(inputs));
+      unit.follows = unit.cost * static_cast<double>(config_.rounds - 1 - t);
+      if (const auto id = plan.need(std::move(unit))) {
         round.updates.push_back(*id);
         names.push_back(client.name);
       }

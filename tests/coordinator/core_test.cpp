@@ -117,6 +117,14 @@ TEST(Core, LeasesTheLongestUnitFirstThenMergesAndFinishes) {
   EXPECT_THAT(script.poll(1), IsEmpty()) << "nothing happens after the end";
 }
 
+TEST(Core, LeasesWhatOthersWaitForBeforeALongerUnit) {
+  algorithms::Unit link = toy_unit("link", 2);
+  link.follows = 8e9;
+  Script script(1, {toy_unit("evaluation", 9), link});
+  script.start();
+  EXPECT_THAT(script.join(1), ElementsAre("lease 1 link 1"));
+}
+
 TEST(Core, LeasesAUnitThatBecomesReadyToAWorkerThatAlreadyWaits) {
   Script script(2, {toy_unit("base")}, toy_unit("after"));
   script.start();
