@@ -61,6 +61,7 @@ class Continual final : public Method {
   Stages walk(PlanBuilder& plan) const;
   void walk_track(Track& track, const Stages& stages, PlanBuilder& plan) const;
   Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs, double cost, const Stages& stages) const;
+  double evaluation_cost(const Track& track, int64_t after) const;
   Unit evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state, const Stages& stages) const;
   AccuracyMatrix matrix_of(const Track& track, Setting setting, const Stages& stages, const RunState& state) const;
   CellsOffered offered(Setting setting) const;

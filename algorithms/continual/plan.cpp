@@ -29,6 +29,13 @@ Unit Continual::make_unit(const std::string& kind, const std::string& label, cor
   return {kind, label, std::move(spec), std::move(inputs), Place::kWorker, cost};
 }
 
+double Continual::evaluation_cost(const Track& track, int64_t after) const {
+  const auto last = config_.evaluation.ahead ? static_cast<int64_t>(track.stream->tasks.size()) - 1 : after;
+  double images = 0;
+  for (int64_t task = 0; task <= last; ++task) images += static_cast<double>(track.stream->tasks[static_cast<size_t>(task)].test);
+  return 2 * static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1)) * images;
+}
+
 Unit Continual::evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state, const Stages& stages) const {
   // Before the first task every learner with a head is the backbone with initial head rows: one unit serves them all.
   const bool initial = after < 0;
@@ -37,11 +44,7 @@ Unit Continual::evaluation_unit(const Track& track, int64_t after, const std::ve
                      {"batch_size", config_.evaluation.batch_size}};
   if (!track.learner->accumulates()) spec["head_seed"] = head_seed(track.seed);
   if (track.learner->kind() == "train_lora" && !initial) spec["lora"] = adapters::lora_schema().to_json(config_.lora);
-  double images = 0;
-  const auto last = config_.evaluation.ahead ? static_cast<int64_t>(track.stream->tasks.size()) - 1 : after;
-  for (int64_t task = 0; task <= last; ++task) images += static_cast<double>(track.stream->tasks[static_cast<size_t>(task)].test);
-  const double parameters = static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
-  return make_unit("evaluate", fmt::format("test/{}/{}", track.name(), initial ? "before" : fmt::format("after{}", after)), std::move(spec), state, 2 * parameters * images, stages);
+  return make_unit("evaluate", fmt::format("test/{}/{}", track.name(), initial ? "before" : fmt::format("after{}", after)), std::move(spec), state, evaluation_cost(track, after), stages);
 }
 
 void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan) const {
@@ -57,7 +60,7 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
       request.spec["fresh"] = request.inputs.empty();
       const std::string label = track.learner->accumulates() ? fmt::format("train/{}/{}", track.learner->name(), request.label) : fmt::format("train/{}/{}", track.name(), request.label);
       Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs), 6 * parameters * request.images, stages);
-      if (track.learner->chained()) unit.follows = unit.cost * static_cast<double>(tasks - 1 - task);
+      if (track.learner->chained()) unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
       const auto id = plan.need(std::move(unit));
       if (id) after.push_back(*id);
       complete &= id.has_value();
