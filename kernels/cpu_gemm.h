@@ -20,8 +20,16 @@ namespace {
 
 constexpr int64_t kChunk = 1024;       // columns per partial dot product
 constexpr int64_t kPanelDepth = 64;    // k rows packed at once
+constexpr int64_t kDirectDepth = 32;   // k rows of a product that is not packed: rows a power of two apart share cache sets
 constexpr int64_t kPanelWidth = 256;   // columns packed at once
+constexpr int64_t kStayRanks = 64;     // a chunk of so many weight rows stays in the L2 cache while token rows pass
 constexpr size_t kPanelBytes = kPanelDepth * kPanelWidth * sizeof(double);
+
+/// Asks for the memory from `p` on, a line each 64 bytes, while something else is computed. Any address will do.
+template <int Bytes>
+[[gnu::always_inline]] inline void fetch_ahead(const void* p) {
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
 
 template <class T>
 [[gnu::always_inline]] inline T smaller(T a, T b) {
@@ -46,9 +54,10 @@ struct Gemm {
   using Reg = typename V::Reg;
   static constexpr int W = V::kWidth;
 
-  // out[m, n] (+)= <x[m], a[n]> over `len` columns.
+  // out[m, n] (+)= <x[m], a[n]> over `len` columns; `soon`: two rows that will be read soon.
   template <int M, int N>
-  [[gnu::noinline]] static void dot_tile(const S* const* x, const S* const* a, int64_t len, Acc* out, int64_t ldo, bool accumulate) {
+  [[gnu::noinline]] static void dot_tile(const S* const* x, const S* const* a, int64_t len, Acc* out, int64_t ldo, bool accumulate,
+                                         const S* const* soon) {
     Reg acc[M][N];
     const S* xr[M];
     const S* ar[N];
@@ -62,23 +71,33 @@ struct Gemm {
       for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
     int64_t c = 0;
     if constexpr (requires { V::dot_pairs(xr[0], ar[0], acc[0][0]); }) {
-      for (; c + V::kPairWidth <= len; c += V::kPairWidth)
+      for (; c + V::kPairWidth <= len; c += V::kPairWidth) {
+        fetch_ahead<V::kPairWidth * sizeof(S)>(soon[0] + c);
+        fetch_ahead<V::kPairWidth * sizeof(S)>(soon[1] + c);
         MORAINE_UNROLL
         for (int n = 0; n < N; ++n)
           MORAINE_UNROLL
           for (int m = 0; m < M; ++m) acc[m][n] = V::dot_pairs(xr[m] + c, ar[n] + c, acc[m][n]);
+      }
     }
-    for (; c + W <= len; c += W) {
+    const auto step = [&](int64_t at) __attribute__((always_inline)) {
       Reg xv[M];
       MORAINE_UNROLL
-      for (int m = 0; m < M; ++m) xv[m] = V::load(xr[m] + c);
+      for (int m = 0; m < M; ++m) xv[m] = V::load(xr[m] + at);
       MORAINE_UNROLL
       for (int n = 0; n < N; ++n) {
-        const Reg av = V::load(ar[n] + c);
+        const Reg av = V::load(ar[n] + at);
         MORAINE_UNROLL
         for (int m = 0; m < M; ++m) acc[m][n] = V::fma(xv[m], av, acc[m][n]);
       }
+    };
+    for (; c + 2 * W <= len; c += 2 * W) {
+      fetch_ahead<2 * W * sizeof(S)>(soon[0] + c);
+      fetch_ahead<2 * W * sizeof(S)>(soon[1] + c);
+      step(c);
+      step(c + W);
     }
+    for (; c + W <= len; c += W) step(c);
     if (c < len) {
       const int tail = static_cast<int>(len - c);
       MORAINE_UNROLL
@@ -104,54 +123,63 @@ struct Gemm {
     }
   }
 
-  // The same for any number of rows; x and a are arrays of row pointers.
+  // The same for any number of rows; x and a are arrays of row pointers. Few weight rows stay in the cache while the token rows
+  // pass; of many, a tile stays. soon: rows of the next call, asked for meanwhile.
   static void dot_rows(const S* const* x, int64_t rows, const S* const* a, int64_t ranks, int64_t len, Acc* out, int64_t ldo,
-                       bool accumulate) {
+                       bool accumulate, const S* const* soon, int64_t num_soon) {
+    const S* two[2];
     if (rows == 1) {
-      for (int64_t n = 0; n < ranks; n += 8)
+      for (int64_t n = 0; n < ranks; n += 8) {
+        two[0] = two[1] = a[n];
         with_size<8>(static_cast<int>(smaller<int64_t>(8, ranks - n)),
-                     [&](auto N) { dot_tile<1, N>(x, a + n, len, out + n, ldo, accumulate); });
+                     [&](auto N) { dot_tile<1, N>(x, a + n, len, out + n, ldo, accumulate, two); });
+      }
       return;
     }
-    for (int64_t n = 0; n < ranks; n += 4) {
-      with_size<4>(static_cast<int>(smaller<int64_t>(4, ranks - n)), [&](auto N) {
-        constexpr int kStep = V::kDotRows[N];
-        for (int64_t m = 0; m < rows; m += kStep)
-          with_size<kStep>(static_cast<int>(smaller<int64_t>(kStep, rows - m)),
-                           [&](auto M) { dot_tile<M, N>(x + m, a + n, len, out + m * ldo + n, ldo, accumulate); });
-      });
+    const bool weights_stay = ranks <= kStayRanks;
+    const int64_t step = V::kDotRows[smaller<int64_t>(4, ranks)];
+    for (int64_t m0 = 0; m0 < rows; m0 += weights_stay ? step : rows) {
+      const int64_t m1 = weights_stay ? smaller(m0 + step, rows) : rows;
+      for (int64_t n = 0; n < ranks; n += 4)
+        with_size<4>(static_cast<int>(smaller<int64_t>(4, ranks - n)), [&](auto N) {
+          constexpr int kStep = V::kDotRows[N];
+          if (!weights_stay) {
+            soon = a + smaller(n + 4, ranks);
+            num_soon = smaller(n + 8, ranks) - smaller(n + 4, ranks);
+          }
+          for (int64_t m = m0; m < m1; m += smaller<int64_t>(step, kStep)) {
+            for (const S*& row : two) row = num_soon > 0 ? (--num_soon, *soon++) : x[m];
+            with_size<kStep>(static_cast<int>(smaller<int64_t>(smaller<int64_t>(step, kStep), m1 - m)),
+                             [&](auto M) { dot_tile<M, N>(x + m, a + n, len, out + m * ldo + n, ldo, accumulate, two); });
+          }
+        });
     }
   }
 
-  // Left factor of multiply_rows: element (m, k) at p[m * step_m + k * step_k].
-  struct Left {
-    const Acc* p;
-    int64_t step_m, step_k;
-  };
-
-  // c[m][0 .. NV W) (+)= sum_k left(m, k) q(k)[0 .. NV W); Tail: one vector of which only `tail` columns exist.
-  template <int M, int NV, bool Tail, class RowOf>
-  [[gnu::always_inline]] static void tile(Left left, int64_t depth, RowOf q, Acc* const* c, int64_t column, bool accumulate,
-                                          int tail) {
+  // Left factor of a product: element (m, k) at row(m)[k * step].
+  //
+  // A tile computes acc[m][v] = begin(m, v) + sum_k left(m, k) q(k)[v W ..] and hands it to end(m, v, acc). q(k) is where row k
+  // starts for this tile; ahead(k) is called once per k, for asking for memory. Tail: one vector of which `tail` columns exist.
+  template <int M, int NV, bool Tail, class RowOf, class Ahead, class Begin, class End>
+  [[gnu::always_inline]] static void tile(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead, int tail, Begin begin,
+                                          End end) {
     Reg acc[M][NV];
     MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
       MORAINE_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Acc* at = c[m] + column + v * W;
-        acc[m][v] = !accumulate ? V::zero() : Tail ? V::load_n(at, tail) : V::load(at);
-      }
+      for (int v = 0; v < NV; ++v) acc[m][v] = begin(m, v);
     const Acc* p[M];
     MORAINE_UNROLL
-    for (int m = 0; m < M; ++m) p[m] = left.p + m * left.step_m;
+    for (int m = 0; m < M; ++m) p[m] = left[m];
     for (int64_t k = 0; k < depth; ++k) {
       const auto* row = q(k);
+      ahead(k);
       Reg b[NV];
       MORAINE_UNROLL
       for (int v = 0; v < NV; ++v) b[v] = Tail ? V::load_n(row, tail) : V::load(row + v * W);
       MORAINE_UNROLL
       for (int m = 0; m < M; ++m) {
-        const Reg s = V::set1(p[m][k * left.step_k]);
+        const Reg s = V::set1(p[m][k * step]);
         MORAINE_UNROLL
         for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(s, b[v], acc[m][v]);
       }
@@ -159,97 +187,210 @@ struct Gemm {
     MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
       MORAINE_UNROLL
-      for (int v = 0; v < NV; ++v) {
-        Acc* at = c[m] + column + v * W;
-        if constexpr (Tail) {
-          V::store_n(at, acc[m][v], tail);
-        } else {
-          V::store(at, acc[m][v]);
-        }
+      for (int v = 0; v < NV; ++v) end(m, v, acc[m][v]);
+  }
+
+  // Where a tile's sums start and go. Sum: c[m] (+)= the product.
+  struct Sum {
+    Acc* const* c;
+    bool accumulate;
+    template <bool Tail>
+    [[gnu::always_inline]] Reg begin(int m, int64_t column, int tail) const {
+      return !accumulate ? V::zero() : Tail ? V::load_n(c[m] + column, tail) : V::load(c[m] + column);
+    }
+    template <bool Tail>
+    [[gnu::always_inline]] void end(int m, int64_t column, Reg x, int tail) const {
+      if constexpr (Tail) {
+        V::store_n(c[m] + column, x, tail);
+      } else {
+        V::store(c[m] + column, x);
       }
+    }
+    [[gnu::always_inline]] void ahead(int, int64_t) const {}
+  };
+  // Weighted: c[m] = base[m] + weight[m] times the product, without a base from 0. next_base, next_c (may be null): rows that
+  // will be read and written soon.
+  struct Weighted {
+    Acc* const* c;
+    const Acc* const* base;
+    const Acc* weight;
+    const Acc* const* next_base;
+    const Acc* const* next_c;
+    template <bool>
+    [[gnu::always_inline]] Reg begin(int, int64_t, int) const {
+      return V::zero();
+    }
+    template <bool Tail>
+    [[gnu::always_inline]] void end(int m, int64_t column, Reg x, int tail) const {
+      const Reg from = base[m] == nullptr ? V::zero() : Tail ? V::load_n(base[m] + column, tail) : V::load(base[m] + column);
+      const Reg y = V::fma(V::set1(weight[m]), x, from);
+      if constexpr (Tail) {
+        V::store_n(c[m] + column, y, tail);
+      } else {
+        V::store(c[m] + column, y);
+      }
+    }
+    [[gnu::always_inline]] void ahead(int m, int64_t column) const {
+      if (next_base[m] != nullptr) fetch_ahead<V::kTileVecs * W * sizeof(Acc)>(next_base[m] + column);
+      if (next_c[m] != nullptr) __builtin_prefetch(next_c[m] + column, 1, 2);
+    }
+  };
+
+  // Columns [column, column + NV W) of M rows of `out`, or of one vector's first `tail`.
+  template <int M, int NV, bool Tail, class RowOf, class Ahead, class Out>
+  [[gnu::always_inline]] static void tile_to(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead, const Out& out,
+                                             int64_t column, int tail) {
+    tile<M, NV, Tail>(
+        left, step, depth, q, ahead, tail,
+        [&](int m, int v) __attribute__((always_inline)) { return out.template begin<Tail>(m, column + v * W, tail); },
+        [&](int m, int v, Reg x) __attribute__((always_inline)) { out.template end<Tail>(m, column + v * W, x, tail); });
   }
 
   // At most kTileRows rows straight from the weight rows: each weight is read once, nothing is packed.
-  template <int M>
-  [[gnu::noinline]] static void direct(Left left, int64_t depth, const S* const* q, Acc* const* c, int64_t width, bool accumulate) {
+  template <int M, class Out>
+  [[gnu::noinline]] static void direct(const Acc* const* left, int64_t step, int64_t depth, const S* const* q, const Out& out, int64_t width) {
     constexpr int NV = V::kDirectVecs[M];
     int64_t column = 0;
     const auto from = [&](int64_t k) { return q[k] + column; };
-    for (; column + NV * W <= width; column += NV * W) tile<M, NV, false>(left, depth, from, c, column, accumulate, 0);
-    for (; column + W <= width; column += W) tile<M, 1, false>(left, depth, from, c, column, accumulate, 0);
-    if (column < width) tile<M, 1, true>(left, depth, from, c, column, accumulate, static_cast<int>(width - column));
+    const auto ahead = [&](int64_t k) { fetch_ahead<NV * W * sizeof(S)>(q[k] + column + NV * W); };
+    const auto nothing = [](int64_t) {};
+    for (; column + NV * W <= width; column += NV * W) tile_to<M, NV, false>(left, step, depth, from, ahead, out, column, 0);
+    for (; column + W <= width; column += W) tile_to<M, 1, false>(left, step, depth, from, nothing, out, column, 0);
+    if (column < width) tile_to<M, 1, true>(left, step, depth, from, nothing, out, column, static_cast<int>(width - column));
   }
 
   // Rows q[k][first .. first + width) as panels [ceil(width / PW)][depth][PW], widened, zero-filled on the right.
   [[gnu::noinline]] static void pack(const S* const* q, int64_t depth, int64_t first, int64_t width, Acc* panels) {
     constexpr int PW = V::kTileVecs * W;
-    for (int64_t column = 0; column < width; column += PW) {
-      for (int64_t k = 0; k < depth; ++k, panels += PW) {
-        const S* from = q[k] + first + column;
+    constexpr int64_t kAhead = 4;  // rows
+    for (int64_t k = 0; k < depth; ++k) {
+      const S* from = q[k] + first;
+      const S* next = q[k + kAhead < depth ? k + kAhead : k] + first;
+      Acc* to = panels + k * PW;
+      for (int64_t column = 0; column < width; column += PW, to += depth * PW) {
+        fetch_ahead<PW * sizeof(S)>(next + column);
+        MORAINE_UNROLL
         for (int v = 0; v < V::kTileVecs; ++v) {
           const int64_t left = width - column - v * W;
-          const Reg x = left >= W ? V::load(from + v * W)
-                        : left > 0 ? V::load_n(from + v * W, static_cast<int>(left)) : V::zero();
-          V::store(panels + v * W, x);
+          const Reg x = left >= W ? V::load(from + column + v * W)
+                        : left > 0 ? V::load_n(from + column + v * W, static_cast<int>(left)) : V::zero();
+          V::store(to + v * W, x);
         }
       }
     }
   }
 
-  template <int M>
-  [[gnu::noinline]] static void packed(Left left, int64_t depth, const Acc* panels, Acc* const* c, int64_t first, int64_t width,
-                     bool accumulate) {
+  // From panels; `next` (may be null): rows of weights that will be packed next, asked for meanwhile.
+  template <int M, class Out>
+  [[gnu::noinline]] static void packed(const Acc* const* left, int64_t step, int64_t depth, const Acc* panels, const S* const* next,
+                                       const Out& out, int64_t width) {
     constexpr int PW = V::kTileVecs * W;
     for (int64_t column = 0; column < width; column += PW, panels += depth * PW) {
       const int64_t here = width - column;
       const auto from = [&](int64_t k) { return panels + k * PW; };
+      const auto nothing = [](int64_t) {};
       if (here >= PW) {
-        tile<M, V::kTileVecs, false>(left, depth, from, c, first + column, accumulate, 0);
+        MORAINE_UNROLL
+        for (int m = 0; m < M; ++m) out.ahead(m, column);
+        if (next != nullptr) {
+          tile_to<M, V::kTileVecs, false>(left, step, depth, from, [&](int64_t k) { fetch_ahead<PW * sizeof(S)>(next[k] + column); }, out, column, 0);
+        } else {
+          tile_to<M, V::kTileVecs, false>(left, step, depth, from, nothing, out, column, 0);
+        }
         continue;
       }
       for (int64_t v = 0; v * W < here; ++v) {
         const auto narrow_from = [&](int64_t k) { return panels + k * PW + v * W; };
         const int tail = static_cast<int>(smaller<int64_t>(W, here - v * W));
         if (tail == W) {
-          tile<M, 1, false>(left, depth, narrow_from, c, first + column + v * W, accumulate, 0);
+          tile_to<M, 1, false>(left, step, depth, narrow_from, nothing, out, column + v * W, 0);
         } else {
-          tile<M, 1, true>(left, depth, narrow_from, c, first + column + v * W, accumulate, tail);
+          tile_to<M, 1, true>(left, step, depth, narrow_from, nothing, out, column + v * W, tail);
         }
       }
     }
   }
 
-  // c(m)[0 .. width) (+)= sum_k left(m, k) q(k)[0 .. width). scratch: kPanelBytes. depth 0 writes zeros unless accumulating.
-  template <class QRow, class CRow>
-  static void multiply_rows(int64_t rows, int64_t width, int64_t depth, Left left, QRow q_row, CRow c_row, bool accumulate,
-                            void* scratch) {
+  // c(m)[0 .. width) (+)= sum_k left(m)[k step] q(k)[0 .. width). scratch: kPanelBytes. depth 0 writes zeros unless accumulating.
+  template <class LeftRow, class QRow, class CRow>
+  static void multiply_rows(int64_t rows, int64_t width, int64_t depth, LeftRow left_row, int64_t step, QRow q_row, CRow c_row,
+                            bool accumulate, void* scratch) {
     if (depth == 0 && !accumulate)
       for (int64_t m = 0; m < rows; ++m) std::memset(c_row(m), 0, static_cast<size_t>(width) * sizeof(Acc));
     constexpr int kRows = V::kTileRows;
-    const S* q[kPanelDepth];
+    const bool packs = rows > kRows;
+    const int64_t block = packs ? kPanelDepth : kDirectDepth, strip = packs ? kPanelWidth : width;
+    const S *q[kPanelDepth], *next[kPanelDepth];
+    const Acc* left[kRows];
     Acc* c[kRows];
-    for (int64_t k = 0; k < depth; k += kPanelDepth) {
-      const int64_t here = smaller(kPanelDepth, depth - k);
+    for (int64_t k = 0; k < depth; k += block) {
+      const int64_t here = smaller(block, depth - k);
       for (int64_t i = 0; i < here; ++i) q[i] = q_row(k + i);
-      const bool add = accumulate || k > 0;
-      const Left block{left.p + k * left.step_k, left.step_m, left.step_k};
-      for (int64_t first = 0; first < width; first += kPanelWidth) {
-        const int64_t columns = rows <= kRows ? width : smaller(kPanelWidth, width - first);
-        if (rows > kRows) pack(q, here, first, columns, static_cast<Acc*>(scratch));
+      for (int64_t first = 0; first < width; first += strip) {
+        const int64_t columns = smaller(strip, width - first);
+        const bool more = first + strip < width || k + block < depth;
+        if (packs) {
+          pack(q, here, first, columns, static_cast<Acc*>(scratch));
+          for (int64_t i = 0; more && i < here; ++i)
+            next[i] = first + strip < width ? q[i] + first + strip : q_row(smaller(k + block + i, depth - 1));
+        }
         for (int64_t m = 0; m < rows; m += kRows) {
           const int count = static_cast<int>(smaller<int64_t>(kRows, rows - m));
-          for (int i = 0; i < count; ++i) c[i] = c_row(m + i);
-          const Left part{block.p + m * block.step_m, block.step_m, block.step_k};
+          for (int i = 0; i < count; ++i) {
+            left[i] = left_row(m + i) + k * step;
+            c[i] = c_row(m + i) + first;
+          }
+          const Sum out{c, accumulate || k > 0};
           with_size<kRows>(count, [&](auto M) {
-            if (rows > kRows) {
-              packed<M>(part, here, static_cast<const Acc*>(scratch), c, first, columns, add);
+            if (packs) {
+              packed<M>(left, step, here, static_cast<const Acc*>(scratch), more && m == 0 ? next : nullptr, out, columns);
             } else {
-              direct<M>(part, here, q, c, columns, add);
+              direct<M>(left, step, here, q, out, columns);
             }
           });
         }
-        if (rows <= kRows) break;
       }
+    }
+  }
+
+  // Elements of panels that hold `depth` rows of `width` columns.
+  static constexpr int64_t panel_size(int64_t depth, int64_t width) {
+    constexpr int64_t PW = V::kTileVecs * W;
+    return (width + PW - 1) / PW * PW * depth;
+  }
+
+  // Rows of one add_product: row m of the left factor, where sums start (null: 0) and go, their weights.
+  struct AddRow {
+    const Acc* left;
+    const Acc* base;
+    Acc* c;
+    Acc weight;
+    const Acc* next_base;  // asked for meanwhile; with next_c
+    const Acc* next_c;
+  };
+
+  // c_m = base_m + weight_m sum_k left_m[k] q(k) over a depth of at most kPanelDepth, columns [0, width). panels: from pack, or
+  // null: straight from the weight rows, for few rows.
+  static void add_product(const AddRow* row, int64_t rows, int64_t width, int64_t depth, const S* const* q, const Acc* panels) {
+    constexpr int kRows = V::kTileRows;
+    const Acc *left[kRows], *base[kRows], *next_base[kRows], *next_c[kRows];
+    Acc* c[kRows];
+    Acc weight[kRows];
+    for (int64_t m = 0; m < rows; m += kRows) {
+      const int count = static_cast<int>(smaller<int64_t>(kRows, rows - m));
+      for (int i = 0; i < count; ++i) {
+        const AddRow& from = row[m + i];
+        left[i] = from.left, base[i] = from.base, c[i] = from.c, weight[i] = from.weight;
+        next_base[i] = from.next_base, next_c[i] = from.next_c;
+      }
+      const Weighted out{c, base, weight, next_base, next_c};
+      with_size<kRows>(count, [&](auto M) {
+        if (panels != nullptr) {
+          packed<M>(left, 1, depth, panels, nullptr, out, width);
+        } else {
+          direct<M>(left, 1, depth, q, out, width);
+        }
+      });
     }
   }
 };

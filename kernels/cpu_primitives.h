@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kTokenBlock = 96;        // rows of a shrink task
 constexpr int64_t kRankBlock = 128;        // ranks of a shrink task
 constexpr int64_t kPairBlock = 512;        // pairs of an expand task
-constexpr int64_t kSmallRank = 64;         // see combine
 constexpr int64_t kOuterStrip = 256;       // columns of an outer task
 constexpr int64_t kHiddenStrip = 128;      // columns of a hidden task; fixes the order of <h, q>
+constexpr int64_t kSlotBytes = 128 << 10;  // rows of y that slots are added to, and the next ones, should fit the L2 cache
 constexpr size_t kBufferBytes = 512 << 10; // pair rows of one expand task; those of one expert should fit the L2 cache
 
 struct ThreadScratch {
@@ -22,11 +22,10 @@ struct ThreadScratch {
   alignas(64) char buffer[2][kBufferBytes];  // pair rows; a shrink keeps its packed token rows there
   alignas(64) unsigned char live[2][kBufferBytes / 64];
 };
-static_assert(kTokenBlock * kChunk * sizeof(double) <= 2 * kBufferBytes);
 
 /// Tokens of one expand task: at most kPairBlock pair rows (of 64 columns of double they just fit the buffer).
-inline int64_t token_block(int64_t tokens, int64_t slots, int64_t pairs = kPairBlock) {
-  const int64_t block = pairs / slots > 0 ? pairs / slots : 1;
+inline int64_t token_block(int64_t tokens, int64_t slots) {
+  const int64_t block = kPairBlock / slots > 0 ? kPairBlock / slots : 1;
   return smaller(block, tokens);
 }
 
@@ -34,7 +33,6 @@ template <class V, class S>
 struct Cpu {
   using G = Gemm<V, S>;
   using Acc = typename G::Acc;
-  using Left = typename G::Left;
   static constexpr int W = V::kWidth;
 
   static size_t segments_bytes(int64_t experts) { return static_cast<size_t>(experts + 1) * sizeof(int64_t); }
@@ -122,47 +120,57 @@ struct Cpu {
     Acc* out = static_cast<Acc*>(a.out) + a.segments.pair_offsets[e] + first_row * ld + first_rank;
     const S* x[kTokenBlock];
     const S* m[kRankBlock];
-    // Rows a power of two apart share cache sets: copy the chunk when several rank tiles will read it.
-    const bool copy = rows > 8 && ranks > 8;
+    const S* soon[kStayRanks + kTokenBlock];  // of the next chunk
+    // Rows a power of two apart share cache sets: copy the chunk when rank tiles will read it again and again.
+    constexpr int64_t kStride = kChunk + 64 / static_cast<int64_t>(sizeof(S));
+    static_assert(kTokenBlock * kStride * sizeof(S) <= 2 * kBufferBytes);
+    const bool copy = rows > 8 && ranks > kStayRanks;
     S* packed = reinterpret_cast<S*>(scratch.buffer[0]);
     for (int64_t c = 0; c < a.width; c += kChunk) {
       const int64_t len = smaller(kChunk, a.width - c);
       for (int64_t i = 0; i < rows; ++i) {
         x[i] = row(a.x, route, begin + i) + c;
         if (copy) {
-          std::memcpy(packed + i * kChunk, x[i], static_cast<size_t>(len) * sizeof(S));
-          x[i] = packed + i * kChunk;
+          std::memcpy(packed + i * kStride, x[i], static_cast<size_t>(len) * sizeof(S));
+          x[i] = packed + i * kStride;
         }
       }
       for (int64_t i = 0; i < ranks; ++i)
         m[i] = static_cast<const S*>(a.matrix) + (a.segments.row_offsets[e] + first_rank + i) * a.width + c;
-      G::dot_rows(x, rows, m, ranks, len, out, ld, c > 0);
+      int64_t num_soon = 0;
+      if (c + kChunk < a.width && ranks <= kStayRanks) {
+        for (int64_t i = 0; i < ranks; ++i) soon[num_soon++] = m[i] + kChunk;
+        for (int64_t i = 0; i < rows; ++i) soon[num_soon++] = x[i] + kChunk;
+      }
+      G::dot_rows(x, rows, m, ranks, len, out, ld, c > 0, soon, num_soon);
     }
     if (first_rank + ranks == rank)
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t r = a.width > 0 ? ranks : 0; r < ld - first_rank; ++r) out[i * ld + r] = 0;
   }
 
+  // The first of sorted positions [from, to), all of one expert, whose pair is not before `pair`.
+  static int64_t first_pair(const Route& route, int64_t from, int64_t to, int64_t pair) {
+    while (from < to) {
+      const int64_t middle = (from + to) / 2;
+      if (route.perm[middle] < pair) {
+        from = middle + 1;
+      } else {
+        to = middle;
+      }
+    }
+    return from;
+  }
+
   // Adds one term for tokens [t0, t1) and columns [c0, c0 + width) to pair rows `buffer` (row p - t0 k, `width` apart) and marks
   // them live. Only live rows hold anything.
   static void expand_block(const ExpandTerm& term, const Route& route, int64_t matrix_width, int64_t t0, int64_t t1, int64_t c0,
                            int64_t width, Acc* buffer, unsigned char* live, void* panel) {
-    const auto first_of = [&](int64_t from, int64_t to, int64_t pair) {
-      while (from < to) {
-        const int64_t middle = (from + to) / 2;
-        if (route.perm[middle] < pair) {
-          from = middle + 1;
-        } else {
-          to = middle;
-        }
-      }
-      return from;
-    };
     for (int64_t e = 0; e < route.experts; ++e) {
       const int64_t rank = rank_of(term.segments, e), ld = padded_rank(rank);
       if (rank == 0) continue;
-      const int64_t s0 = first_of(route.offsets[e], route.offsets[e + 1], t0 * route.slots);
-      const int64_t s1 = first_of(s0, route.offsets[e + 1], t1 * route.slots);
+      const int64_t s0 = first_pair(route, route.offsets[e], route.offsets[e + 1], t0 * route.slots);
+      const int64_t s1 = first_pair(route, s0, route.offsets[e + 1], t1 * route.slots);
       if (s0 == s1) continue;
       const auto local = [&](int64_t m) { return route.perm[s0 + m] - t0 * route.slots; };
       const bool add = live[local(0)] != 0;  // a row is live by its expert, so all of these are or none
@@ -174,7 +182,7 @@ struct Cpu {
       } else {
         const S* matrix = static_cast<const S*>(term.matrix) + term.segments.row_offsets[e] * matrix_width + c0;
         const auto q_row = [&](int64_t k) { return matrix + k * matrix_width; };
-        G::multiply_rows(s1 - s0, width, rank, Left{pairs, ld, 1}, q_row, c_row, add, panel);
+        G::multiply_rows(s1 - s0, width, rank, [&](int64_t m) { return pairs + m * ld; }, 1, q_row, c_row, add, panel);
       }
       for (int64_t m = 0; m < s1 - s0; ++m) live[local(m)] = 1;
     }
@@ -203,14 +211,15 @@ struct Cpu {
   static void combine(const CombineArgs& a, void* scratch, const Exec&) {
     const Route& route = *a.route;
     if (route.tokens == 0 || a.width == 0) return;
-    // Small ranks: pair rows are the traffic, keep them in half of a small L2. Large ranks: weights are, read them once in
-    // long strips. Neither choice changes a bit.
+    // Small ranks: rows of y are the traffic, a slot at a time is added to them. Large ranks: weights are, they are read once in
+    // long strips and pair rows kept meanwhile. Neither changes a bit.
     int64_t max_rank = 0;
     for (int i = 0; i < a.num_terms; ++i)
       max_rank = a.terms[i].segments.max_rank > max_rank ? a.terms[i].segments.max_rank : max_rank;
-    const bool small = max_rank <= kSmallRank;
-    const int64_t block = token_block(route.tokens, route.slots, small ? kPairBlock / 2 : kPairBlock), rows = block * route.slots;
-    int64_t strip = static_cast<int64_t>((small ? kBufferBytes / 2 : kBufferBytes) / sizeof(Acc)) / rows / 64 * 64;
+    const bool by_slot = max_rank <= kPanelDepth && a.num_terms == 1 && a.terms[0].matrix != nullptr && route.slots <= kPairBlock;
+    const int64_t block = token_block(route.tokens, route.slots), rows = block * route.slots;
+    int64_t strip = static_cast<int64_t>(kBufferBytes / sizeof(Acc)) / rows / 64 * 64;
+    if (by_slot) strip = smaller<int64_t>(ceil_div(kSlotBytes / static_cast<int64_t>(sizeof(Acc)) / block, 64) * 64, kPanelWidth);
     strip = smaller<int64_t>(strip, 1024);
     const int64_t strips = ceil_div(a.width, strip), blocks = ceil_div(route.tokens, block);
     double flops = static_cast<double>(route.pairs() * a.width);
@@ -219,6 +228,7 @@ struct Cpu {
       ThreadScratch& mine = scratch_of(scratch, thread);
       const int64_t t0 = task / strips * block, t1 = smaller(t0 + block, route.tokens);
       const int64_t c0 = task % strips * strip, width = smaller(strip, a.width - c0);
+      if (by_slot) return combine_slots(a, t0, t1, c0, width, mine);
       Acc* buffer = reinterpret_cast<Acc*>(mine.buffer[0]);
       std::memset(mine.live[0], 0, static_cast<size_t>(rows));
       for (int i = 0; i < a.num_terms; ++i)
@@ -227,6 +237,86 @@ struct Cpu {
                                                     mine.live[0] + (t - t0) * route.slots);
     };
     for_each_task(blocks * strips, flops, body);
+  }
+
+  // One term of small ranks, tokens [t0, t1) and columns [c0, c0 + width): a pass per slot adds w_p times the products of that
+  // slot's pairs to rows of y, or of a buffer where y's type would round between slots.
+  static void combine_slots(const CombineArgs& a, int64_t t0, int64_t t1, int64_t c0, int64_t width, ThreadScratch& mine) {
+    const Route& route = *a.route;
+    const ExpandTerm& term = a.terms[0];
+    constexpr bool kInPlace = std::is_same_v<S, Acc>;
+    const auto* weights = static_cast<const Acc*>(a.weights);
+    const auto y0_row = [&](int64_t t) { return a.y0.data == nullptr ? nullptr : static_cast<const S*>(a.y0.data) + t * a.y0.ld + c0; };
+    const auto y_row = [&](int64_t t) { return static_cast<S*>(a.y.data) + t * a.y.ld + c0; };
+    Acc* buffer = reinterpret_cast<Acc*>(mine.buffer[0]);
+    const auto sum_row = [&](int64_t t) -> Acc* {
+      if constexpr (kInPlace) return y_row(t);
+      return buffer + (t - t0) * width;
+    };
+    if constexpr (!kInPlace)
+      for (int64_t t = t0; t < t1 && a.y0.data != nullptr; ++t)
+        columns(width, [&](int64_t c, int n) { store(sum_row(t) + c, load(y0_row(t) + c, n), n); });
+    unsigned char* begun = mine.live[0];  // tokens whose sum was written
+    for (int64_t i = 0; i < t1 - t0; ++i) begun[i] = !kInPlace && a.y0.data != nullptr;
+    // Packed weights of all experts are kept for the next slot where they fit.
+    Acc* panels = reinterpret_cast<Acc*>(mine.buffer[1]);
+    unsigned char* kept = mine.live[1];
+    const bool keeps = route.slots > 1 && G::panel_size(term.segments.row_offsets[route.experts], width) * sizeof(Acc) <= kBufferBytes &&
+                       route.experts <= static_cast<int64_t>(sizeof mine.live[1]);
+    if (keeps) std::memset(kept, 0, static_cast<size_t>(route.experts));
+    int16_t token_of[kPairBlock], slot_of[kPairBlock];
+    for (int64_t t = 0, p = 0; t < t1 - t0; ++t)
+      for (int64_t j = 0; j < route.slots; ++j, ++p) token_of[p] = static_cast<int16_t>(t), slot_of[p] = static_cast<int16_t>(j);
+    typename G::AddRow rows[kPairBlock];
+    int64_t tokens[kPairBlock];
+    const S* q[kPanelDepth];
+    for (int64_t j = 0; j < route.slots; ++j)
+      for (int64_t e = 0; e < route.experts; ++e) {
+        const int64_t rank = rank_of(term.segments, e), ld = padded_rank(rank);
+        if (rank == 0) continue;
+        const Acc* pairs = static_cast<const Acc*>(term.pairs) + term.segments.pair_offsets[e];
+        int64_t count = 0;
+        for (int64_t s = first_pair(route, route.offsets[e], route.offsets[e + 1], t0 * route.slots); s < route.offsets[e + 1]; ++s) {
+          const int64_t p = route.perm[s], local = p - t0 * route.slots;
+          if (p >= t1 * route.slots) break;
+          if (slot_of[local] != j) continue;
+          const int64_t t = t0 + token_of[local];
+          tokens[count] = t;
+          auto& row = rows[count++];
+          row = {pairs + (s - route.offsets[e]) * ld, nullptr, sum_row(t), weights == nullptr ? Acc(1) : weights[p], nullptr, nullptr};
+          if (begun[t - t0] != 0) {
+            row.base = sum_row(t);
+          } else if constexpr (kInPlace) {
+            row.base = y0_row(t);
+          }
+          if constexpr (kInPlace) {  // while the last slot's sums are in the cache: the columns that are next
+            if (j + 1 == route.slots && c0 + 2 * width <= a.width) {
+              row.next_base = a.y0.data == nullptr ? nullptr : y0_row(t) + width;
+              row.next_c = y_row(t) + width;
+            }
+          }
+        }
+        if (count == 0) continue;
+        const S* matrix = static_cast<const S*>(term.matrix) + term.segments.row_offsets[e] * a.width + c0;
+        for (int64_t k = 0; k < rank; ++k) q[k] = matrix + k * a.width;
+        Acc* panel = nullptr;
+        if (keeps && kept[e] != 0) {
+          panel = panels + G::panel_size(term.segments.row_offsets[e], width);
+        } else if (count > V::kTileRows) {
+          panel = keeps ? panels + G::panel_size(term.segments.row_offsets[e], width) : reinterpret_cast<Acc*>(mine.panel);
+          G::pack(q, rank, 0, width, panel);
+          if (keeps) kept[e] = 1;
+        }
+        G::add_product(rows, count, width, rank, q, panel);
+        for (int64_t m = 0; m < count; ++m) begun[tokens[m] - t0] = 1;
+      }
+    for (int64_t t = t0; t < t1; ++t) {
+      if (kInPlace && begun[t - t0] != 0) continue;
+      columns(width, [&](int64_t c, int n) {
+        const auto y = begun[t - t0] != 0 ? load(sum_row(t) + c, n) : a.y0.data != nullptr ? load(y0_row(t) + c, n) : V::zero();
+        store(y_row(t) + c, y, n);
+      });
+    }
   }
 
   static void combine_row(const CombineArgs& a, int64_t t, int64_t c0, int64_t width, const Acc* buffer,
@@ -257,7 +347,7 @@ struct Cpu {
       Acc* out = static_cast<Acc*>(a.out) + a.segments.row_offsets[e] * a.width + c0;
       const auto q_row = [&](int64_t k) { return row(a.rows, route, begin + k) + c0; };
       const auto c_row = [&](int64_t m) { return out + m * a.width; };
-      G::multiply_rows(rank, width, n, Left{pairs, 1, padded_rank(rank)}, q_row, c_row, a.accumulate,
+      G::multiply_rows(rank, width, n, [&](int64_t m) { return pairs + m; }, padded_rank(rank), q_row, c_row, a.accumulate,
                        scratch_of(scratch, thread).panel);
     };
     for_each_task(route.experts * strips, flops_of(route, a.segments, a.width), body);
