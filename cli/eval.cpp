@@ -32,9 +32,11 @@ struct EvalArguments {
 
 fs::path model_directory(const fs::path& path) {
   if (!fs::exists(path / "recipe.json")) return path;
-  for (const char* published : {"mixture", "public_model"})
+  for (const char* published : {"mixture", "merged_model", "public_model"})
     if (fs::exists(path / published / "config.json")) return path / published;
-  throw core::UserError(fmt::format("cli: {} has not published a model yet", path.string()), "finish the run, or name a Hugging Face directory");
+  throw core::UserError(fmt::format("cli: {} holds no language model (mixture/, merged_model/ or public_model/)", path.string()),
+                        fs::exists(path / "experts") ? fmt::format("eval the base model with --adapter {}", (path / "experts" / "NAME").string())
+                                                     : "finish the run, or name a Hugging Face directory");
 }
 
 models::Decoder load_model(const EvalArguments& arguments) {

@@ -325,8 +325,9 @@ const ConfigNode* ConfigNode::find(const std::string& key) const {
 }
 
 void Problems::add(const Origin& origin, const std::string& path, const std::string& what, const std::string& hint) {
-  lines_.push_back(
-      fmt::format("{}: {}{}{}{}", origin, path, path.empty() ? "" : ": ", what, hint.empty() ? "" : " (" + hint + ")"));
+  std::string where = fmt::format("{}", origin);
+  if (!path.empty() && where != path) where += ": " + path;  // a problem found after parsing has its key for an origin
+  lines_.push_back(fmt::format("{}: {}{}", where, what, hint.empty() ? "" : " (" + hint + ")"));
 }
 
 void Problems::throw_if_any(const std::string& subject) const {

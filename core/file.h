@@ -9,7 +9,7 @@
 
 namespace moraine::core {
 
-/// Reads a whole text file. Throws UserError (missing) or IoError.
+/// Reads a whole text file. Throws UserError (missing, a directory) or IoError.
 std::string read_text(const std::filesystem::path& path);
 
 /// Writes so that a reader sees the old file or the whole new one, also after a crash: temporary file in the same

@@ -57,6 +57,7 @@ TEST(WriteAtomically, FailureNamesPathBytesAndReasonAndKeepsTheOldFile) {
 TEST(WriteAtomically, ParentThatIsAFileIsReported) {
   const TemporaryDirectory directory;
   directory.write("plain", "");
+  EXPECT_THROW(read_text(directory.path()), UserError) << "a directory where a file belongs is the caller's slip";
   EXPECT_THROW(write_atomically(directory / "plain/file", "x"), IoError);
 }
 
