@@ -34,7 +34,7 @@ TEST(Json, RefusesAKeyThatStandsTwice) {
 TEST(Json, MissingFileIsTheUsersToFix) {
   const TemporaryDirectory directory;
   EXPECT_THROW(read_json(directory / "none.json"), UserError);
-  EXPECT_THROW(read_json(directory.path()), IoError);
+  EXPECT_THROW(read_json(directory.path()), UserError);
 }
 
 }  // namespace
