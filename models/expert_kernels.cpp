@@ -38,6 +38,16 @@ at::Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)},
 kernels::Workspace workspace(const at::Tensor& storage) {
   return {storage.mutable_data_ptr(), static_cast<size_t>(storage.numel())};
 }
+// Scratch of this thread, kept from call to call and only grown: tens of megabytes of fresh pages cost as much time as the
+// arithmetic of a small layer.
+kernels::Workspace scratch(size_t count) {
+  thread_local at::Tensor kept;
+  if (!kept.defined() || static_cast<size_t>(kept.numel()) < count) {
+    kept = at::Tensor();   // before the larger one is there
+    kept = bytes(count);
+  }
+  return {kept.mutable_data_ptr(), count};
+}
 kernels::ConstRows rows_of(const at::Tensor& matrix) { return {matrix.const_data_ptr(), matrix.size(1)}; }
 kernels::Rows mutable_rows_of(const at::Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.size(1)}; }
 
@@ -99,11 +109,11 @@ Forward run_forward(const Slabs& slabs, const at::Tensor& x, const at::Tensor& g
   const kernels::FfnExperts experts = slabs.view(x.size(1), gate_base.size(1), kernel_dtype(x.scalar_type()));
   const at::Tensor storage = route_storage(index, experts.gate.num_experts);
   const kernels::Route routed = route(index, experts.gate.num_experts, storage);
-  const at::Tensor scratch = bytes(kernels::ffn_forward_workspace(experts, index.size(0), index.size(1), {}));
+  const kernels::Workspace space = scratch(kernels::ffn_forward_workspace(experts, index.size(0), index.size(1), {}));
   Forward out{at::empty_like(gate_base), at::empty_like(x)};
   kernels::ffn_forward({&experts, &routed, gates.const_data_ptr(), rows_of(x), rows_of(gate_base), rows_of(up_base),
                         mutable_rows_of(out.hidden_sum), mutable_rows_of(out.y_delta), saved},
-                       workspace(scratch), {});
+                       space, {});
   return out;
 }
 
@@ -144,7 +154,7 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
     const kernels::FfnExperts experts = slabs.view(x.size(1), q.size(1), kernel_dtype(x.scalar_type()));
     const at::Tensor storage = route_storage(index, experts.gate.num_experts);
     const kernels::Route routed = route(index, experts.gate.num_experts, storage);
-    const at::Tensor scratch = bytes(kernels::ffn_backward_workspace(experts, index.size(0), index.size(1), {}));
+    const kernels::Workspace space = scratch(kernels::ffn_backward_workspace(experts, index.size(0), index.size(1), {}));
 
     // Gradients of whole slabs, of those projections any expert of which is trained.
     at::Tensor grads[kParts];
@@ -159,7 +169,7 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
     kernels::ffn_backward({&experts, &routed, gates.const_data_ptr(), rows_of(x), rows_of(dy), rows_of(q), &kept,
                            mutable_rows_of(dgate_base), mutable_rows_of(dup_base), dx.defined() ? mutable_rows_of(dx) : kernels::Rows{},
                            dgates.mutable_data_ptr(), grad(0), grad(1), grad(2), grad(3), grad(4), grad(5), false},
-                          workspace(scratch), {});
+                          space, {});
 
     variable_list out{dx, dgate_base, dup_base, dgates, at::Tensor()};
     for (int64_t e = 0, i = 0; e < static_cast<int64_t>(has_parts.size()); ++e) {

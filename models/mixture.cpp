@@ -219,10 +219,7 @@ bool MixtureFfn::factors() const {
 }
 
 bool MixtureFfn::by_kernels(const at::Tensor& x) const {
-  const auto trained = [](const FfnExpert& e) { return e.trained(); };
-  const bool training = at::GradMode::is_enabled() && (x.requires_grad() || std::any_of(experts_.begin(), experts_.end(), trained));
-  return options_.kernels == MixtureKernels::kAuto && factors() && ragged_ffn_covers(x) &&
-         (!training || options_.top_k <= kTrainedSlots);
+  return options_.kernels == MixtureKernels::kAuto && factors() && ragged_ffn_covers(x);
 }
 
 at::Tensor MixtureFfn::per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {

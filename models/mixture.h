@@ -21,11 +21,6 @@ struct FfnExpert {
   at::Tensor gate, up, down;                 // full size: [h, d], [h, d], [d, h]; undefined when low-rank
   LowRank gate_delta, up_delta, down_delta;  // low rank; undefined when full-size
   bool full() const { return gate.defined(); }
-  bool trained() const {
-    for (const at::Tensor* t : {&gate, &up, &down, &gate_delta.a, &gate_delta.b, &up_delta.a, &up_delta.b, &down_delta.a, &down_delta.b})
-      if (t->defined() && t->requires_grad()) return true;
-    return false;
-  }
   int64_t rank() const { return full() ? 0 : gate_delta.a.size(0); }
 };
 
@@ -34,13 +29,10 @@ struct FfnExpert {
 enum class MixtureForward { kFactored, kPerExpert };
 
 /// Who computes the factored form. kReference: ATen operators. kAuto: the ragged-rank kernels (models/expert_kernels.h)
-/// where they cover the device and were measured faster (bench/mixture.cpp), the reference elsewhere: on the CPU always
-/// without gradients and up to kTrainedSlots experts per token with them; never on other devices, since the CUDA kernels have
-/// not been run on one. The rule depends on shapes only. Both agree within rounding; their bits differ.
+/// where they cover device and dtype (ragged_ffn_covers: the CPU, where they were faster at every rank and number of experts,
+/// bench/mixture.cpp), the reference elsewhere, since the CUDA kernels have not been run on a GPU. Both agree within
+/// rounding; their bits differ.
 enum class MixtureKernels { kAuto, kReference };
-
-/// Training with more experts per token is long products over nearly all tokens, which a BLAS per expert does faster.
-inline constexpr int64_t kTrainedSlots = 4;
 
 /// Experts of any rank behind a softmax router on one FFN slot; expert 0 is the slot's frozen base.
 ///

@@ -23,7 +23,7 @@ struct TrainSite {
   std::function<void(int64_t step)> after_step = [](int64_t) {};   // after everything a step does; tests die here
   bool nan_in_first_step = false;                                  // fault injection
   std::shared_ptr<comm::Group> group = comm::local::make_group();  // who trains this job together
-  ExchangeOptions exchange;
+  ExchangeOptions exchange{};
 };
 
 struct TrainResult {

@@ -353,18 +353,6 @@ TEST(MixtureFfn, KernelsEqualTheReferenceInForwardAndTraining) {
   }
 }
 
-TEST(MixtureFfn, AutoIsTheReferenceBitForBitWhereItSaysSo) {
-  World w = in_dtype(make_world({2, 0, 1, 5, 3}), at::kFloat, at::kFloat);
-  make_leaves(w);
-  const auto same = [&](int64_t top_k) {
-    return same_bits(make_mixture(w, top_k).forward(w.x, w.base), make_reference(w, top_k).forward(w.x, w.base));
-  };
-  EXPECT_TRUE(same(kTrainedSlots + 1));
-  EXPECT_FALSE(same(kTrainedSlots));  // the kernels' sums have another order
-  const at::NoGradGuard no_grad;
-  EXPECT_FALSE(same(kTrainedSlots + 1));
-}
-
 TEST(MixtureFfn, KernelsRefuseGatesThatAreNotFinite) {
   World w = make_world({2, 3});
   w.x[1][0] = std::nan("");
