@@ -23,7 +23,7 @@ struct ParameterTable {
 
 /// What `moraine export` asks of a method.
 struct ExportRequest {
-  std::string format;                // peft | hf | flexolmo
+  std::string format;                // peft | hf | flexolmo | olmo_core
   std::filesystem::path directory;   // empty or not there yet
   std::string what;                  // which result; "" = the main one. The method's error lists what it has
   std::vector<std::string> experts;  // only these parts of it; empty = all

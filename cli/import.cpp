@@ -72,7 +72,7 @@ void import_source(const ImportArguments& arguments) {
 void add_import(CLI::App& app, int& exit_code) {
   auto* command = app.add_subcommand("import", "Reads what other tools wrote: PEFT adapters, FlexOlmo and FlexMoRE mixtures, dense models");
   auto arguments = std::make_shared<ImportArguments>();
-  command->add_option("directory", arguments->directory, "PEFT or Hugging Face directory; FlexOlmo with one tensor per expert or packed")->required();
+  command->add_option("directory", arguments->directory, "PEFT or Hugging Face directory; FlexOlmo with one tensor per expert, packed, or in OLMo-core's keys beside a config.json of Hugging Face")->required();
   command->add_option("out", arguments->out, "Artefact file; of a mixture: a directory for public model, experts and mixture")->required();
   command->add_option("--base", arguments->base, "PEFT: the adapter's base model, to check names and shapes against");
   command->add_option("--dtype", arguments->dtype, "Mixture: type that runs compute in, whose bytes of the public model a merge compares")

@@ -4,8 +4,8 @@
 
 #include "core/error.h"
 #include "core/json.h"
-#include "models/checkpoint.h"
 #include "models/decoder.h"
+#include "models/olmo_core.h"
 
 namespace moraine::models {
 
@@ -26,8 +26,9 @@ Decoder Decoder::from_directory(const std::filesystem::path& directory, std::opt
 Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
                               const std::string& origin, std::optional<at::ScalarType> dtype,
                               const std::shared_ptr<const void>& owner) {
-  const bool packs = config.family == DecoderConfig::Family::kFlexOlmo;
-  return Decoder(config, match_weights(expected_tensors(config), packs ? unpack_experts(tensors, origin) : tensors, origin, dtype, owner));
+  const bool layouts = config.family == DecoderConfig::Family::kFlexOlmo || config.family == DecoderConfig::Family::kOlmo2;
+  const OwnedViews named = layouts ? hugging_face_layout(tensors, owner, origin) : OwnedViews{tensors, owner};
+  return Decoder(config, match_weights(expected_tensors(config), named.tensors, origin, dtype, named.owner));
 }
 
 Decoder Decoder::on(at::Device device) const { return Decoder(config_, frozen_weights(device)); }

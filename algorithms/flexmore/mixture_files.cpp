@@ -16,6 +16,7 @@
 #include "core/log.h"
 #include "core/registry.h"
 #include "models/checkpoint.h"
+#include "models/olmo_core.h"
 #include "models/tensor_io.h"
 #include "models/weights.h"
 
@@ -113,10 +114,10 @@ MixtureModel read_mixture_directory(const fs::path& directory) {
   if (!config.is_mixture())
     throw core::UserError(fmt::format("algorithms/flexmore: {} is no mixture (model_type {})", config_path.string(), json.at("model_type").dump()), "name a directory with model_type flex_olmo or flexmore");
   const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
-  const auto unpacked = models::unpack_experts(files->tensors(), directory.string());
+  const models::OwnedViews named = models::hugging_face_layout(files->tensors(), files, directory.string());
   const auto expected = models::expected_tensors(config);
   std::map<std::string, at::Tensor> tensors;
-  for (const auto* view : models::match_tensors(expected, unpacked, directory.string())) tensors.emplace(view->name, models::borrow(*view, files));
+  for (const auto* view : models::match_tensors(expected, named.tensors, directory.string())) tensors.emplace(view->name, models::borrow(*view, named.owner));
 
   MixtureModel model{config, {}, {}, config.num_experts_per_tok, config.norm_topk_prob};
   model.base.family = DecoderConfig::Family::kOlmo2;
@@ -176,7 +177,7 @@ void write_flexmore_directory(const MixtureModel& model, const fs::path& directo
   core::log::warn("the mixture's router bias has no place in the FlexMoRE format: file={} other_tools=ignore it", (directory / kBiasFile).string());
 }
 
-void write_flexolmo_directory(const MixtureModel& model, const fs::path& directory, std::optional<at::ScalarType> dtype) {
+void write_flexolmo_directory(const MixtureModel& model, const fs::path& directory, std::optional<at::ScalarType> dtype, bool olmo_core) {
   const at::NoGradGuard no_grad;
   if (has_bias(model.mixture))
     throw core::UserError("algorithms/flexmore: a FlexOlmo model has no place for this mixture's router bias", "--to hf keeps it in router_bias.safetensors; or train with router.bias: none");
@@ -204,7 +205,7 @@ void write_flexolmo_directory(const MixtureModel& model, const fs::path& directo
   }
   core::Json config = mixture_config(model, DecoderConfig::Family::kFlexOlmo).to_json();
   config[kNames] = expert_names(model.mixture);
-  models::write_checkpoint(directory, config, std::move(tensors));
+  models::write_checkpoint(directory, config, olmo_core ? models::to_olmo_core(std::move(tensors)) : std::move(tensors));
 }
 
 void write_peft_expert(const Expert& expert, const fs::path& directory, const std::string& base_model) {
@@ -245,9 +246,9 @@ void export_mixture(MixtureModel all, const ExportRequest& request) {
     if (model.mixture.experts.empty()) throw core::UserError("algorithms/flexmore: the mixture has no expert beside the public one", "there is nothing to write as an adapter");
     for (const auto& expert : model.mixture.experts) require_low_rank(expert);   // before anything is written
     for (const auto& expert : model.mixture.experts) write_peft_expert(expert, request.directory / expert.name, request.base_model);
-  } else if (request.format == "flexolmo") {
+  } else if (request.format == "flexolmo" || request.format == "olmo_core") {
     const auto dtype = request.dtype.empty() ? std::nullopt : std::optional(request.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
-    write_flexolmo_directory(model, request.directory, dtype);
+    write_flexolmo_directory(model, request.directory, dtype, request.format == "olmo_core");
   } else {
     if (!request.dtype.empty()) throw core::UserError("algorithms/flexmore: FlexMoRE keys keep every tensor as it is stored", "leave out --dtype, or use --to flexolmo");
     write_flexmore_directory(model, request.directory);

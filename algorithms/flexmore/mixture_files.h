@@ -33,9 +33,10 @@ MixtureModel read_mixture_directory(const std::filesystem::path& directory);
 void write_flexmore_directory(const MixtureModel& model, const std::filesystem::path& directory);
 
 /// A model of transformers' FlexOlmoForCausalLM: low-rank experts become W + B A, summed in float64 and rounded once to
-/// `dtype` (absent: the widest type stored). Throws UserError if the router has a bias, which that model lacks.
+/// `dtype` (absent: the widest type stored); olmo_core: in OLMo-core's key layout (models/olmo_core.h). Throws UserError if the router
+/// has a bias, which that model lacks.
 void write_flexolmo_directory(const MixtureModel& model, const std::filesystem::path& directory,
-                              std::optional<at::ScalarType> dtype);
+                              std::optional<at::ScalarType> dtype, bool olmo_core = false);
 
 /// The expert's correction of the public FFN as a PEFT LoRA of gate_proj, up_proj and down_proj with alpha = r, so that the
 /// scale is 1. The adapter is the expert alone; its router rows have no place in it. Throws UserError if it is full-size.

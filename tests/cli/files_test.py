@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 import numpy
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from run_test import BINARY, World, expect_in
 
@@ -146,6 +146,27 @@ def exporting_and_importing(world: World) -> None:
     moraine("merge", here / "merge.yaml", here / "again")
     moraine("export", here / "again", here / "back", "--to", "flexolmo")
     assert sha256(here / "full/model.safetensors") == sha256(here / "back/model.safetensors")
+    # OLMo-core's keys: experts of a layer stacked and transposed, the router flat.
+    moraine("export", run, here / "core", "--to", "olmo_core", "--what", "full_mixture")
+    named, core = load_file(here / "full/model.safetensors"), load_file(here / "core/model.safetensors")
+    assert set(core) >= {"embeddings.weight", "blocks.0.attention.w_out.weight", "lm_head.norm.weight", "lm_head.w_out.weight"}, sorted(core)
+    for ours, theirs in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        for layer in (0, 1):
+            stacked = numpy.concatenate([named[f"model.layers.{layer}.mlp.experts.{e}.{theirs}_proj.weight"].T for e in range(3)])
+            numpy.testing.assert_array_equal(core[f"blocks.{layer}.feed_forward_moe.experts.mlp.{ours}"], stacked)
+    numpy.testing.assert_array_equal(core["blocks.1.feed_forward_moe.router.weight"], named["model.layers.1.mlp.gate.weight"].reshape(-1))
+    numpy.testing.assert_array_equal(core["blocks.1.attention_norm.weight"], named["model.layers.1.post_attention_layernorm.weight"])
+    moraine("export", here / "core", here / "from_core", "--to", "flexolmo")
+    assert sha256(here / "from_core/model.safetensors") == sha256(here / "full/model.safetensors")
+    assert evaluate(here / "core")["loss"] == evaluate(here / "full")["loss"]
+    for name, tensor, parts in (("blocks.0.feed_forward_moe.router.expert_bias", numpy.ones((2, 1), numpy.float32), ("expert_bias", "not zero")),
+                                ("blocks.0.feed_forward_moe.experts.mlp.w1", numpy.ones((7, 3), numpy.float32), ("mlp.w1", "[7, 3]", "[E d, h]")),
+                                ("blocks.0.feed_forward_moe.router.weight", numpy.ones((3, 128), numpy.float32), ("router.weight", "[E d]"))):
+        (here / "odd").mkdir(exist_ok=True)
+        (here / "odd/config.json").write_text((here / "core/config.json").read_text())
+        save_file({**core, name: tensor}, here / "odd/model.safetensors")
+        expect_in(moraine("export", here / "odd", here / "no", "--to", "flexolmo", expect=2).stderr, *parts)
+
     moraine("import", here / "lora/left", here / "left.safetensors", "--base", run / "public_model")
     moraine("export", here / "left.safetensors", here / "lora2", "--to", "peft")
     assert sha256(here / "lora2/adapter_model.safetensors") == sha256(here / "lora/left/adapter_model.safetensors")
