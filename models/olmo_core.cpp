@@ -1,7 +1,6 @@
 #include "models/olmo_core.h"
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <optional>
 #include <string_view>
@@ -61,7 +60,7 @@ struct Holder {
   std::vector<at::Tensor> tensors;
 };
 
-/// Cuts stacked, transposed experts apart. width: rows of one expert in the stack.
+/// Cuts stacked, transposed experts apart. rows: of one expert in the stack.
 void unstack(const core::TensorView& stacked, int64_t rows, const std::string& path, std::string_view matrix, Holder& holder,
              std::vector<core::TensorView>& out) {
   const at::Tensor all = borrow(stacked, holder.files);

@@ -199,14 +199,7 @@ class GroupServing : public ::testing::Test {
     for (auto& thread : threads) thread.join();
     return codes;
   }
-  std::vector<Message> heard() {
-    std::vector<Message> messages;
-    while (true) {
-      auto received = star_.coordinator->receive(std::chrono::milliseconds(0));
-      if (!received.ok() || !received.value()) return messages;
-      messages.push_back(std::move(received.value()->message));
-    }
-  }
+  std::vector<Message> heard() { return testing::heard(*star_.coordinator); }
   std::vector<Message> of_type(MessageType type) {
     std::vector<Message> found = heard();
     std::erase_if(found, [&](const Message& message) { return message.type != type; });

@@ -1,11 +1,15 @@
 #pragma once
 
+#include <chrono>
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "algorithms/method.h"
 #include "algorithms/worker_context.h"
+#include "comm/channel.h"
 
 namespace moraine::worker::testing {
 
@@ -34,6 +38,16 @@ inline algorithms::Unit unit_called(const std::string& label) {
   unit.label = label;
   unit.spec = {{"label", label}};
   return unit;
+}
+
+/// What has reached the coordinator's end so far.
+inline std::vector<comm::Message> heard(comm::Channel& coordinator) {
+  std::vector<comm::Message> messages;
+  while (true) {
+    auto received = coordinator.receive(std::chrono::milliseconds(0));
+    if (!received.ok() || !received.value()) return messages;
+    messages.push_back(std::move(received.value()->message));
+  }
 }
 
 }  // namespace moraine::worker::testing

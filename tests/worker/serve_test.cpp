@@ -38,14 +38,7 @@ class Serve : public ::testing::Test {
   int serve(const std::function<void(algorithms::WorkerContext&)>& body) {
     return worker::serve(*star_.workers[0], testing::ScriptedMethod(body), options_, signals_);
   }
-  std::vector<Message> heard() {
-    std::vector<Message> messages;
-    while (true) {
-      auto received = star_.coordinator->receive(std::chrono::milliseconds(0));
-      if (!received.ok() || !received.value()) return messages;
-      messages.push_back(std::move(received.value()->message));
-    }
-  }
+  std::vector<Message> heard() { return testing::heard(*star_.coordinator); }
   std::vector<MessageType> heard_types() {
     std::vector<MessageType> types;
     for (const Message& message : heard()) types.push_back(message.type);
