@@ -19,9 +19,9 @@ namespace moraine::kernels {
 namespace {
 
 constexpr int64_t kChunk = 1024;       // columns per partial dot product
-constexpr int64_t kPanelDepth = 64;    // k rows packed at once
+constexpr int64_t kPanelDepth = 256;   // k rows packed at once
 constexpr int64_t kDirectDepth = 32;   // k rows of a product that is not packed: rows a power of two apart share cache sets
-constexpr int64_t kPanelWidth = 256;   // columns packed at once
+constexpr int64_t kPanelWidth = 128;   // columns packed at once
 constexpr int64_t kStayRanks = 64;     // a chunk of so many weight rows stays in the L2 cache while token rows pass
 constexpr size_t kPanelBytes = kPanelDepth * kPanelWidth * sizeof(double);
 
@@ -156,13 +156,19 @@ struct Gemm {
     }
   }
 
+  // Rows of the next tile of so many left: as few tiles as possible, about equal, for a tile of few rows waits for its own sums.
+  static int tile_rows(int64_t left) {
+    const int64_t tiles = (left + V::kTileRows - 1) / V::kTileRows;
+    return static_cast<int>((left + tiles - 1) / tiles);
+  }
+
   // Left factor of a product: element (m, k) at row(m)[k * step].
   //
-  // A tile computes acc[m][v] = begin(m, v) + sum_k left(m, k) q(k)[v W ..] and hands it to end(m, v, acc). q(k) is where row k
+  // A tile computes acc[m][v] = begin(m, v) + sum_k left(m, k) q(k)[v W ..] and hands finish(m, v, acc) to put(m, v, ..). q(k) is where row k
   // starts for this tile; ahead(k) is called once per k, for asking for memory. Tail: one vector of which `tail` columns exist.
-  template <int M, int NV, bool Tail, class RowOf, class Ahead, class Begin, class End>
+  template <int M, int NV, bool Tail, class RowOf, class Ahead, class Begin, class Finish, class Put>
   [[gnu::always_inline]] static void tile(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead, int tail, Begin begin,
-                                          End end) {
+                                          Finish finish, Put put) {
     Reg acc[M][NV];
     MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
@@ -184,10 +190,15 @@ struct Gemm {
         for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(s, b[v], acc[m][v]);
       }
     }
+    // All that is read before anything is written: rows a multiple of 4 KB apart look alike to a store buffer.
     MORAINE_UNROLL
     for (int m = 0; m < M; ++m)
       MORAINE_UNROLL
-      for (int v = 0; v < NV; ++v) end(m, v, acc[m][v]);
+      for (int v = 0; v < NV; ++v) acc[m][v] = finish(m, v, acc[m][v]);
+    MORAINE_UNROLL
+    for (int m = 0; m < M; ++m)
+      MORAINE_UNROLL
+      for (int v = 0; v < NV; ++v) put(m, v, acc[m][v]);
   }
 
   // Where a tile's sums start and go. Sum: c[m] (+)= the product.
@@ -198,13 +209,9 @@ struct Gemm {
     [[gnu::always_inline]] Reg begin(int m, int64_t column, int tail) const {
       return !accumulate ? V::zero() : Tail ? V::load_n(c[m] + column, tail) : V::load(c[m] + column);
     }
-    template <bool Tail>
-    [[gnu::always_inline]] void end(int m, int64_t column, Reg x, int tail) const {
-      if constexpr (Tail) {
-        V::store_n(c[m] + column, x, tail);
-      } else {
-        V::store(c[m] + column, x);
-      }
+    template <bool>
+    [[gnu::always_inline]] Reg finish(int, int64_t, Reg x, int) const {
+      return x;
     }
     [[gnu::always_inline]] void ahead(int, int64_t) const {}
   };
@@ -221,14 +228,9 @@ struct Gemm {
       return V::zero();
     }
     template <bool Tail>
-    [[gnu::always_inline]] void end(int m, int64_t column, Reg x, int tail) const {
+    [[gnu::always_inline]] Reg finish(int m, int64_t column, Reg x, int tail) const {
       const Reg from = base[m] == nullptr ? V::zero() : Tail ? V::load_n(base[m] + column, tail) : V::load(base[m] + column);
-      const Reg y = V::fma(V::set1(weight[m]), x, from);
-      if constexpr (Tail) {
-        V::store_n(c[m] + column, y, tail);
-      } else {
-        V::store(c[m] + column, y);
-      }
+      return V::fma(V::set1(weight[m]), x, from);
     }
     [[gnu::always_inline]] void ahead(int m, int64_t column) const {
       if (next_base[m] != nullptr) fetch_ahead<V::kTileVecs * W * sizeof(Acc)>(next_base[m] + column);
@@ -243,7 +245,15 @@ struct Gemm {
     tile<M, NV, Tail>(
         left, step, depth, q, ahead, tail,
         [&](int m, int v) __attribute__((always_inline)) { return out.template begin<Tail>(m, column + v * W, tail); },
-        [&](int m, int v, Reg x) __attribute__((always_inline)) { out.template end<Tail>(m, column + v * W, x, tail); });
+        [&](int m, int v, Reg x) __attribute__((always_inline)) { return out.template finish<Tail>(m, column + v * W, x, tail); },
+        [&](int m, int v, Reg x) __attribute__((always_inline)) {
+          Acc* to = out.c[m] + column + v * W;
+          if constexpr (Tail) {
+            V::store_n(to, x, tail);
+          } else {
+            V::store(to, x);
+          }
+        });
   }
 
   // At most kTileRows rows straight from the weight rows: each weight is read once, nothing is packed.
@@ -311,7 +321,8 @@ struct Gemm {
     }
   }
 
-  // c(m)[0 .. width) (+)= sum_k left(m)[k step] q(k)[0 .. width). scratch: kPanelBytes. depth 0 writes zeros unless accumulating.
+  // c(m)[0 .. width) (+)= sum_k left(m)[k step] q(k)[0 .. width). With a step other than 1, rows of the left factor lie side by
+  // side: left(m + i) is left(m) + i. scratch: kPanelBytes. depth 0 writes zeros unless accumulating.
   template <class LeftRow, class QRow, class CRow>
   static void multiply_rows(int64_t rows, int64_t width, int64_t depth, LeftRow left_row, int64_t step, QRow q_row, CRow c_row,
                             bool accumulate, void* scratch) {
@@ -321,6 +332,7 @@ struct Gemm {
     const bool packs = rows > kRows;
     const int64_t block = packs ? kPanelDepth : kDirectDepth, strip = packs ? kPanelWidth : width;
     const S *q[kPanelDepth], *next[kPanelDepth];
+    alignas(64) Acc gathered[kPanelDepth * kRows];
     const Acc* left[kRows];
     Acc* c[kRows];
     for (int64_t k = 0; k < depth; k += block) {
@@ -334,19 +346,21 @@ struct Gemm {
           for (int64_t i = 0; more && i < here; ++i)
             next[i] = first + strip < width ? q[i] + first + strip : q_row(smaller(k + block + i, depth - 1));
         }
-        for (int64_t m = 0; m < rows; m += kRows) {
-          const int count = static_cast<int>(smaller<int64_t>(kRows, rows - m));
+        int count = 0;
+        for (int64_t m = 0; m < rows; m += count) {
+          count = tile_rows(rows - m);
           for (int i = 0; i < count; ++i) {
             left[i] = left_row(m + i) + k * step;
             c[i] = c_row(m + i) + first;
           }
           const Sum out{c, accumulate || k > 0};
           with_size<kRows>(count, [&](auto M) {
-            if (packs) {
-              packed<M>(left, step, here, static_cast<const Acc*>(scratch), more && m == 0 ? next : nullptr, out, columns);
-            } else {
-              direct<M>(left, step, here, q, out, columns);
+            if (!packs) return direct<M>(left, step, here, q, out, columns);
+            if (step != 1) {  // a power of two apart, elements would share cache sets
+              for (int64_t i = 0; i < here; ++i) std::memcpy(gathered + i * M, left[0] + i * step, M * sizeof(Acc));
+              for (int i = 0; i < M; ++i) left[i] = gathered + i;
             }
+            packed<M>(left, step == 1 ? 1 : M, here, static_cast<const Acc*>(scratch), more && m == 0 ? next : nullptr, out, columns);
           });
         }
       }
@@ -359,7 +373,7 @@ struct Gemm {
     return (width + PW - 1) / PW * PW * depth;
   }
 
-  // Rows of one add_product: row m of the left factor, where sums start (null: 0) and go, their weights.
+  // A row of add_product: of the left factor, where its sum starts (null: 0) and goes, its weight.
   struct AddRow {
     const Acc* left;
     const Acc* base;
@@ -369,29 +383,55 @@ struct Gemm {
     const Acc* next_c;
   };
 
-  // c_m = base_m + weight_m sum_k left_m[k] q(k) over a depth of at most kPanelDepth, columns [0, width). panels: from pack, or
-  // null: straight from the weight rows, for few rows.
-  static void add_product(const AddRow* row, int64_t rows, int64_t width, int64_t depth, const S* const* q, const Acc* panels) {
+  // c_m = base_m + weight_m sum_k left_m[k] q(k) over columns [0, width), with row_of(m) an AddRow. panels: as pack makes them;
+  // not filled yet, they are on the way (fill), or null: straight from the weight rows, for few rows.
+  template <class RowOf>
+  static void add_product(RowOf row_of, int64_t rows, int64_t width, int64_t depth, const S* const* q, Acc* panels, bool fill) {
     constexpr int kRows = V::kTileRows;
     const Acc *left[kRows], *base[kRows], *next_base[kRows], *next_c[kRows];
     Acc* c[kRows];
     Acc weight[kRows];
-    for (int64_t m = 0; m < rows; m += kRows) {
-      const int count = static_cast<int>(smaller<int64_t>(kRows, rows - m));
+    int count = 0;
+    for (int64_t m = 0; m < rows; m += count) {
+      count = tile_rows(rows - m);
       for (int i = 0; i < count; ++i) {
-        const AddRow& from = row[m + i];
+        const AddRow from = row_of(m + i);
         left[i] = from.left, base[i] = from.base, c[i] = from.c, weight[i] = from.weight;
         next_base[i] = from.next_base, next_c[i] = from.next_c;
       }
       const Weighted out{c, base, weight, next_base, next_c};
       with_size<kRows>(count, [&](auto M) {
-        if (panels != nullptr) {
-          packed<M>(left, 1, depth, panels, nullptr, out, width);
-        } else {
+        if (panels == nullptr) {
           direct<M>(left, 1, depth, q, out, width);
+        } else if (fill && m == 0) {
+          filling<M>(left, depth, q, panels, out, width);
+        } else {
+          packed<M>(left, 1, depth, panels, nullptr, out, width);
         }
       });
     }
+  }
+
+  // As direct, and packs the weights it reads.
+  template <int M, class Out>
+  [[gnu::noinline]] static void filling(const Acc* const* left, int64_t depth, const S* const* q, Acc* panels, const Out& out, int64_t width) {
+    constexpr int PW = V::kTileVecs * W;
+    int64_t column = 0;
+    for (; column + PW <= width; column += PW, panels += depth * PW) {
+      const auto from = [&](int64_t k) { return q[k] + column; };
+      const auto keep = [&](int64_t k) {
+        fetch_ahead<PW * sizeof(S)>(q[k] + column + PW);
+        MORAINE_UNROLL
+        for (int v = 0; v < V::kTileVecs; ++v) V::store(panels + k * PW + v * W, V::load(q[k] + column + v * W));
+      };
+      tile_to<M, V::kTileVecs, false>(left, 1, depth, from, keep, out, column, 0);
+    }
+    if (column == width) return;
+    pack(q, depth, column, width - column, panels);
+    const auto rest = [&](int64_t k) { return q[k] + column; };
+    const auto nothing = [](int64_t) {};
+    for (; column + W <= width; column += W) tile_to<M, 1, false>(left, 1, depth, rest, nothing, out, column, 0);
+    if (column < width) tile_to<M, 1, true>(left, 1, depth, rest, nothing, out, column, static_cast<int>(width - column));
   }
 };
 

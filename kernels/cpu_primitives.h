@@ -11,11 +11,17 @@ namespace {
 
 constexpr int64_t kTokenBlock = 96;        // rows of a shrink task
 constexpr int64_t kRankBlock = 128;        // ranks of a shrink task
-constexpr int64_t kPairBlock = 512;        // pairs of an expand task
+constexpr int64_t kPairBlock = 2048;       // pairs of an expand task: weights come from memory once for so many
+constexpr int64_t kSlotPairs = 512;        // pairs of one that adds slot by slot
 constexpr int64_t kOuterStrip = 256;       // columns of an outer task
 constexpr int64_t kHiddenStrip = 128;      // columns of a hidden task; fixes the order of <h, q>
+constexpr int64_t kSlotRanks = 64;         // up to this rank y is summed slot by slot
+constexpr int64_t kSlotColumns = 1024;     // columns of such a task
+constexpr int64_t kSlotStrip = 256;        // and of y that it sums at a time, at most
 constexpr int64_t kSlotBytes = 128 << 10;  // rows of y that slots are added to, and the next ones, should fit the L2 cache
-constexpr size_t kBufferBytes = 512 << 10; // pair rows of one expand task; those of one expert should fit the L2 cache
+constexpr size_t kBufferBytes = 1 << 20;   // pair rows of one expand task; those of one expert should fit the L2 cache
+
+static_assert(kSlotRanks * kSlotStrip * sizeof(double) <= kPanelBytes);
 
 struct ThreadScratch {
   alignas(64) char panel[kPanelBytes];
@@ -23,10 +29,9 @@ struct ThreadScratch {
   alignas(64) unsigned char live[2][kBufferBytes / 64];
 };
 
-/// Tokens of one expand task: at most kPairBlock pair rows (of 64 columns of double they just fit the buffer).
-inline int64_t token_block(int64_t tokens, int64_t slots) {
-  const int64_t block = kPairBlock / slots > 0 ? kPairBlock / slots : 1;
-  return smaller(block, tokens);
+/// Tokens of one expand task of at most so many pairs (kPairBlock rows of 64 columns of double just fit the buffer).
+inline int64_t token_block(int64_t pairs, int64_t tokens, int64_t slots) {
+  return smaller(pairs / slots > 0 ? pairs / slots : 1, tokens);
 }
 
 template <class V, class S>
@@ -216,14 +221,12 @@ struct Cpu {
     int64_t max_rank = 0;
     for (int i = 0; i < a.num_terms; ++i)
       max_rank = a.terms[i].segments.max_rank > max_rank ? a.terms[i].segments.max_rank : max_rank;
-    const bool by_slot = max_rank <= kPanelDepth && a.num_terms == 1 && a.terms[0].matrix != nullptr && route.slots <= kPairBlock;
-    const int64_t block = token_block(route.tokens, route.slots), rows = block * route.slots;
-    int64_t strip = static_cast<int64_t>(kBufferBytes / sizeof(Acc)) / rows / 64 * 64;
-    if (by_slot) strip = smaller<int64_t>(ceil_div(kSlotBytes / static_cast<int64_t>(sizeof(Acc)) / block, 64) * 64, kPanelWidth);
-    strip = smaller<int64_t>(strip, 1024);
-    const int64_t strips = ceil_div(a.width, strip), blocks = ceil_div(route.tokens, block);
+    const bool by_slot = max_rank <= kSlotRanks && a.num_terms == 1 && a.terms[0].matrix != nullptr && route.slots <= kSlotPairs;
     double flops = static_cast<double>(route.pairs() * a.width);
     for (int i = 0; i < a.num_terms; ++i) flops += flops_of(route, a.terms[i].segments, a.width);
+    const int64_t block = token_block(by_slot ? kSlotPairs : kPairBlock, route.tokens, route.slots), rows = block * route.slots;
+    const int64_t strip = by_slot ? kSlotColumns : smaller<int64_t>(static_cast<int64_t>(kBufferBytes / sizeof(Acc)) / rows / 64 * 64, 1024);
+    const int64_t strips = ceil_div(a.width, strip), blocks = ceil_div(route.tokens, block);
     const auto body = [&](int64_t task, int thread) {
       ThreadScratch& mine = scratch_of(scratch, thread);
       const int64_t t0 = task / strips * block, t1 = smaller(t0 + block, route.tokens);
@@ -239,82 +242,113 @@ struct Cpu {
     for_each_task(blocks * strips, flops, body);
   }
 
-  // One term of small ranks, tokens [t0, t1) and columns [c0, c0 + width): a pass per slot adds w_p times the products of that
-  // slot's pairs to rows of y, or of a buffer where y's type would round between slots.
+  // The pairs of some tokens in the order combine_slots adds them: by slot, then by expert.
+  struct SlotRow {
+    const Acc* left;
+    int64_t token;
+    Acc weight;
+    bool first;  // of its token: the sum starts from y0
+  };
+  struct SlotGroup {
+    int64_t expert, begin, end;
+  };
+  struct SlotRows {
+    SlotRow rows[kSlotPairs];
+    SlotGroup groups[kSlotPairs];
+    int64_t num_groups = 0;
+    bool summed[kSlotPairs] = {};  // [token]: has any row
+  };
+
+  static void list_slots(const CombineArgs& a, int64_t t0, int64_t t1, SlotRows& out) {
+    const Route& route = *a.route;
+    const Segments& segments = a.terms[0].segments;
+    const auto* weights = static_cast<const Acc*>(a.weights);
+    int16_t token_of[kSlotPairs], slot_of[kSlotPairs];
+    for (int64_t t = 0, p = 0; t < t1 - t0; ++t)
+      for (int64_t j = 0; j < route.slots; ++j, ++p) token_of[p] = static_cast<int16_t>(t), slot_of[p] = static_cast<int16_t>(j);
+    int64_t count = 0;
+    for (int64_t j = 0; j < route.slots; ++j)
+      for (int64_t e = 0; e < route.experts; ++e) {
+        const int64_t rank = rank_of(segments, e), begin = count;
+        if (rank == 0) continue;
+        const Acc* pairs = static_cast<const Acc*>(a.terms[0].pairs) + segments.pair_offsets[e];
+        for (int64_t s = first_pair(route, route.offsets[e], route.offsets[e + 1], t0 * route.slots); s < route.offsets[e + 1]; ++s) {
+          const int64_t p = route.perm[s], local = p - t0 * route.slots;
+          if (p >= t1 * route.slots) break;
+          if (slot_of[local] != j) continue;
+          bool& summed = out.summed[token_of[local]];
+          out.rows[count++] = {pairs + (s - route.offsets[e]) * padded_rank(rank), t0 + token_of[local], weights == nullptr ? Acc(1) : weights[p], !summed};
+          summed = true;
+        }
+        if (count > begin) out.groups[out.num_groups++] = {e, begin, count};
+      }
+  }
+
+  // One term of small ranks, tokens [t0, t1) and columns [c0, c0 + width): strip by strip, a pass per slot adds w_p times the
+  // products of that slot's pairs to rows of y, or of a buffer where y's type would round between slots.
   static void combine_slots(const CombineArgs& a, int64_t t0, int64_t t1, int64_t c0, int64_t width, ThreadScratch& mine) {
+    SlotRows list;
+    list_slots(a, t0, t1, list);
+    const int64_t fitting = ceil_div(kSlotBytes / static_cast<int64_t>(sizeof(Acc)) / (t1 - t0), 64) * 64;
+    const int64_t strip = smaller(fitting, kSlotStrip);
+    for (int64_t c = c0; c < c0 + width; c += strip) combine_strip(a, list, t0, t1, c, smaller(strip, c0 + width - c), mine);
+  }
+
+  static void combine_strip(const CombineArgs& a, const SlotRows& list, int64_t t0, int64_t t1, int64_t c0, int64_t width, ThreadScratch& mine) {
     const Route& route = *a.route;
     const ExpandTerm& term = a.terms[0];
     constexpr bool kInPlace = std::is_same_v<S, Acc>;
-    const auto* weights = static_cast<const Acc*>(a.weights);
-    const auto y0_row = [&](int64_t t) { return a.y0.data == nullptr ? nullptr : static_cast<const S*>(a.y0.data) + t * a.y0.ld + c0; };
+    const bool has_y0 = a.y0.data != nullptr;
+    const auto y0_row = [&](int64_t t) { return static_cast<const S*>(a.y0.data) + t * a.y0.ld + c0; };
     const auto y_row = [&](int64_t t) { return static_cast<S*>(a.y.data) + t * a.y.ld + c0; };
-    Acc* buffer = reinterpret_cast<Acc*>(mine.buffer[0]);
     const auto sum_row = [&](int64_t t) -> Acc* {
       if constexpr (kInPlace) return y_row(t);
-      return buffer + (t - t0) * width;
+      return reinterpret_cast<Acc*>(mine.buffer[0]) + (t - t0) * width;
     };
     if constexpr (!kInPlace)
-      for (int64_t t = t0; t < t1 && a.y0.data != nullptr; ++t)
+      for (int64_t t = t0; t < t1 && has_y0; ++t)
         columns(width, [&](int64_t c, int n) { store(sum_row(t) + c, load(y0_row(t) + c, n), n); });
-    unsigned char* begun = mine.live[0];  // tokens whose sum was written
-    for (int64_t i = 0; i < t1 - t0; ++i) begun[i] = !kInPlace && a.y0.data != nullptr;
     // Packed weights of all experts are kept for the next slot where they fit.
     Acc* panels = reinterpret_cast<Acc*>(mine.buffer[1]);
     unsigned char* kept = mine.live[1];
     const bool keeps = route.slots > 1 && G::panel_size(term.segments.row_offsets[route.experts], width) * sizeof(Acc) <= kBufferBytes &&
                        route.experts <= static_cast<int64_t>(sizeof mine.live[1]);
     if (keeps) std::memset(kept, 0, static_cast<size_t>(route.experts));
-    int16_t token_of[kPairBlock], slot_of[kPairBlock];
-    for (int64_t t = 0, p = 0; t < t1 - t0; ++t)
-      for (int64_t j = 0; j < route.slots; ++j, ++p) token_of[p] = static_cast<int16_t>(t), slot_of[p] = static_cast<int16_t>(j);
-    typename G::AddRow rows[kPairBlock];
-    int64_t tokens[kPairBlock];
-    const S* q[kPanelDepth];
-    for (int64_t j = 0; j < route.slots; ++j)
-      for (int64_t e = 0; e < route.experts; ++e) {
-        const int64_t rank = rank_of(term.segments, e), ld = padded_rank(rank);
-        if (rank == 0) continue;
-        const Acc* pairs = static_cast<const Acc*>(term.pairs) + term.segments.pair_offsets[e];
-        int64_t count = 0;
-        for (int64_t s = first_pair(route, route.offsets[e], route.offsets[e + 1], t0 * route.slots); s < route.offsets[e + 1]; ++s) {
-          const int64_t p = route.perm[s], local = p - t0 * route.slots;
-          if (p >= t1 * route.slots) break;
-          if (slot_of[local] != j) continue;
-          const int64_t t = t0 + token_of[local];
-          tokens[count] = t;
-          auto& row = rows[count++];
-          row = {pairs + (s - route.offsets[e]) * ld, nullptr, sum_row(t), weights == nullptr ? Acc(1) : weights[p], nullptr, nullptr};
-          if (begun[t - t0] != 0) {
-            row.base = sum_row(t);
-          } else if constexpr (kInPlace) {
-            row.base = y0_row(t);
+    const bool last_columns = c0 + 2 * width > a.width;
+    const S* q[kSlotRanks];
+    for (int64_t g = 0; g < list.num_groups; ++g) {
+      const SlotGroup group = list.groups[g];
+      const int64_t e = group.expert, rank = rank_of(term.segments, e), count = group.end - group.begin;
+      const bool last_slot = group.end + t1 - t0 > list.groups[list.num_groups - 1].end;
+      const auto row_of = [&](int64_t m) {
+        const SlotRow& row = list.rows[group.begin + m];
+        Acc* sum = sum_row(row.token);
+        typename G::AddRow out{row.left, sum, sum, row.weight, nullptr, nullptr};
+        if constexpr (kInPlace) {
+          if (row.first) out.base = has_y0 ? y0_row(row.token) : nullptr;
+          if (last_slot && !last_columns) {  // while these sums are in the cache: the columns that are next
+            out.next_base = has_y0 ? y0_row(row.token) + width : nullptr;
+            out.next_c = sum + width;
           }
-          if constexpr (kInPlace) {  // while the last slot's sums are in the cache: the columns that are next
-            if (j + 1 == route.slots && c0 + 2 * width <= a.width) {
-              row.next_base = a.y0.data == nullptr ? nullptr : y0_row(t) + width;
-              row.next_c = y_row(t) + width;
-            }
-          }
+        } else if (row.first && !has_y0) {
+          out.base = nullptr;
         }
-        if (count == 0) continue;
-        const S* matrix = static_cast<const S*>(term.matrix) + term.segments.row_offsets[e] * a.width + c0;
-        for (int64_t k = 0; k < rank; ++k) q[k] = matrix + k * a.width;
-        Acc* panel = nullptr;
-        if (keeps && kept[e] != 0) {
-          panel = panels + G::panel_size(term.segments.row_offsets[e], width);
-        } else if (count > V::kTileRows) {
-          panel = keeps ? panels + G::panel_size(term.segments.row_offsets[e], width) : reinterpret_cast<Acc*>(mine.panel);
-          G::pack(q, rank, 0, width, panel);
-          if (keeps) kept[e] = 1;
-        }
-        G::add_product(rows, count, width, rank, q, panel);
-        for (int64_t m = 0; m < count; ++m) begun[tokens[m] - t0] = 1;
-      }
+        return out;
+      };
+      const S* matrix = static_cast<const S*>(term.matrix) + term.segments.row_offsets[e] * a.width + c0;
+      for (int64_t k = 0; k < rank; ++k) q[k] = matrix + k * a.width;
+      const bool filled = keeps && kept[e] != 0;
+      Acc* panel = nullptr;
+      if (filled || count > V::kTileRows)
+        panel = keeps ? panels + G::panel_size(term.segments.row_offsets[e], width) : reinterpret_cast<Acc*>(mine.panel);
+      G::add_product(row_of, count, width, rank, q, panel, !filled);
+      if (panel != nullptr && keeps) kept[e] = 1;
+    }
     for (int64_t t = t0; t < t1; ++t) {
-      if (kInPlace && begun[t - t0] != 0) continue;
+      const bool summed = list.summed[t - t0];
+      if (kInPlace && summed) continue;
       columns(width, [&](int64_t c, int n) {
-        const auto y = begun[t - t0] != 0 ? load(sum_row(t) + c, n) : a.y0.data != nullptr ? load(y0_row(t) + c, n) : V::zero();
-        store(y_row(t) + c, y, n);
+        store(y_row(t) + c, summed ? load(sum_row(t) + c, n) : has_y0 ? load(y0_row(t) + c, n) : V::zero(), n);
       });
     }
   }
@@ -388,7 +422,7 @@ struct Cpu {
   template <class Body>
   static void hidden_tasks(const Route& route, int64_t width, double flops, void* scratch, const Body& body) {
     if (route.tokens == 0) return;
-    const int64_t block = smaller<int64_t>(token_block(route.tokens, route.slots),
+    const int64_t block = smaller<int64_t>(token_block(kPairBlock, route.tokens, route.slots),
                                            kBufferBytes / sizeof(Acc) / kHiddenStrip / route.slots);
     const int64_t strips = ceil_div(width, kHiddenStrip);
     const auto task_body = [&](int64_t task, int thread) {
