@@ -107,6 +107,44 @@ struct MaskArgs {  // masked_u = s u m, masked_v = s v m (pair type), dmask = s 
   void* dmask;                  // accumulate type
 };
 
+/// The ranks every token selects, both ways round; row t of a buffer starts at t ld.
+struct Selection {
+  int64_t tokens, rank, ld;
+  const int64_t* token_begin;  // [T+1] into ranks
+  const int32_t* ranks;
+  const int64_t* rank_begin;   // [R+1] into tokens_of
+  const int32_t* tokens_of;
+};
+struct SelectedShrinkArgs {  // out[t, i] = <x_t, matrix[i, :]> for the selected i, the rest is left alone
+  const Selection* selection;
+  ConstRows x;
+  const void* matrix;
+  int64_t width;
+  void* out;  // [T, ld] accumulate type
+};
+struct SelectedExpandArgs {  // y_t = y0_t + sum over selected i of values[t, i] * matrix[i, :]
+  const Selection* selection;
+  const void* values;  // [T, ld] accumulate type
+  const void* matrix;
+  int64_t width;
+  ConstRows y0;
+  Rows y;
+};
+struct SelectedOuterArgs {  // out[i, :] (+)= sum over the tokens that select i of values[t, i] * x_t
+  const Selection* selection;
+  const void* values;
+  ConstRows x;
+  int64_t width;
+  void* out;
+  bool accumulate;
+};
+/// What rank-wise activation needs beside the dense primitives; the same bits as those over masked rows.
+struct SelectedPrimitives {
+  void (*shrink)(const SelectedShrinkArgs&, const Exec&);
+  void (*expand)(const SelectedExpandArgs&, const Exec&);
+  void (*outer)(const SelectedOuterArgs&, void* scratch, const Exec&);
+};
+
 struct Backend {
   size_t pair_size;                                     // bytes of one pair-buffer element
   size_t (*segments_bytes)(int64_t experts);            // storage of make_segments
@@ -123,6 +161,7 @@ struct Backend {
   void (*ffn_hidden)(const FfnHiddenArgs&, void* scratch, const Exec&);
   void (*ffn_hidden_backward)(const FfnHiddenBackwardArgs&, void* scratch, const Exec&);
   void (*mask)(const MaskArgs&, const Exec&);
+  const SelectedPrimitives* selected = nullptr;  // null: all ranks are computed and masked
 };
 
 /// Throws UserError when exec asks for a device or family that is not there, or a dtype the device cannot compute.

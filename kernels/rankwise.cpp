@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -19,8 +21,13 @@ struct Buffers {
   void *index, *route_storage, *segments;
   size_t route_bytes;
   void *v, *masked_u, *masked_v;
+  int64_t *token_begin, *rank_begin;
+  int32_t *ranks, *tokens_of;
   void* scratch;
 };
+
+// Selected elements up to which the selected ones alone are computed: reading them one token at a time is half as fast.
+int64_t most_selected(int64_t tokens, int64_t rank) { return tokens * rank / 2; }
 
 Buffers cut(Arena& arena, const Backend& backend, const RankwiseAdapter& adapter, int64_t tokens, const Exec& exec) {
   const size_t row = static_cast<size_t>(tokens * padded_rank(adapter.rank));
@@ -32,6 +39,12 @@ Buffers cut(Arena& arena, const Backend& backend, const RankwiseAdapter& adapter
   b.v = arena.take_bytes(row * accumulate_size(adapter.dtype));
   b.masked_u = arena.take_bytes(row * backend.pair_size);
   b.masked_v = arena.take_bytes(row * backend.pair_size);
+  if (backend.selected != nullptr) {
+    b.token_begin = arena.take<int64_t>(tokens + 1);
+    b.rank_begin = arena.take<int64_t>(adapter.rank + 1);
+    b.ranks = arena.take<int32_t>(most_selected(tokens, adapter.rank));
+    b.tokens_of = arena.take<int32_t>(most_selected(tokens, adapter.rank));
+  }
   b.scratch = arena.take_bytes(backend.scratch_bytes(tokens, adapter.rank, std::max(adapter.d_in, adapter.d_out)));
   return b;
 }
@@ -66,6 +79,39 @@ struct Call {
     segments = backend.make_segments(route, offsets, x.rank, b.segments, exec);
   }
 };
+
+// The selection a mask stands for, in b's arrays. False when it selects too much for that.
+template <class F>
+bool list_selected(const F* mask, Selection& s, const Buffers& b) {
+  std::fill_n(b.rank_begin, s.rank + 1, int64_t{0});
+  const int64_t most = most_selected(s.tokens, s.rank);
+  int64_t count = 0;
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    b.token_begin[t] = count;
+    for (int64_t i = 0; i < s.rank; ++i) {
+      if (mask[t * s.ld + i] == 0) continue;
+      if (count == most) return false;
+      b.ranks[count++] = static_cast<int32_t>(i);
+      ++b.rank_begin[i];
+    }
+  }
+  b.token_begin[s.tokens] = count;
+  for (int64_t i = 0, begin = 0; i <= s.rank; ++i) begin += std::exchange(b.rank_begin[i], begin);
+  for (int64_t t = 0; t < s.tokens; ++t)
+    for (int64_t k = b.token_begin[t]; k < b.token_begin[t + 1]; ++k) b.tokens_of[b.rank_begin[b.ranks[k]]++] = static_cast<int32_t>(t);
+  for (int64_t i = s.rank; i > 0; --i) b.rank_begin[i] = b.rank_begin[i - 1];
+  b.rank_begin[0] = 0;
+  s.token_begin = b.token_begin, s.ranks = b.ranks, s.rank_begin = b.rank_begin, s.tokens_of = b.tokens_of;
+  return true;
+}
+
+// The selection where the backend can leave out what is not selected and that is most of it.
+std::optional<Selection> selection_of(const Backend& backend, const RankwiseAdapter& x, int64_t tokens, const void* mask, const Buffers& b) {
+  Selection s{tokens, x.rank, padded_rank(x.rank), nullptr, nullptr, nullptr, nullptr};
+  if (backend.selected == nullptr || tokens * x.rank == 0) return std::nullopt;
+  const bool few = x.dtype == DType::kF64 ? list_selected(static_cast<const double*>(mask), s, b) : list_selected(static_cast<const float*>(mask), s, b);
+  return few ? std::optional(s) : std::nullopt;
+}
 
 template <class F>
 void select_rows(const F* score, int64_t tokens, int64_t rank, int64_t keep, bool by_magnitude, F* mask) {
@@ -125,8 +171,11 @@ void rankwise_forward(const RankwiseForward& args, Workspace workspace, const Ex
   Call call(x, args.tokens, workspace, exec, who);
   const Buffers& b = call.b;
   call.backend.mask({args.tokens, padded_rank(x.rank), x.scale, args.u, nullptr, args.mask, b.masked_u, nullptr, nullptr}, exec);
-  call.backend.combine({&call.route, {{call.segments, b.masked_u, x.bt}, {}}, 1, nullptr, x.d_out, args.y0, args.y}, b.scratch,
-                       exec);
+  if (const auto selected = selection_of(call.backend, x, args.tokens, args.mask, b)) {
+    call.backend.selected->expand({&*selected, b.masked_u, x.bt, x.d_out, args.y0, args.y}, exec);
+  } else {
+    call.backend.combine({&call.route, {{call.segments, b.masked_u, x.bt}, {}}, 1, nullptr, x.d_out, args.y0, args.y}, b.scratch, exec);
+  }
 }
 
 void rankwise_backward(const RankwiseBackward& args, Workspace workspace, const Exec& exec) {
@@ -143,16 +192,25 @@ void rankwise_backward(const RankwiseBackward& args, Workspace workspace, const 
   Call call(x, args.tokens, workspace, exec, who);
   const Buffers& b = call.b;
   const PairRows in{args.x.data, args.x.ld, 1}, dy{args.dy.data, args.dy.ld, 1};
-  call.backend.shrink_unrounded({&call.route, call.segments, dy, x.bt, x.d_out, b.v}, b.scratch, exec);
+  const auto selected = selection_of(call.backend, x, args.tokens, args.mask, b);
+  if (selected && args.dmask == nullptr) {
+    call.backend.selected->shrink({&*selected, args.dy, x.bt, x.d_out, b.v}, exec);
+  } else {  // the gradient of a mask needs v of every rank
+    call.backend.shrink_unrounded({&call.route, call.segments, dy, x.bt, x.d_out, b.v}, b.scratch, exec);
+  }
   call.backend.mask({args.tokens, padded_rank(x.rank), x.scale, args.u, b.v, args.mask, b.masked_u, b.masked_v, args.dmask},
                     exec);
-  if (args.dx.data != nullptr)
-    call.backend.combine({&call.route, {{call.segments, b.masked_v, x.a}, {}}, 1, nullptr, x.d_in, args.dx0, args.dx}, b.scratch,
-                         exec);
-  if (args.da != nullptr)
-    call.backend.outer({&call.route, call.segments, b.masked_v, in, x.d_in, args.da, args.accumulate}, b.scratch, exec);
-  if (args.dbt != nullptr)
-    call.backend.outer({&call.route, call.segments, b.masked_u, dy, x.d_out, args.dbt, args.accumulate}, b.scratch, exec);
+  const auto expand = [&](const void* values, const void* matrix, int64_t width, const ConstRows& base, const Rows& out) {
+    if (selected) return call.backend.selected->expand({&*selected, values, matrix, width, base, out}, exec);
+    call.backend.combine({&call.route, {{call.segments, values, matrix}, {}}, 1, nullptr, width, base, out}, b.scratch, exec);
+  };
+  const auto outer = [&](const void* values, const PairRows& rows, int64_t width, void* out) {
+    if (selected) return call.backend.selected->outer({&*selected, values, {rows.data, rows.ld}, width, out, args.accumulate}, b.scratch, exec);
+    call.backend.outer({&call.route, call.segments, values, rows, width, out, args.accumulate}, b.scratch, exec);
+  };
+  if (args.dx.data != nullptr) expand(b.masked_v, x.a, x.d_in, args.dx0, args.dx);
+  if (args.da != nullptr) outer(b.masked_v, in, x.d_in, args.da);
+  if (args.dbt != nullptr) outer(b.masked_u, dy, x.d_out, args.dbt);
 }
 
 }  // namespace moraine::kernels

@@ -34,7 +34,7 @@ Vec with_ld(const Vec& rows, int64_t tokens, int64_t from, int64_t to, double fi
 }
 
 // mask: [T, R] or empty, then the `keep` largest u.
-Result run(const Target& target, const Case& c, Vec mask, int64_t keep, double scale) {
+Result run(const Target& target, const Case& c, Vec mask, int64_t keep, double scale, bool mask_gradient = true) {
   const DType accumulate = accumulate_dtype(target.dtype);
   const size_t element = core::size_of(target.dtype), wide = core::size_of(accumulate);
   const int64_t ld = padded_rank(c.rank);
@@ -62,7 +62,7 @@ Result run(const Target& target, const Case& c, Vec mask, int64_t keep, double s
   const auto dev_mask = put(target.exec, with_ld(mask, c.tokens, c.rank, ld, 0.0), accumulate);
   rankwise_forward({&adapter, c.tokens, u.data(), dev_mask->data(), {y0->data(), c.d_out}, {y.data(), c.d_out}}, space, target.exec);
   rankwise_backward({&adapter, c.tokens, u.data(), dev_mask->data(), {x->data(), c.d_in}, {dy->data(), c.d_out}, {},
-                     {dx.data(), c.d_in}, dmask.data(), da.data(), dbt.data(), false},
+                     {dx.data(), c.d_in}, mask_gradient ? dmask.data() : nullptr, da.data(), dbt.data(), false},
                     space, target.exec);
   return {with_ld(padded_u, c.tokens, ld, c.rank, 0), mask, get(y, c.tokens * c.d_out, target.dtype),
           {get(dx, c.tokens * c.d_in, target.dtype), get(da, c.rank * c.d_in, accumulate), get(dbt, c.rank * c.d_out, accumulate),
@@ -100,6 +100,49 @@ TEST_P(Rankwise, AMaskOfOnesIsPlainLora) {
   expect_close(out.y, plain.y, t, "y");
   expect_close(out.grads.da, plain.grads.da, t, "dA");
   expect_close(out.grads.dbt, plain.grads.dbt, t, "dBt");
+}
+
+TEST_P(Rankwise, FewSelectedRanksWithoutMaskGradientEqualTheOracle) {
+  const Tolerance t = output_tolerance(GetParam().dtype);
+  for (const int64_t rank : {16, 64, 300}) {
+    const Case c = make_case(random, GetParam().dtype, 70, rank, 72, 1096);
+    const Result out = run(GetParam(), c, {}, rank / 8, 0.5, false);
+    const RankwiseGrads ref = rankwise_backward(c.a, c.bt, c.tokens, rank, c.d_in, c.d_out, 0.5, c.x, out.mask, c.dy);
+    expect_close(out.grads.dx, ref.dx, t, "dx");
+    expect_close(out.grads.da, ref.da, t, "dA");
+    expect_close(out.grads.dbt, ref.dbt, t, "dBt");
+  }
+}
+
+// Few selected ranks take another way through the CPU's code than many; 40 tokens that select all push the whole batch there.
+TEST_P(Rankwise, ATokensRowsDoNotDependOnHowManyRanksOthersSelect) {
+  const int64_t rank = 32;
+  const Case many = make_case(random, GetParam().dtype, 50, rank, 72, 1096);
+  Case few = many;
+  few.tokens = 10;
+  few.x.resize(10 * 72), few.y0.resize(10 * 1096), few.dy.resize(10 * 1096);
+  Vec mask(50 * 32, 1.0);
+  for (size_t t = 0; t < 10; ++t)
+    for (size_t i = 0; i < 32; ++i) mask[t * 32 + i] = (i + t) % 11 == 0 ? 0.7 : 0.0;
+  const Result all = run(GetParam(), many, mask, 0, 1.5), some = run(GetParam(), few, Vec(mask.begin(), mask.begin() + 320), 0, 1.5);
+  EXPECT_EQ(Vec(all.y.begin(), all.y.begin() + 10 * 1096), some.y);
+  EXPECT_EQ(Vec(all.grads.dx.begin(), all.grads.dx.begin() + 10 * 72), some.grads.dx);
+}
+
+TEST_P(Rankwise, WeightsOfRanksNobodySelectsAreNotRead) {
+  if (GetParam().exec.device == Device::kCuda) GTEST_SKIP() << "CUDA computes every rank and masks";
+  const int64_t rank = 24;
+  Case c = make_case(random, GetParam().dtype, 9, rank, 40, 56);
+  Vec mask(9 * 24, 0.0);
+  for (size_t t = 0; t < 9; ++t) mask[t * 24 + 2] = mask[t * 24 + 5] = 1.0;
+  const Result clean = run(GetParam(), c, mask, 0, 1.0, false);
+  for (size_t n = 0; n < 40; ++n) c.a[7 * 40 + n] = NAN;
+  for (size_t n = 0; n < 56; ++n) c.bt[7 * 56 + n] = NAN;
+  const Result out = run(GetParam(), c, mask, 0, 1.0, false);
+  EXPECT_EQ(out.y, clean.y);
+  EXPECT_EQ(out.grads.dx, clean.grads.dx);
+  EXPECT_EQ(out.grads.da, clean.grads.da);
+  EXPECT_EQ(out.grads.dbt, clean.grads.dbt);
 }
 
 TEST_P(Rankwise, RowsOfRanksNobodySelectsAreExactlyZero) {
