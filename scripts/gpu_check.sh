@@ -36,7 +36,7 @@ finish() { for pid in "${pids[@]}"; do wait "$pid" || fail "a compilation failed
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
 [[ $arch == 90 ]] && arch=90a
 nv=(nvcc -std=c++17 -O2 -lineinfo -I. -DFMT_HEADER_ONLY -Xcompiler "-idirafter,$FMT_INCLUDE" "-gencode=arch=compute_$arch,code=sm_$arch")
-compile cuda_kernels.o "${nv[@]}" -Xptxas -v -c kernels/cuda_kernels.cu 2> "$out/ptxas.log"
+compile cuda_backend.o "${nv[@]}" -Xptxas -v -c kernels/cuda_backend.cu 2> "$out/ptxas.log"
 compile bench.o "${nv[@]}" -c bench/ragged_experts_gpu.cu
 for name in arena backend checks cpu_features cpu_scalar ffn_expert materialise ragged_delta rankwise route tasks; do
   compile "$name.o" "${cxx[@]}" -c "kernels/$name.cpp"

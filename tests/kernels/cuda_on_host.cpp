@@ -7,7 +7,7 @@
 #include <vector>
 
 // The kernels themselves, as host code.
-#include "kernels/cuda_kernels.cu"
+#include "kernels/cuda_backend.cu"
 
 // Saves the callee-saved registers on the current stack and continues on another one.
 extern "C" void moraine_switch_stack(void** save, void* load);
