@@ -1,11 +1,13 @@
 // CUDA backend: the primitives of backend.h launched on a stream; the kernels are in the headers it includes.
 //
-// Grids: products run persistently (cuda_gemm.cuh), the rest one warp per pair or one block per token, both
-// grid-stride. Outputs are overwritten (=) except outer with accumulate and dot, which are added to (+=) by their
+// Grids: products run persistently (cuda_gemm.cuh, cuda_wgmma.cuh), the rest one warp per pair or one block per token,
+// both grid-stride. Outputs are overwritten (=) except outer with accumulate and dot, which are added to (+=) by their
 // single owner. Nothing is allocated and nothing waits for the stream except where check_inputs asks for it; no
 // floating-point atomics. Activations and weights must be 16-byte aligned with widths that are multiples of 8. Traffic:
-// expand writes and combine reads 4 P width bytes of pair rows in scratch. Verified by running these kernels on the
-// host, block by block, against the double oracle (tests/kernels); not yet run on a GPU.
+// expand writes and combine reads 4 P width bytes of pair rows in scratch.
+// Verified by running these kernels on the host, block by block, against the double oracle (tests/kernels); not yet run
+// on a GPU. What the host cannot show: speed, whether wgmma's descriptors, fences and barriers mean on hardware what
+// the manual and its emulation say, and races that no switch of threads exposes.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -14,8 +16,10 @@
 #include "kernels/arena.h"
 #include "kernels/backend.h"
 #include "kernels/cuda_elementwise.cuh"
+#include "kernels/cuda_gemm.cuh"
 #include "kernels/cuda_problems.cuh"
 #include "kernels/cuda_route.cuh"
+#include "kernels/cuda_wgmma.cuh"
 
 namespace moraine::kernels {
 namespace {
@@ -45,10 +49,49 @@ int64_t grid(int64_t most, int64_t per_multiprocessor) {
   return std::max<int64_t>(1, std::min(most, multiprocessors() * per_multiprocessor));
 }
 
+#if defined(MORAINE_CUDA_WGMMA)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
+// The experts that take wgmma under `exec`. Throws UserError if it is asked for where it cannot run.
+LargeTiles large_tiles(const Exec& exec, int64_t element_size) {
+  if (exec.cuda_family != CudaFamily::kWgmma) return {};
+  const char* hint = "leave the family at auto or mma, which take mma.sync (plain FMA for float)";
+  if (element_size != 2)
+    throw core::UserError("kernels/cuda: wgmma was asked for with float: it is for BF16 and F16", hint);
+  int device_index = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device_index), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index), "cudaDeviceGetAttribute");
+  if (major != 9 || minor != 0)
+    throw core::UserError("kernels/cuda: wgmma was asked for, but it needs compute capability 9.0: device " +
+                              std::to_string(device_index) + " has " + std::to_string(major) + "." +
+                              std::to_string(minor),
+                          hint);
+  if (!kHasWgmma)
+    throw core::UserError("kernels/cuda: wgmma was asked for, but this build has no sm_90a code",
+                          "configure with 90a in MORAINE_CUDA_ARCHS, or leave the family at auto");
+  return {true, exec.wgmma_min_rank, exec.wgmma_min_pairs};
+}
+
+// Both classes of a product, each over its table; how many tiles there are is known on the device only.
 template <class T, class Problem>
-void run_tiles(const Problem& problem, int64_t most_tiles, const Exec& exec) {
-  check(launch(tile_kernel<T, Problem>, grid(most_tiles, 4), kThreads, TileShape<T>::kShared, stream_of(exec), problem),
-        "launch of a ragged product");
+void run_tiles(const Problem& problem, const int32_t* table, const int32_t* large_table, int64_t max_rank,
+               const Exec& exec) {
+  const int64_t most = problem.most_tiles(max_rank, kBlock, kBlock);
+  check(
+      launch(tile_kernel<T, Problem>, grid(most, 4), kThreads, TileShape<T>::kShared, stream_of(exec), problem, table),
+      "launch of a ragged product");
+  if constexpr (sizeof(T) == 2) {
+    if (large_table == nullptr) return;
+    using Shape = WgmmaShape<Problem>;
+    const int64_t most_large = problem.most_tiles(max_rank, Shape::kRows, Shape::kColumns);
+    check(launch(wgmma_kernel<T, Problem>, grid(most_large, 1), kWgmmaThreads, Shape::kShared, stream_of(exec), problem,
+                 large_table),
+          "launch of a ragged product by wgmma");
+  }
 }
 
 struct RouteStorage {
@@ -74,18 +117,24 @@ int32_t read_flag(const int32_t* flag, const Exec& exec) {
 template <class T>
 struct Cuda {
   static size_t segments_bytes(int64_t experts) {
-    return static_cast<size_t>(experts + 1) * (sizeof(int64_t) + 3 * sizeof(int32_t));
+    return static_cast<size_t>(experts + 1) * (sizeof(int64_t) + 6 * sizeof(int32_t));
   }
 
   static Segments make_segments(const Route& route, const int64_t* row_offsets, int64_t max_rank, void* storage,
                                 const Exec& exec) {
     const int64_t n = route.experts + 1;
     auto* pair_offsets = static_cast<int64_t*>(storage);
-    auto* shrink_tiles = reinterpret_cast<int32_t*>(pair_offsets + n);
+    auto* tiles = reinterpret_cast<int32_t*>(pair_offsets + n);
+    const TileTables small{kBlock, tiles, tiles + n, tiles + 2 * n};
+    const TileTables large{kWgmmaRows, tiles + 3 * n, tiles + 4 * n, tiles + 5 * n};
+    const LargeTiles rule = large_tiles(exec, sizeof(T));
     check(launch(segment_tables, 1, 32, 0, stream_of(exec), route.offsets, row_offsets, static_cast<int>(route.experts),
-                 pair_offsets, shrink_tiles, shrink_tiles + n, shrink_tiles + 2 * n),
+                 rule, pair_offsets, small, large),
           "launch of segment_tables");
-    return {row_offsets, pair_offsets, shrink_tiles, shrink_tiles + n, shrink_tiles + 2 * n, max_rank};
+    Segments out{row_offsets, pair_offsets, small.shrink, small.expand, small.outer, max_rank};
+    if (rule.takes(route.pairs(), max_rank))  // else no expert can
+      out.large_shrink_tiles = large.shrink, out.large_expand_tiles = large.expand, out.large_outer_tiles = large.outer;
+    return out;
   }
 
   static int64_t splits_of(int64_t pairs, int64_t width) {
@@ -122,18 +171,16 @@ struct Cuda {
     const int64_t splits = splits_of(g.pairs, a.width), stride = pair_buffer_bound(g.pairs, a.segments.max_rank);
     auto* planes = static_cast<float*>(scratch);
     const ShrinkProblem<T> problem{g,
-                                   a.segments.shrink_tiles,
                                    x,
                                    a.x.ld,
-                                   a.x.divisor,
+                                   static_cast<int>(a.x.divisor),
                                    static_cast<const T*>(a.matrix),
                                    a.width,
                                    splits,
                                    splits == 1 ? a.width : kSplitChunk,
                                    planes,
                                    stride};
-    const int64_t most = (ceil_div(g.pairs, kBlock) + g.experts) * ceil_div(a.segments.max_rank, kBlock) * splits;
-    run_tiles<T>(problem, most, exec);
+    run_tiles<T>(problem, a.segments.shrink_tiles, a.segments.large_shrink_tiles, a.segments.max_rank, exec);
     check(launch(sum_planes<Out>, pair_blocks(*a.route), kRowThreads, 0, stream_of(exec), g,
                  static_cast<const float*>(planes), stride, splits, static_cast<Out*>(a.out)),
           "launch of sum_planes");
@@ -143,8 +190,8 @@ struct Cuda {
     shrink_to<float>(a, scratch, exec);
   }
 
-  static int64_t expand_tile_bound(const Route& route, int64_t width) {
-    return (ceil_div(route.pairs(), kBlock) + route.experts) * ceil_div(width, kBlock);
+  static void run_expand(const ExpandProblem<T>& problem, const Segments& segments, const Exec& exec) {
+    run_tiles<T>(problem, segments.expand_tiles, segments.large_expand_tiles, segments.max_rank, exec);
   }
 
   static void expand_rows(const Route& route, const ExpandTerm& term, int64_t width, float* rows,
@@ -158,13 +205,8 @@ struct Cuda {
           "launch of spread_pairs");
       return;
     }
-    const ExpandProblem<T> problem{g,        term.segments.expand_tiles,
-                                   pairs,    static_cast<const T*>(term.matrix),
-                                   width,    rows,
-                                   previous, nullptr,
-                                   nullptr,  0,
-                                   nullptr};
-    run_tiles<T>(problem, expand_tile_bound(route, width), exec);
+    run_expand({g, pairs, static_cast<const T*>(term.matrix), width, rows, previous, nullptr, nullptr, 0, nullptr},
+               term.segments, exec);
   }
 
   static void combine(const CombineArgs& a, void* scratch, const Exec& exec) {
@@ -184,15 +226,14 @@ struct Cuda {
     if (a.segments.max_rank == 0) return;
     const Ragged g = ragged(*a.route, a.segments);
     const OuterProblem<T> problem{g,
-                                  a.segments.outer_tiles,
                                   static_cast<const T*>(a.pairs),
                                   static_cast<const T*>(a.rows.data),
                                   a.rows.ld,
-                                  a.rows.divisor,
+                                  static_cast<int>(a.rows.divisor),
                                   a.width,
                                   static_cast<float*>(a.out),
                                   a.accumulate};
-    run_tiles<T>(problem, g.experts * ceil_div(a.segments.max_rank, kBlock) * ceil_div(a.width, kBlock), exec);
+    run_tiles<T>(problem, a.segments.outer_tiles, a.segments.large_outer_tiles, a.segments.max_rank, exec);
   }
 
   static void scale_pairs(const ScalePairsArgs& a, const Exec& exec) {
@@ -213,18 +254,9 @@ struct Cuda {
     T* save_b = a.b != nullptr ? static_cast<T*>(a.b) : static_cast<T*>(scratch) + route.pairs() * a.width;
     const auto activation = [&](const ExpandTerm& term, T* out, const ConstRows& base, const float* scale) {
       if (term.segments.max_rank == 0) return;
-      const ExpandProblem<T> problem{ragged(route, term.segments),
-                                     term.segments.expand_tiles,
-                                     static_cast<const T*>(term.pairs),
-                                     static_cast<const T*>(term.matrix),
-                                     a.width,
-                                     nullptr,
-                                     nullptr,
-                                     out,
-                                     static_cast<const T*>(base.data),
-                                     base.ld,
-                                     scale};
-      run_tiles<T>(problem, expand_tile_bound(route, a.width), exec);
+      run_expand({ragged(route, term.segments), static_cast<const T*>(term.pairs), static_cast<const T*>(term.matrix),
+                  a.width, nullptr, nullptr, out, static_cast<const T*>(base.data), base.ld, scale},
+                 term.segments, exec);
     };
     activation(a.gate, save_a, a.gate_base, a.gate_scale);
     activation(a.up, save_b, a.up_base, a.up_scale);

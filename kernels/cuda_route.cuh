@@ -1,6 +1,7 @@
 #pragma once
 
-#include "kernels/cuda_gemm.cuh"
+#include "kernels/cuda_device.cuh"
+#include "kernels/layout.h"
 
 /// Routing on the device: a stable counting sort without atomics, and the offsets and tile tables that follow from it.
 /// Outputs are overwritten.
@@ -69,18 +70,9 @@ __global__ void route_scatter(const int32_t* index, int64_t pairs, int experts, 
 }
 
 // Pair-buffer offsets and tile tables; a few hundred experts at most, so one thread walks them.
-__global__ void segment_tables(const int32_t* offsets, const int64_t* row_offsets, int experts, int64_t* pair_offsets,
-                               int32_t* shrink_tiles, int32_t* expand_tiles, int32_t* outer_tiles) {
-  if (threadIdx.x != 0) return;
-  pair_offsets[0] = 0;
-  shrink_tiles[0] = expand_tiles[0] = outer_tiles[0] = 0;
-  for (int e = 0; e < experts; ++e) {
-    const int64_t n = offsets[e + 1] - offsets[e], r = row_offsets[e + 1] - row_offsets[e];
-    pair_offsets[e + 1] = pair_offsets[e] + n * padded_rank(r);
-    shrink_tiles[e + 1] = shrink_tiles[e] + shrink_tile_count(n, r, kBlock);
-    expand_tiles[e + 1] = expand_tiles[e] + expand_tile_count(n, r, kBlock);
-    outer_tiles[e + 1] = outer_tiles[e] + outer_tile_count(r, kBlock);
-  }
+__global__ void segment_tables(const int32_t* offsets, const int64_t* row_offsets, int experts, LargeTiles rule,
+                               int64_t* pair_offsets, TileTables small, TileTables large) {
+  if (threadIdx.x == 0) fill_tables(offsets, row_offsets, experts, rule, pair_offsets, small, large);
 }
 
 }  // namespace moraine::kernels::device
