@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-build-gpu}
 gtest=${GTEST_SOURCE:-/usr/src/googletest}
 mkdir -p "$out/obj"
+rm -f "$out"/obj/*.o
 
 fail() { echo "gpu_check: $1" >&2; exit 2; }
 command -v nvcc > /dev/null || fail "nvcc is not on the PATH: install the CUDA 13 toolkit"
@@ -60,7 +61,7 @@ compile t_gmock.o "${cxx[@]}" "${gtest_include[@]}" -I "$gtest/googlemock" -c "$
 compile t_main.o "${cxx[@]}" "${gtest_include[@]}" -c "$gtest/googletest/src/gtest_main.cc"
 finish
 
-objects=("$out"/obj/[a-z][a-z]*.o)
+objects=("$out"/obj/*.o)
 link() { # program, objects: everything but the other program's
   local program=$1; shift
   g++ -fopenmp -o "$out/$program" "$@" -L"$cuda/lib64" -lcudart_static -ldl -lrt -lpthread
