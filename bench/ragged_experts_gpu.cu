@@ -1,6 +1,7 @@
 // Ragged-rank expert kernels on a GPU: median time by graph replay against the floor max(FLOP / peak, bytes / copy speed). Copy
 // speed is measured here; the bf16 peak is given in TFLOP/s on the command line (default 790, an H200's 8192^3 product).
-// Not yet run on a GPU. Routing, forward and backward are captured together; inputs are random.
+// The second argument is the instruction family, mma (default) or wgmma. Routing, forward and backward are captured together;
+// inputs are random. Not yet run on a GPU.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -89,7 +90,7 @@ double copy_tbps(cudaStream_t stream) {
 }
 
 void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_t tokens, int64_t slots, int64_t d, double tflops,
-              double tbps, cudaStream_t stream) {
+              double tbps, mk::CudaFamily family, cudaStream_t stream) {
   const auto experts = static_cast<int64_t>(ranks.size()), pairs = tokens * slots;
   std::vector<int64_t> offsets{0};
   for (const int64_t r : ranks) offsets.push_back(offsets.back() + r);
@@ -114,7 +115,7 @@ void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_
   const mk::RaggedExperts weights{experts, d, d, mk::DType::kBF16, hold(random_rows(offsets.back() * d, 5)),
                                   hold(random_rows(offsets.back() * d, 6)), offsets.data(), dev_offsets, scale};
   mk::Exec exec;
-  exec.device = mk::Device::kCuda, exec.stream = stream, exec.check_inputs = false;
+  exec.device = mk::Device::kCuda, exec.stream = stream, exec.check_inputs = false, exec.cuda_family = family;
   const auto space_of = [&](size_t bytes) { return mk::Workspace{hold(allocate<char>(bytes)), bytes}; };
   const mk::Workspace route_space = space_of(mk::route_bytes(tokens, slots, experts, exec.device));
   const mk::Workspace space = space_of(std::max(mk::delta_forward_workspace(weights, tokens, slots, exec),
@@ -143,14 +144,20 @@ void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_
 
 int main(int argc, char** argv) {
   const double tflops = argc > 1 ? std::atof(argv[1]) : 790.0;
+  const std::string family_name = argc > 2 ? argv[2] : "mma";
+  if (family_name != "mma" && family_name != "wgmma") {
+    std::fprintf(stderr, "the family is mma or wgmma: %s\n", family_name.c_str());
+    return 2;
+  }
+  const mk::CudaFamily family = family_name == "mma" ? mk::CudaFamily::kMma : mk::CudaFamily::kWgmma;
   cudaStream_t stream;
   check(cudaStreamCreate(&stream), "cudaStreamCreate");
   const double before = copy_tbps(stream);
-  std::printf("copy %.2f TB/s, bf16 peak %.0f TFLOP/s (given)\n", before, tflops);
+  std::printf("copy %.2f TB/s, bf16 peak %.0f TFLOP/s (given), family %s\n", before, tflops, family_name.c_str());
   for (const int64_t tokens : {1, 16, 64, 256, 4096, 8192}) {
-    run_case("mix8", {1, 4, 16, 32, 64, 256, 1024, 2048}, tokens, 2, 4096, tflops, before, stream);
-    run_case("small8", {1, 2, 4, 8, 8, 16, 16, 32}, tokens, 2, 4096, tflops, before, stream);
-    run_case("uniform16", std::vector<int64_t>(8, 16), tokens, 2, 4096, tflops, before, stream);
+    run_case("mix8", {1, 4, 16, 32, 64, 256, 1024, 2048}, tokens, 2, 4096, tflops, before, family, stream);
+    run_case("small8", {1, 2, 4, 8, 8, 16, 16, 32}, tokens, 2, 4096, tflops, before, family, stream);
+    run_case("uniform16", std::vector<int64_t>(8, 16), tokens, 2, 4096, tflops, before, family, stream);
   }
   std::printf("copy after %.2f TB/s\n", copy_tbps(stream));
   return 0;

@@ -13,6 +13,7 @@
 
 namespace moraine::kernels::device {
 
+#define MORAINE_UNREACHABLE() __trap()
 #define MORAINE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -61,11 +62,18 @@ __device__ inline float warp_sum(float x) {
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, Args... args) {
+  if (shared > 48 * 1024) {  // more than a kernel gets unasked
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared, stream>>>(args...);
   return cudaGetLastError();
 }
 
 }  // namespace moraine::kernels::device
+
+#include "kernels/cuda_device_sm90.cuh"
 #endif
 
 namespace moraine::kernels::device {

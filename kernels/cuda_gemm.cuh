@@ -9,8 +9,8 @@
 /// belongs to one block, there are no atomics.
 ///
 /// A Problem provides: kLeftByDepth, kRightByDepth (operand stored [k][m] / [k][n] instead of [m][k] / [n][k]), kChunk (elements
-/// of k after which partial sums are added to the total, 0: never), tiles(), open(tile) -> Tile, row pointers and valid widths
-/// of both operands, and store().
+/// of k after which partial sums are added to the total, 0: never), tiles(), open(tile) -> Tile with the valid extents, row
+/// pointers of both operands, row() -> Row of the output, and store().
 namespace moraine::kernels::device {
 
 constexpr int kBlock = 64;
@@ -128,7 +128,7 @@ __device__ inline void load_operands(const Problem& problem, const typename Prob
   const int64_t depth_left = tile.depth_end - k;
   if constexpr (Problem::kLeftByDepth) {
     load_stage(left, kDepth, kBlock, problem.anywhere(), [&](int row) { return problem.left(tile, k + row); },
-               [&](int row) { return row < depth_left ? tile.left_width : int64_t{0}; });
+               [&](int row) { return row < depth_left ? tile.rows : int64_t{0}; });
   } else {
     load_stage(left, kBlock, kDepth, problem.anywhere(), [&](int row) { return problem.left(tile, row) + k; },
                [&](int row) { return row < tile.rows ? depth_left : int64_t{0}; });
@@ -143,15 +143,15 @@ __device__ inline void load_operands(const Problem& problem, const typename Prob
 }
 
 template <class T, class Problem>
-__global__ void __launch_bounds__(kThreads) tile_kernel(Problem problem) {
+__global__ void __launch_bounds__(kThreads) tile_kernel(Problem problem, const int32_t* table) {
   MORAINE_DYNAMIC_SHARED(shared);
   using Shape = TileShape<T>;
   T* const left = reinterpret_cast<T*>(shared);
   T* const right = left + kStages * Shape::kOperand;
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t tiles = problem.tiles();
+  const int64_t tiles = problem.tiles(table, kBlock);
   for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const typename Problem::Tile tile = problem.open(index);
+    const typename Problem::Tile tile = problem.open(table, index, kBlock, kBlock);
     const int steps = static_cast<int>(ceil_div(tile.depth_end - tile.depth_begin, Shape::kDepth));
     const auto load = [&](int step) {
       if (step < steps)
@@ -188,13 +188,18 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Problem problem) {
 #pragma unroll
     for (int mi = 0; mi < 2; ++mi)
 #pragma unroll
-      for (int ni = 0; ni < 4; ++ni)
+      for (int half = 0; half < 2; ++half) {
+        const int row = fragment_row(thread, mi, 2 * half);
+        if (row >= tile.rows) continue;
+        const typename Problem::Row to = problem.row(tile, row);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = fragment_row(thread, mi, i), column = fragment_column(thread, ni, i);
-          if (row < tile.rows && column < tile.columns)
-            problem.store(tile, row, column, Problem::kChunk > 0 ? total[mi][ni][i] : acc[mi][ni][i]);
-        }
+        for (int ni = 0; ni < 4; ++ni)
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            const int column = fragment_column(thread, ni, i);
+            if (column < tile.columns) problem.store(to, column, Problem::kChunk > 0 ? total[mi][ni][i] : acc[mi][ni][i]);
+          }
+      }
   }
 }
 

@@ -20,6 +20,13 @@ enum class Device { kCpu, kCuda };
 /// Results of two families differ in rounding; within one family they do not depend on thread count or on other tokens.
 enum class Path { kAuto, kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
+/// Tensor-core instructions of the CUDA kernels, for 16-bit types. kMma: mma.sync in 64 x 64 tiles. kWgmma: wgmma in tiles of
+/// 128 x 128 and 128 x 256 for the experts Exec::wgmma_min_rank and wgmma_min_pairs name, mma.sync for the others; refused
+/// with a UserError where the device is not of compute capability 9.0, the build has no sm_90a code or the type is float.
+/// kAuto is kMma on every device, because wgmma has only been run in emulation: scripts/gpu_check.sh on a 9.0 device tests
+/// and times both, and its answer decides what kAuto becomes.
+enum class CudaFamily { kAuto, kMma, kWgmma };
+
 /// Where and how an operation runs.
 struct Exec {
   Device device = Device::kCpu;
@@ -29,6 +36,14 @@ struct Exec {
   /// Read indices and gates before use and throw UserError on the first bad one. On CUDA this waits for the stream, so it
   /// must be off under graph capture; then a bad index makes the whole output NaN.
   bool check_inputs = true;
+  /// Ignored on the CPU.
+  CudaFamily cuda_family = CudaFamily::kAuto;
+  /// Under kWgmma: least rank and least pairs of an expert that takes wgmma. The two instructions round differently, so with
+  /// min_pairs > 0 the bits of a token depend on how many others chose its expert; 0 lets the rank alone decide and keeps a
+  /// token's output independent of its batch, at the price of mostly empty tiles. Smaller experts are bound by memory and
+  /// gain nothing.
+  int64_t wgmma_min_rank = 256;
+  int64_t wgmma_min_pairs = 128;
 };
 
 /// Caller-owned scratch memory, aligned to 64 bytes (256 on CUDA). Contents before and after a call are unspecified.

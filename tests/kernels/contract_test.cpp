@@ -210,5 +210,41 @@ TEST(Layout, EveryTileBelongsToTheExpertThatCountedIt) {
   EXPECT_EQ(outer_tile_count(129, 64), 3);
 }
 
+TEST(Layout, TilesOfAnExpertAreInTheTableOfItsClassOnly) {
+  Random random;
+  SCOPED_TRACE(testing::Message() << "MORAINE_TEST_SEED=" << random.seed());
+  for (const LargeTiles& rule : {LargeTiles{}, LargeTiles{true, 256, 128}, LargeTiles{true, 1, 0}}) {
+    const int experts = 40;
+    std::vector<int32_t> offsets{0};
+    std::vector<int64_t> rows{0};
+    for (int e = 0; e < experts; ++e) {
+      offsets.push_back(offsets.back() + static_cast<int32_t>(random.pick<int64_t>({0, 1, 127, 128, 129, 300})));
+      rows.push_back(rows.back() + random.pick<int64_t>({0, 1, 64, 255, 256, 257}));
+    }
+    std::vector<int64_t> pair_offsets(experts + 1);
+    std::vector<int32_t> tables[6];
+    for (auto& table : tables) table.resize(experts + 1);
+    fill_tables(offsets.data(), rows.data(), experts, rule, pair_offsets.data(),
+                {64, tables[0].data(), tables[1].data(), tables[2].data()},
+                {128, tables[3].data(), tables[4].data(), tables[5].data()});
+    int64_t elements = 0;
+    for (int e = 0; e < experts; ++e) {
+      const auto i = static_cast<size_t>(e);
+      const int64_t n = offsets[i + 1] - offsets[i], r = rows[i + 1] - rows[i];
+      const bool large = rule.enabled && r >= rule.min_rank && n >= rule.min_pairs;
+      const int block = large ? 128 : 64;
+      const int32_t expected[3] = {shrink_tile_count(n, r, block), expand_tile_count(n, r, block), outer_tile_count(r, block)};
+      for (size_t product = 0; product < 3; ++product) {
+        const auto tiles = [&](size_t table) { return tables[table][i + 1] - tables[table][i]; };
+        EXPECT_EQ(tiles(product + (large ? 3 : 0)), expected[product]);
+        EXPECT_EQ(tiles(product + (large ? 0 : 3)), 0);
+      }
+      EXPECT_EQ(pair_offsets[i], elements);
+      elements += n * padded_rank(r);
+    }
+    EXPECT_EQ(pair_offsets.back(), elements);
+  }
+}
+
 }  // namespace
 }  // namespace moraine::kernels::test

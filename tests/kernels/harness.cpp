@@ -45,7 +45,8 @@ double rounded(double x, DType dtype) {
 DType accumulate_dtype(DType storage) { return storage == DType::kF64 ? DType::kF64 : DType::kF32; }
 
 std::string target_name(const Target& t) {
-  const std::string where = t.exec.device == Device::kCuda ? "cuda" : path_name(t.exec.path);
+  std::string where = t.exec.device == Device::kCuda ? "cuda" : path_name(t.exec.path);
+  if (t.exec.cuda_family == CudaFamily::kWgmma) where += "_wgmma";
   return where + "_" + std::string(core::safetensors_name(t.dtype));
 }
 
@@ -55,11 +56,32 @@ std::vector<Target> all_targets() {
     for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16})
       if (path != Path::kAvx512Bf16 || dtype == DType::kBF16) out.push_back({{Device::kCpu, path}, dtype});
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) out.push_back({{Device::kCuda}, dtype});
+  for (const DType dtype : {DType::kBF16, DType::kF16}) out.push_back({all_by_wgmma(), dtype});
   return out;
 }
 
+Exec all_by_wgmma() {
+  Exec exec{Device::kCuda};
+  exec.cuda_family = CudaFamily::kWgmma;
+  exec.wgmma_min_rank = exec.wgmma_min_pairs = 1;
+  return exec;
+}
+
+namespace {
+bool device_has_wgmma() {
+  int major = 0, minor = 0;
+#if defined(MORAINE_TEST_CUDA)
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+#endif
+  return major == 9 && minor == 0;
+}
+}  // namespace
+
 std::string skip_reason(const Target& t) {
-  if (t.exec.device == Device::kCuda) return cuda_available() ? "" : "no CUDA device in this build or machine";
+  if (t.exec.device == Device::kCuda && !cuda_available()) return "no CUDA device in this build or machine";
+  if (t.exec.cuda_family == CudaFamily::kWgmma && !device_has_wgmma()) return "wgmma needs compute capability 9.0";
+  if (t.exec.device == Device::kCuda) return "";
   return path_available(t.exec.path) ? "" : std::string("this processor has no ") + path_name(t.exec.path);
 }
 

@@ -24,6 +24,8 @@ struct Target {
 std::string target_name(const Target& target);
 /// All combinations that exist anywhere; tests skip the ones this machine lacks (skip_reason).
 std::vector<Target> all_targets();
+/// CUDA with every expert that has a rank and a pair on wgmma, whatever its size.
+Exec all_by_wgmma();
 /// Empty, or why the target cannot run here.
 std::string skip_reason(const Target& target);
 
