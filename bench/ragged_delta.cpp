@@ -99,7 +99,7 @@ struct Ours {
                       view(space), exec);
     if (backward)
       mk::delta_backward({&experts, &route, c.gates.data_ptr(), {x.data_ptr(), c.d_in}, {c.dy.data_ptr(), c.d_out}, {},
-                          saved.data_ptr(), {dx.data_ptr(), c.d_in}, dgates.data_ptr(), da.data_ptr(), dbt.data_ptr(), false},
+                          saved.data_ptr(), {dx.data_ptr(), c.d_in}, dgates.data_ptr(), da.data_ptr(), dbt.data_ptr(), mk::WeightGrads::kChosenOnly},
                          view(space), exec);
     return y;
   }

@@ -127,7 +127,7 @@ void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_
     const double ms = median_ms(stream, [&] {
       const mk::Route route = mk::route_build(dev_index, tokens, slots, experts, route_space, exec);
       mk::delta_forward({&weights, &route, gates, {x, d}, {y, d}, {y, d}, saved}, space, exec);
-      if (backward) mk::delta_backward({&weights, &route, gates, {x, d}, {dy, d}, {}, saved, {dx, d}, dgates, da, dbt, false}, space, exec);
+      if (backward) mk::delta_backward({&weights, &route, gates, {x, d}, {dy, d}, {}, saved, {dx, d}, dgates, da, dbt, mk::WeightGrads::kChosenOnly}, space, exec);
     });
     const double passes = backward ? 3 : 1, flops = 4.0 * static_cast<double>(d) * work * passes;
     const double bytes = 2.0 * passes * (2.0 * static_cast<double>(d) * active_rank + 3.0 * static_cast<double>(tokens * d));

@@ -107,7 +107,7 @@ struct Ours {
     if (!backward) return y;
     const Tensor q = at::mm(c.dy, c.down);
     mk::ffn_backward({&experts, &route, c.gates.data_ptr(), rows(x), rows(c.dy), rows(q), &saved, out(dgate), out(dup), out(dx), dgates.data_ptr(),
-                      grads[0].data_ptr(), grads[1].data_ptr(), grads[2].data_ptr(), grads[3].data_ptr(), grads[4].data_ptr(), grads[5].data_ptr(), false},
+                      grads[0].data_ptr(), grads[1].data_ptr(), grads[2].data_ptr(), grads[3].data_ptr(), grads[4].data_ptr(), grads[5].data_ptr(), mk::WeightGrads::kChosenOnly},
                      view(space), exec);
     dx.addmm_(dgate, c.gate).addmm_(dup, c.up);
     return y;

@@ -50,7 +50,7 @@ struct OuterArgs {  // out[row_offsets[e] + i, :] (+)= sum_p pairs[p, i] * rows_
   PairRows rows;
   int64_t width;
   void* out;  // accumulate type
-  bool accumulate;
+  WeightGrads grads;
 };
 
 struct ScalePairsArgs {  // out_u = w u, out_v = w v (either may be null), dot[p] (+)= scale_e <u_p, v_p>

@@ -132,7 +132,9 @@ struct Cpu : CpuCommon<V, S> {
       Acc* out = static_cast<Acc*>(a.out) + a.segments.row_offsets[e] * a.width + c0;
       const auto q_row = [&](int64_t k) { return row(a.rows, route, begin + k) + c0; };
       const auto c_row = [&](int64_t m) { return out + m * a.width; };
-      G::multiply_rows(rank, width, n, [&](int64_t m) { return pairs + m; }, padded_rank(rank), q_row, c_row, a.accumulate,
+      if (n == 0 && a.grads == WeightGrads::kChosenOnly) return;
+      G::multiply_rows(rank, width, n, [&](int64_t m) { return pairs + m; }, padded_rank(rank), q_row, c_row,
+                       a.grads == WeightGrads::kAccumulate,
                        scratch_of(scratch, thread).panel);
     };
     for_each_task(route.experts * strips, flops_of(route, a.segments, a.width), body);

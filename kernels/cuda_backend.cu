@@ -1,7 +1,7 @@
 // CUDA backend: the primitives of backend.h launched on a stream; the kernels are in the headers it includes.
 //
 // Grids: products run persistently (cuda_gemm.cuh, cuda_wgmma.cuh), the rest one warp per pair or one block per token,
-// both grid-stride. Outputs are overwritten (=) except outer with accumulate and dot, which are added to (+=) by their
+// both grid-stride. Outputs are overwritten (=) except outer with kAccumulate and dot, which are added to (+=) by their
 // single owner. Nothing is allocated and nothing waits for the stream except where check_inputs asks for it; no
 // floating-point atomics. Activations and weights must be 16-byte aligned with widths that are multiples of 8. Traffic:
 // expand writes and combine reads 4 P width bytes of pair rows in scratch.
@@ -232,7 +232,7 @@ struct Cuda {
                                   static_cast<int>(a.rows.divisor),
                                   a.width,
                                   static_cast<float*>(a.out),
-                                  a.accumulate};
+                                  a.grads};
     run_tiles<T>(problem, a.segments.outer_tiles, a.segments.large_outer_tiles, a.segments.max_rank, exec);
   }
 

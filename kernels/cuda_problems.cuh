@@ -176,7 +176,7 @@ struct OuterProblem {
   int divisor;
   int64_t width;
   float* out;
-  bool accumulate;
+  WeightGrads grads;
 
   int64_t most_tiles(int64_t max_rank, int rows, int columns) const {
     return g.experts * ceil_div(max_rank, rows) * ceil_div(width, columns);
@@ -194,7 +194,8 @@ struct OuterProblem {
     t.first_column = index % column_tiles * columns;
     t.rows = at_most(g.rank(t.expert) - t.first_rank, rows);
     t.columns = at_most(width - t.first_column, columns);
-    t.depth_end = g.count(t.expert);  // 0: the tile is still written, as zeros
+    t.depth_end = g.count(t.expert);
+    if (t.depth_end == 0 && grads == WeightGrads::kChosenOnly) t.rows = 0;  // else the tile is still written, as zeros
     return t;
   }
   __device__ const T* left(const Tile& t, int64_t k) const {
@@ -208,7 +209,7 @@ struct OuterProblem {
   }
   __device__ void store(const Row& row, int column, float value) const {
     float& to = row.out[column];
-    to = (accumulate ? to + value : value) + row.poison;
+    to = (grads == WeightGrads::kAccumulate ? to + value : value) + row.poison;
   }
 };
 

@@ -172,12 +172,12 @@ void ffn_backward(const FfnBackward& args, Workspace workspace, const Exec& exec
   backend.shrink_unrounded({&route, down, dy, x.down.bt, d, b.v}, b.scratch, exec);
   backend.scale_pairs({&route, down, saved.u_down, b.v, b.weighted, x.down.scale, b.u_gate, b.v_down,
                        args.dgates, false}, exec);
-  if (args.dbt_down != nullptr) backend.outer({&route, down, b.u_gate, dy, d, args.dbt_down, args.accumulate}, b.scratch, exec);
+  if (args.dbt_down != nullptr) backend.outer({&route, down, b.u_gate, dy, d, args.dbt_down, args.grads}, b.scratch, exec);
   backend.ffn_hidden_backward({&route, {down, b.v_down, x.down.a}, args.gates, args.q, f, saved.a, saved.b, b.h, b.da, b.db,
                                args.dgate_base, args.dup_base, args.dgates},
                               b.scratch, exec);
   if (args.da_down != nullptr)
-    backend.outer({&route, down, b.v_down, hidden, f, args.da_down, args.accumulate}, b.scratch, exec);
+    backend.outer({&route, down, b.v_down, hidden, f, args.da_down, args.grads}, b.scratch, exec);
 
   // Gate and up projections: upstream da and db, weight s_e alone.
   const auto input_side = [&](const RaggedExperts& part, const Segments& segments, const PairRows& upstream, const void* u,
@@ -185,8 +185,8 @@ void ffn_backward(const FfnBackward& args, Workspace workspace, const Exec& exec
     backend.weights({&route, args.gates, part.scale, b.weighted, b.scaled}, exec);
     backend.shrink_unrounded({&route, segments, upstream, part.bt, f, b.v}, b.scratch, exec);
     backend.scale_pairs({&route, segments, u, b.v, b.scaled, part.scale, b.u_gate, v, nullptr, false}, exec);
-    if (da_out != nullptr) backend.outer({&route, segments, v, tokens, d, da_out, args.accumulate}, b.scratch, exec);
-    if (dbt_out != nullptr) backend.outer({&route, segments, b.u_gate, upstream, f, dbt_out, args.accumulate}, b.scratch, exec);
+    if (da_out != nullptr) backend.outer({&route, segments, v, tokens, d, da_out, args.grads}, b.scratch, exec);
+    if (dbt_out != nullptr) backend.outer({&route, segments, b.u_gate, upstream, f, dbt_out, args.grads}, b.scratch, exec);
   };
   input_side(x.gate, gate, da, saved.u_gate, b.v_gate, args.da_gate, args.dbt_gate);
   input_side(x.up, up, db, saved.u_up, b.v_up, args.da_up, args.dbt_up);

@@ -47,7 +47,7 @@ struct FfnForward {
 ///   dg_p = <h_p, q_t> + s_e <u_down, v_down>;   dh_p = g_p (q_t + s_e Ad_e^T v_down),  v_down = Btd_e dy_t
 ///   da_p = dh_p b_p sg (1 + a_p (1 - sg)),  sg = sigmoid(a_p);   db_p = dh_p a_p sg;   dgate_base_t = sum_j da_p, ...
 ///
-/// Shapes as forward; weight gradients in the accumulate type; null outputs are not computed. accumulate as in DeltaBackward.
+/// Shapes as forward; weight gradients in the accumulate type; null outputs are not computed. grads as in DeltaBackward.
 struct FfnBackward {
   const FfnExperts* experts = nullptr;
   const Route* route = nullptr;
@@ -59,7 +59,7 @@ struct FfnBackward {
   void *da_gate = nullptr, *dbt_gate = nullptr;
   void *da_up = nullptr, *dbt_up = nullptr;
   void *da_down = nullptr, *dbt_down = nullptr;
-  bool accumulate = false;
+  WeightGrads grads = WeightGrads::kOverwrite;
 };
 
 FfnSavedSizes ffn_saved_sizes(const FfnExperts& experts, int64_t pairs, Device device);

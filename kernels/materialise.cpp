@@ -74,7 +74,7 @@ void materialise(const RaggedExperts& x, void* weights, Workspace workspace, con
   Call call(x, workspace, exec, "kernels/materialise");
   MORAINE_CHECK(weights != nullptr || x.num_experts == 0, "kernels/materialise: weights missing");
   call.widen_bt(x, exec);
-  call.backend.outer({&call.route, call.segments, call.b.bt_rows, {x.a, x.d_in, 1}, x.d_in, weights, false}, call.b.scratch,
+  call.backend.outer({&call.route, call.segments, call.b.bt_rows, {x.a, x.d_in, 1}, x.d_in, weights, WeightGrads::kOverwrite}, call.b.scratch,
                      exec);
 }
 

@@ -115,9 +115,9 @@ void delta_backward(const DeltaBackward& args, Workspace workspace, const Exec& 
   if (args.dx.data != nullptr)
     backend.combine({&route, {{segments, b.scaled_v, experts.a}, {}}, 1, nullptr, experts.d_in, args.dx0, args.dx}, b.scratch, exec);
   if (args.da != nullptr)
-    backend.outer({&route, segments, b.scaled_v, x, experts.d_in, args.da, args.accumulate}, b.scratch, exec);
+    backend.outer({&route, segments, b.scaled_v, x, experts.d_in, args.da, args.grads}, b.scratch, exec);
   if (scaled_u != nullptr)
-    backend.outer({&route, segments, scaled_u, dy, experts.d_out, args.dbt, args.accumulate}, b.scratch, exec);
+    backend.outer({&route, segments, scaled_u, dy, experts.d_out, args.dbt, args.grads}, b.scratch, exec);
 }
 
 }  // namespace moraine::kernels

@@ -28,7 +28,7 @@ struct DeltaForward {
 ///   dA_e = sum_p w_p v_p (x) x_t;   dBt_e = sum_p w_p u_p (x) dy_t
 ///
 /// Shapes: dy [T, d_out], dx0 and dx [T, d_in] in the experts' dtype; dgates [T, k], da [R, d_in], dbt [R, d_out] in the
-/// accumulate type. dgates of empty slots and rank-0 experts are 0. accumulate adds to da and dbt instead of overwriting.
+/// accumulate type. dgates of empty slots and rank-0 experts are 0. grads: how da and dbt are written.
 struct DeltaBackward {
   const RaggedExperts* experts = nullptr;
   const Route* route = nullptr;
@@ -39,7 +39,7 @@ struct DeltaBackward {
   void* dgates = nullptr;
   void* da = nullptr;
   void* dbt = nullptr;
-  bool accumulate = false;
+  WeightGrads grads = WeightGrads::kOverwrite;
 };
 
 /// Bytes of saved_u for a route of that many pairs (an upper bound; the ragged buffer is packed).

@@ -206,7 +206,8 @@ void rankwise_backward(const RankwiseBackward& args, Workspace workspace, const 
   };
   const auto outer = [&](const void* values, const PairRows& rows, int64_t width, void* out) {
     if (selected) return call.backend.selected->outer({&*selected, values, {rows.data, rows.ld}, width, out, args.accumulate}, b.scratch, exec);
-    call.backend.outer({&call.route, call.segments, values, rows, width, out, args.accumulate}, b.scratch, exec);
+    call.backend.outer({&call.route, call.segments, values, rows, width, out, args.accumulate ? WeightGrads::kAccumulate : WeightGrads::kOverwrite}, b.scratch,
+                       exec);
   };
   if (args.dx.data != nullptr) expand(b.masked_v, x.a, x.d_in, args.dx0, args.dx);
   if (args.da != nullptr) outer(b.masked_v, in, x.d_in, args.da);

@@ -46,6 +46,10 @@ struct Exec {
   int64_t wgmma_min_pairs = 128;
 };
 
+/// How gradients of weights are written. kOverwrite writes zeros for experts without a pair, kAccumulate adds, kChosenOnly overwrites
+/// the rows of experts that have a pair and leaves the others alone: their gradient is zero, and filling it costs a pass over it.
+enum class WeightGrads { kOverwrite, kAccumulate, kChosenOnly };
+
 /// Caller-owned scratch memory, aligned to 64 bytes (256 on CUDA). Contents before and after a call are unspecified.
 struct Workspace {
   void* data = nullptr;

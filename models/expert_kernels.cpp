@@ -168,14 +168,15 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
                                  saved[kSavedU + 1].mutable_data_ptr(), saved[kSavedU + 2].mutable_data_ptr()};
     kernels::ffn_backward({&experts, &routed, gates.const_data_ptr(), rows_of(x), rows_of(dy), rows_of(q), &kept,
                            mutable_rows_of(dgate_base), mutable_rows_of(dup_base), dx.defined() ? mutable_rows_of(dx) : kernels::Rows{},
-                           dgates.mutable_data_ptr(), grad(0), grad(1), grad(2), grad(3), grad(4), grad(5), false},
+                           dgates.mutable_data_ptr(), grad(0), grad(1), grad(2), grad(3), grad(4), grad(5), kernels::WeightGrads::kChosenOnly},
                           space, {});
 
     variable_list out{dx, dgate_base, dup_base, dgates, at::Tensor()};
     for (int64_t e = 0, i = 0; e < static_cast<int64_t>(has_parts.size()); ++e) {
       if (has_parts[e] == 0) continue;
+      const bool chosen = routed.offsets[e + 1] > routed.offsets[e];
       for (size_t part = 0; part < kParts; ++part, ++i) {
-        if (!context->needs_input_grad(kFirstPart + i)) {
+        if (!chosen || !context->needs_input_grad(kFirstPart + i)) {
           out.emplace_back();
           continue;
         }

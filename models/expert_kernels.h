@@ -19,7 +19,7 @@ struct FfnExpert;
 /// `experts` or -1 (contributes nothing); an expert that is null has no correction. Returns {hidden_sum [T, h], y_delta
 /// [T, d]} in x's dtype.
 /// dtype: float32, bfloat16 or float64; weights of another dtype are cast at use, their gradients are kept in float32
-/// (float64) until they are cast to the weight's own. First derivatives only, with respect to x, both bases, gates and weights.
+/// (float64) until they are cast to the weight's own; an expert no token chose gets none (undefined, not zeros). First derivatives only, with respect to x, both bases, gates and weights.
 /// CPU only; the bits do not depend on the number of threads. Throws InternalError for other devices and dtypes, NumericError
 /// for a gate that is not finite. Thread-safe.
 std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,

@@ -176,6 +176,9 @@ TEST_P(Delta, NothingLeaksFromUnusedExpertsOrNeighbours) {
   onto.da = random.normal(20 * 64, DType::kF32), onto.dbt = random.normal(20 * 40, DType::kF32);
   const DeltaResult added = run_delta(GetParam(), poisoned.experts, c.routing, c.x, c.y0, c.dy, &onto);
   for (size_t i = 5 * 64; i < 17 * 64; ++i) ASSERT_EQ(added.grads.da[i], onto.da[i]);
+  const DeltaResult chosen = run_delta(GetParam(), poisoned.experts, c.routing, c.x, c.y0, c.dy, &onto, WeightGrads::kChosenOnly);
+  for (size_t i = 0; i < 20 * 64; ++i) ASSERT_EQ(chosen.grads.da[i], i / 64 >= 5 && i / 64 < 17 ? onto.da[i] : clean.grads.da[i]);
+  for (size_t i = 0; i < 20 * 40; ++i) ASSERT_EQ(chosen.grads.dbt[i], i / 40 >= 5 && i / 40 < 17 ? onto.dbt[i] : clean.grads.dbt[i]);
 }
 
 TEST_P(Delta, WithoutRanksOrPairsYIsY0BitForBit) {

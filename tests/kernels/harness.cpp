@@ -251,7 +251,8 @@ Vec run_delta_forward(const Target& t, const Experts& x, const Routing& r, const
 }
 
 DeltaResult run_delta(const Target& t, const Experts& x, const Routing& r, const Vec& in, const Vec& y0, const Vec& dy,
-                      const DeltaGrads* onto) {
+                      const DeltaGrads* onto, WeightGrads grads_onto) {
+  const WeightGrads grads = onto != nullptr ? grads_onto : WeightGrads::kOverwrite;
   const DType accumulate = accumulate_dtype(t.dtype);
   const DeviceExperts experts(t, x);
   const DeviceRoute route(t, r, x.num());
@@ -269,7 +270,7 @@ DeltaResult run_delta(const Target& t, const Experts& x, const Routing& r, const
                  {y.data(), x.d_out}, u.data()},
                 {forward_space.data(), forward_space.bytes()}, t.exec);
   delta_backward({&experts.view, &route.route, route.gates, {dev_x->data(), x.d_in}, {dev_dy->data(), x.d_out}, {}, u.data(),
-                  {dx.data(), x.d_in}, dgates.data(), da->data(), x.dense ? nullptr : dbt->data(), onto != nullptr},
+                  {dx.data(), x.d_in}, dgates.data(), da->data(), x.dense ? nullptr : dbt->data(), grads},
                  {backward_space.data(), backward_space.bytes()}, t.exec);
   return {get(y, r.tokens * x.d_out, t.dtype),
           {get(dx, r.tokens * x.d_in, t.dtype), get(*da, static_cast<int64_t>(x.a.size()), accumulate),
@@ -303,7 +304,7 @@ FfnResult run_ffn(const Target& t, const Ffn& x, const Routing& r, const Vec& in
   Memory backward_space(t.exec, ffn_backward_workspace(experts, r.tokens, r.slots, t.exec));
   ffn_backward({&experts, &route.route, route.gates, {dev_x->data(), d}, {dev_dy->data(), d}, {dev_q->data(), f}, &saved,
                 {dgate.data(), f}, {dup.data(), f}, {dx.data(), d}, dgates.data(), grads[0]->data(), grads[1]->data(),
-                grads[2]->data(), grads[3]->data(), grads[4]->data(), grads[5]->data(), false},
+                grads[2]->data(), grads[3]->data(), grads[4]->data(), grads[5]->data()},
                {backward_space.data(), backward_space.bytes()}, t.exec);
   const auto grads_of = [&](const Experts& part, size_t i) {
     return DeltaGrads{{}, get(*grads[i], static_cast<int64_t>(part.a.size()), accumulate),

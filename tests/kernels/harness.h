@@ -99,9 +99,9 @@ struct DeltaResult {
   Vec y;
   DeltaGrads grads;
 };
-/// Forward and backward. `accumulate_onto` (da and dbt) makes backward accumulate.
+/// Forward and backward. `onto`: what da and dbt hold before; backward then adds to it unless told otherwise.
 DeltaResult run_delta(const Target& target, const Experts& experts, const Routing& routing, const Vec& x, const Vec& y0,
-                      const Vec& dy, const DeltaGrads* accumulate_onto = nullptr);
+                      const Vec& dy, const DeltaGrads* onto = nullptr, WeightGrads grads_onto = WeightGrads::kAccumulate);
 Vec run_delta_forward(const Target& target, const Experts& experts, const Routing& routing, const Vec& x, const Vec& y0);
 
 struct FfnResult {

@@ -49,7 +49,7 @@ TEST(RaggedFfn, RefusesAnIndexOutOfRange) {
   EXPECT_THAT(thrown<core::UserError>([&] { call.run(); }), HasSubstr("token 1 slot 0 has 2, experts 2"));
 }
 
-TEST(RaggedFfn, WithoutTokensReturnsNothingAndGradientsOfZero) {
+TEST(RaggedFfn, WithoutTokensReturnsNothingAndNoGradients) {
   Call call;
   for (at::Tensor* rows : {&call.x, &call.gate_base, &call.up_base, &call.gates, &call.index}) *rows = rows->narrow(0, 0, 0);
   call.expert.gate_delta.a.set_requires_grad(true);
@@ -57,7 +57,19 @@ TEST(RaggedFfn, WithoutTokensReturnsNothingAndGradientsOfZero) {
   EXPECT_EQ(hidden.sizes(), (std::vector<int64_t>{0, 10}));
   EXPECT_EQ(delta.sizes(), (std::vector<int64_t>{0, 6}));
   (hidden.sum() + delta.sum()).backward();
-  EXPECT_EQ(call.expert.gate_delta.a.grad().abs().sum().item<double>(), 0.0);
+  EXPECT_FALSE(call.expert.gate_delta.a.grad().defined());
+}
+
+TEST(RaggedFfn, AnExpertNobodyChoseGetsNoGradient) {
+  Call call;
+  FfnExpert idle{{}, {}, {}, Call::pair(10, 6), Call::pair(10, 6), Call::pair(6, 10)};
+  call.experts = {&idle, &call.expert};
+  idle.up_delta.b.set_requires_grad(true);
+  call.expert.up_delta.b.set_requires_grad(true);
+  const auto [hidden, delta] = call.run();
+  (hidden.sum() + delta.sum()).backward();
+  EXPECT_FALSE(idle.up_delta.b.grad().defined());
+  EXPECT_GT(call.expert.up_delta.b.grad().abs().sum().item<double>(), 0.0);
 }
 
 TEST(RaggedFfn, EmptySlotsContributeNothing) {
