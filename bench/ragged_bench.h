@@ -78,5 +78,9 @@ void run_delta(const Request& request, const Peaks& peaks);
 void run_ffn(const Request& request, const Peaks& peaks);
 /// Rank set and routing do not matter: one adapter of rank 64 of which 8 are selected per token.
 void run_rankwise(const Request& request, const Peaks& peaks);
+/// Every expert a full d_out x d_in matrix; the rank set does not matter.
+void run_dense(const Request& request, const Peaks& peaks);
+/// Factors of all experts multiplied out; tokens, slots and routing do not matter.
+void run_materialise(const Request& request, const Peaks& peaks);
 
 }  // namespace bench

@@ -1,5 +1,6 @@
 // Ragged-rank expert kernels against every way of doing the same with ATen, on the CPU, all in one run: O1 the low-rank delta of a
-// linear map (ragged_delta.cpp), O2 the FFN expert (ragged_ffn.cpp), O3 rank-wise activation (ragged_rankwise.cpp).
+// linear map (ragged_delta.cpp), O2 the FFN expert (ragged_ffn.cpp), O3 rank-wise activation (ragged_rankwise.cpp), O4 experts of
+// full size and factors multiplied out (ragged_dense.cpp).
 //
 // Contenders run interleaved (ours B1 B2 .. ours B1 B2 ..), medians are printed as a Markdown table, ratios are baseline / ours;
 // peaks are measured before and after. One thread is timed by its processor time, several by the wall clock. The floor of a line
@@ -28,7 +29,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> operations{"O1"}, sets, dtypes{"fp32", "bf16"}, routings{"uniform"}, directions{"fwd", "fwd+bwd"};
   int64_t experts = 8, slots = 2, d_in = 4096, d_out = 4096;
   bool few = false;
-  app.add_option("--operation", operations, "O1, O2, O3")->check(CLI::IsMember({"O1", "O2", "O3"}));
+  app.add_option("--operation", operations, "O1, O2, O3, O4")->check(CLI::IsMember({"O1", "O2", "O3", "O4"}));
   app.add_option("--threads", threads, "threads for all contenders (1 is the primary number)");
   app.add_option("--tokens", tokens, "tokens per call");
   app.add_option("--ranks", sets, "names of rank sets; all when absent");
@@ -51,10 +52,14 @@ int main(int argc, char** argv) {
   std::printf("\n");
   bench::print_header();
   for (const std::string& operation : operations)
-    for (const std::string& dtype : dtypes)
+    for (const std::string& dtype : dtypes) {
+      const bench::RankSet* first = nullptr;  // operations without ranks run once
       for (const bench::RankSet& set : bench::rank_sets()) {
         if (!sets.empty() && std::find(sets.begin(), sets.end(), set.name) == sets.end()) continue;
-        if (operation == "O3" && &set != &bench::rank_sets().front()) continue;
+        if (first == nullptr) first = &set;
+        if (operation == "O3" && &set != first) continue;
+        if (operation == "O4")
+          bench::run_materialise({0, experts, 0, d_in, d_out, set, "", dtype == "fp32" ? at::kFloat : at::kBFloat16, false, few, budget_s}, peaks);
         const int64_t e = set.name.rfind("flexmore", 0) == 0 ? 7 : set.name == "ladder" ? 12 : experts;
         for (const std::string& routing : routings)
           for (const int64_t t : tokens)
@@ -63,8 +68,10 @@ int main(int argc, char** argv) {
               if (operation == "O1") bench::run_delta(request, peaks);
               if (operation == "O2") bench::run_ffn(request, peaks);
               if (operation == "O3") bench::run_rankwise(request, peaks);
+              if (operation == "O4" && &set == first) bench::run_dense(request, peaks);
             }
       }
+    }
   std::printf("\n");
   bench::measure_peaks("after", threads);
   return 0;
