@@ -14,14 +14,31 @@
 #include "models/mixture.h"
 
 namespace moraine::models {
-namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // Trained tensors of one low-rank expert, in the order the binding takes and returns them.
 constexpr size_t kParts = 6;  // gate a, gate b, up a, up b, down a, down b
 constexpr size_t kProjections = kParts / 2;
+
+// Slabs of all experts, laid out as the kernels want them. `ranks` [3, E]; an expert of rank 0 has no parts.
+struct ExpertSlabs {
+  at::Tensor tensors[kParts];  // per projection A [R, in] and B transposed [R, out]
+  at::Tensor offsets;          // [3, E + 1] int64
+  at::Tensor scale;            // [E] ones: PHLoRA and direct training have no scale of their own
+  kernels::FfnExperts view(int64_t d, int64_t h, kernels::DType dtype) const {
+    const int64_t experts = scale.numel();
+    const auto projection = [&](size_t i, int64_t in, int64_t out) {
+      return kernels::RaggedExperts{experts, in, out, dtype, tensors[2 * i].const_data_ptr(), tensors[2 * i + 1].const_data_ptr(),
+                                    offsets.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * (experts + 1), nullptr,
+                                    scale.const_data_ptr<float>()};
+    };
+    return {projection(0, d, h), projection(1, d, h), projection(2, h, d)};
+  }
+};
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 kernels::DType kernel_dtype(at::ScalarType type) {
   switch (type) {
@@ -51,26 +68,10 @@ kernels::Workspace scratch(size_t count) {
 kernels::ConstRows rows_of(const at::Tensor& matrix) { return {matrix.const_data_ptr(), matrix.size(1)}; }
 kernels::Rows mutable_rows_of(const at::Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.size(1)}; }
 
-// Slabs of all experts, laid out as the kernels want them. `ranks` [3, E]; an expert of rank 0 has no parts.
-struct Slabs {
-  at::Tensor tensors[kParts];  // per projection A [R, in] and B transposed [R, out]
-  at::Tensor offsets;          // [3, E + 1] int64
-  at::Tensor scale;            // [E] ones: PHLoRA and direct training have no scale of their own
-  kernels::FfnExperts view(int64_t d, int64_t h, kernels::DType dtype) const {
-    const int64_t experts = scale.numel();
-    const auto projection = [&](size_t i, int64_t in, int64_t out) {
-      return kernels::RaggedExperts{experts, in, out, dtype, tensors[2 * i].const_data_ptr(), tensors[2 * i + 1].const_data_ptr(),
-                                    offsets.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * (experts + 1), nullptr,
-                                    scale.const_data_ptr<float>()};
-    };
-    return {projection(0, d, h), projection(1, d, h), projection(2, h, d)};
-  }
-};
-
 // `parts`: kParts tensors per low-rank expert; `has_parts` [E].
-Slabs pack(at::TensorList parts, const std::vector<int64_t>& has_parts, int64_t d, int64_t h, at::ScalarType dtype) {
+ExpertSlabs pack(at::TensorList parts, const std::vector<int64_t>& has_parts, int64_t d, int64_t h, at::ScalarType dtype) {
   const auto experts = static_cast<int64_t>(has_parts.size());
-  Slabs slabs;
+  ExpertSlabs slabs;
   slabs.scale = at::ones({experts}, at::kFloat);
   slabs.offsets = at::empty({static_cast<int64_t>(kProjections), experts + 1}, at::kLong);
   for (size_t i = 0; i < kProjections; ++i) {
@@ -93,6 +94,21 @@ Slabs pack(at::TensorList parts, const std::vector<int64_t>& has_parts, int64_t 
   return slabs;
 }
 
+// pack, or what was packed before. Weights that are trained change with every step and are not kept.
+std::shared_ptr<const ExpertSlabs> packed(const std::vector<at::Tensor>& parts, const std::vector<int64_t>& has_parts, int64_t d, int64_t h,
+                                          at::ScalarType dtype, PackedExperts* kept) {
+  const auto fresh = [&] { return std::make_shared<const ExpertSlabs>(pack(parts, has_parts, d, h, dtype)); };
+  const auto changes = [](const at::Tensor& part) { return part.requires_grad() || part.is_inference(); };  // the latter count no versions
+  if (kept == nullptr || std::any_of(parts.begin(), parts.end(), changes)) return fresh();
+  bool same = kept->slabs != nullptr && kept->has_parts == has_parts && kept->slabs->tensors[0].scalar_type() == dtype;
+  for (size_t i = 0; same && i < parts.size(); ++i) same = kept->parts[i].is_same(parts[i]) && kept->versions[i] == parts[i]._version();
+  if (same) return kept->slabs;
+  *kept = {};  // before the new slabs are there
+  *kept = {fresh(), parts, {}, has_parts};
+  for (const at::Tensor& part : parts) kept->versions.push_back(static_cast<uint32_t>(part._version()));
+  return kept->slabs;
+}
+
 kernels::Route route(const at::Tensor& index, int64_t experts, const at::Tensor& storage) {
   return kernels::route_build(index.const_data_ptr<int32_t>(), index.size(0), index.size(1), experts, workspace(storage), {});
 }
@@ -104,7 +120,7 @@ struct Forward {
   at::Tensor hidden_sum, y_delta;
 };
 
-Forward run_forward(const Slabs& slabs, const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
+Forward run_forward(const ExpertSlabs& slabs, const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
                     const at::Tensor& gates, const at::Tensor& index, const kernels::FfnSaved* saved) {
   const kernels::FfnExperts experts = slabs.view(x.size(1), gate_base.size(1), kernel_dtype(x.scalar_type()));
   const at::Tensor storage = route_storage(index, experts.gate.num_experts);
@@ -125,9 +141,9 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
 
   static variable_list forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
                                const at::Tensor& gates, const at::Tensor& index, at::TensorList parts,
-                               const std::vector<int64_t>& has_parts) {
+                               const std::vector<int64_t>& has_parts, const std::shared_ptr<const ExpertSlabs>& shared_slabs) {
     const int64_t d = x.size(1), h = gate_base.size(1);
-    const Slabs slabs = pack(parts, has_parts, d, h, x.scalar_type());
+    const ExpertSlabs& slabs = *shared_slabs;
     const kernels::FfnSavedSizes sizes =
         kernels::ffn_saved_sizes(slabs.view(d, h, kernel_dtype(x.scalar_type())), index.numel(), kernels::Device::kCpu);
     const at::Tensor a = bytes(sizes.a), b = bytes(sizes.b), u_gate = bytes(sizes.u_gate), u_up = bytes(sizes.u_up),
@@ -148,7 +164,7 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
     const std::vector<int64_t> has_parts = context->saved_data["has_parts"].toIntVector();
     const at::Tensor &x = saved[kSavedX], &gates = saved[kSavedGates], &index = saved[kSavedIndex];
     const at::Tensor q = upstream[0].contiguous(), dy = upstream[1].contiguous();
-    Slabs slabs{{}, saved[kSavedOffsets], saved[kSavedScale]};
+    ExpertSlabs slabs{{}, saved[kSavedOffsets], saved[kSavedScale]};
     std::copy_n(saved.begin() + kSavedSlabs, kParts, slabs.tensors);
     const size_t first_part = kSavedSlabs + kParts, parts = saved.size() - first_part;
     const kernels::FfnExperts experts = slabs.view(x.size(1), q.size(1), kernel_dtype(x.scalar_type()));
@@ -185,7 +201,7 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
         out.push_back((part % 2 == 0 ? slab : slab.t()).to(saved[first_part + i].scalar_type()));
       }
     }
-    out.emplace_back();  // has_parts
+    out.resize(out.size() + 2);  // has_parts, slabs
     return out;
   }
 };
@@ -198,7 +214,7 @@ bool ragged_ffn_covers(const at::Tensor& x) {
 
 std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
                                              const at::Tensor& gates, const at::Tensor& index,
-                                             const std::vector<const FfnExpert*>& experts) {
+                                             const std::vector<const FfnExpert*>& experts, PackedExperts* kept) {
   MORAINE_CHECK(ragged_ffn_covers(x), "ragged_ffn computes on the CPU in float32, bfloat16 or float64: {} on {}",
                 at::toString(x.scalar_type()), x.device().str());
   MORAINE_CHECK(gate_base.scalar_type() == x.scalar_type() && up_base.scalar_type() == x.scalar_type() &&
@@ -220,13 +236,13 @@ std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tens
   const auto wants = [](const at::Tensor& tensor) { return tensor.requires_grad(); };
   const bool training = at::GradMode::is_enabled() && (wants(x) || wants(gate_base) || wants(up_base) || wants(gates) ||
                                                        std::any_of(parts.begin(), parts.end(), wants));
+  const auto slabs = packed(parts, has_parts, x.size(1), gate_base.size(1), x.scalar_type(), kept);
   if (!training) {
-    const Slabs slabs = pack(parts, has_parts, x.size(1), gate_base.size(1), x.scalar_type());
-    const Forward out = run_forward(slabs, x.contiguous(), gate_base.contiguous(), up_base.contiguous(), gates.contiguous(), index.contiguous(), nullptr);
+    const Forward out = run_forward(*slabs, x.contiguous(), gate_base.contiguous(), up_base.contiguous(), gates.contiguous(), index.contiguous(), nullptr);
     return {out.hidden_sum, out.y_delta};
   }
   const variable_list out = RaggedFfn::apply(x.contiguous(), gate_base.contiguous(), up_base.contiguous(), gates.contiguous(),
-                                             index.contiguous(), at::TensorList(parts), has_parts);
+                                             index.contiguous(), at::TensorList(parts), has_parts, slabs);
   return {out[0], out[1]};
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -8,6 +10,17 @@
 namespace moraine::models {
 
 struct FfnExpert;
+struct ExpertSlabs;
+
+/// Frozen experts in the kernels' layout, kept from one ragged_ffn to the next: without it every call copies all weights, also
+/// those of experts nobody chose. Holds a copy of the low-rank weights and references to the originals. Packed anew when a weight
+/// is another tensor or was changed by an in-place operation; writing through a data pointer goes unseen. Not thread-safe.
+struct PackedExperts {
+  std::shared_ptr<const ExpertSlabs> slabs;
+  std::vector<at::Tensor> parts;
+  std::vector<uint32_t> versions;
+  std::vector<int64_t> has_parts;  // [experts]
+};
 
 /// Differentiable form of the ragged-rank FFN kernels (kernels/ffn_expert.h): all low-rank experts of one mixture layer and
 /// the public one in one pass, whatever their ranks.
@@ -21,10 +34,11 @@ struct FfnExpert;
 /// dtype: float32, bfloat16 or float64; weights of another dtype are cast at use, their gradients are kept in float32
 /// (float64) until they are cast to the weight's own; an expert no token chose gets none (undefined, not zeros). First derivatives only, with respect to x, both bases, gates and weights.
 /// CPU only; the bits do not depend on the number of threads. Throws InternalError for other devices and dtypes, NumericError
-/// for a gate that is not finite. Thread-safe.
+/// for a gate that is not finite. Thread-safe with a `kept` of its own (null: nothing is kept); it is used where no weight requires
+/// gradients.
 std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
                                              const at::Tensor& gates, const at::Tensor& index,
-                                             const std::vector<const FfnExpert*>& experts);
+                                             const std::vector<const FfnExpert*>& experts, PackedExperts* kept = nullptr);
 
 /// Whether ragged_ffn computes on this device and in this dtype.
 bool ragged_ffn_covers(const at::Tensor& x);

@@ -276,7 +276,7 @@ at::Tensor MixtureFfn::factored_by_kernels(const at::Tensor& x, const SlotBase& 
   const at::Tensor index = routing.everyone() ? number.expand({x.size(0), -1})
                                               : number.index_select(0, routing.choice.flatten()).view_as(routing.choice);
   const at::Tensor gates = routing.everyone() ? routing.gates : routing.gates.gather(1, routing.choice);
-  const auto [hidden, delta] = ragged_ffn(x, apply_linear(x, base.gate), apply_linear(x, base.up), gates, index, own);
+  const auto [hidden, delta] = ragged_ffn(x, apply_linear(x, base.gate), apply_linear(x, base.up), gates, index, own, &packed_);
   const at::Tensor y = apply_linear(hidden, base.down) + delta;
   return own.size() == experts_.size() + 1 ? y : y + sum.take();
 }

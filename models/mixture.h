@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "models/expert_kernels.h"
 #include "models/slot.h"
 
 namespace moraine::models {
@@ -45,7 +46,7 @@ enum class MixtureKernels { kAuto, kReference };
 /// different tensors; bias [E - 1] (expert 0 has none) or undefined; experts: 1 .. E - 1.
 /// dtype: computes in x's (float32, bfloat16, float64); tensors of another dtype (float32 masters) are cast at use.
 /// Contributions are added in a fixed order, so equal input gives equal bits. Gradients flow to whatever requires them.
-/// Throws UserError on a bad top_k or expert shapes that disagree with the base. Not thread-safe (routing statistics).
+/// Throws UserError on a bad top_k or expert shapes that disagree with the base. Not thread-safe (routing statistics, packed weights).
 /// Source: FlexOlmo (arXiv 2507.07024), forward and training router; FlexMoRE (arXiv 2602.08818), "Exact factored
 /// evaluation" (inferred: the algebra is ours). Ties in top-k go to whichever ATen's topk picks.
 class MixtureFfn : public SlotFunction {
@@ -91,6 +92,7 @@ class MixtureFfn : public SlotFunction {
   at::Tensor bias_;
   std::vector<FfnExpert> experts_;
   Options options_;
+  mutable PackedExperts packed_;
   bool record_ = false;
   Load load_;
 };

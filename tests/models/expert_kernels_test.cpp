@@ -72,6 +72,36 @@ TEST(RaggedFfn, AnExpertNobodyChoseGetsNoGradient) {
   EXPECT_GT(call.expert.up_delta.b.grad().abs().sum().item<double>(), 0.0);
 }
 
+TEST(RaggedFfn, KeptWeightsAreThoseOfTheCallUntilOneChanges) {
+  Call call;
+  PackedExperts kept;
+  const auto run = [&] { return ragged_ffn(call.x, call.gate_base, call.up_base, call.gates, call.index, call.experts, &kept); };
+  const auto equals_fresh = [&] {
+    const auto [hidden, delta] = run();
+    const auto [fresh_hidden, fresh_delta] = call.run();
+    return hidden.equal(fresh_hidden) && delta.equal(fresh_delta);
+  };
+  EXPECT_TRUE(equals_fresh());
+  const ExpertSlabs* first = kept.slabs.get();
+  EXPECT_TRUE(equals_fresh());
+  EXPECT_EQ(kept.slabs.get(), first);
+  call.expert.down_delta.a.mul_(2);
+  EXPECT_TRUE(equals_fresh());
+  call.expert.up_delta.b = random_tensor({10, 3}, 9);
+  EXPECT_TRUE(equals_fresh());
+  call.experts = {&call.expert, nullptr};
+  call.index.fill_(0);
+  EXPECT_TRUE(equals_fresh());
+}
+
+TEST(RaggedFfn, TrainedWeightsAreNotKept) {
+  Call call;
+  PackedExperts kept;
+  call.expert.gate_delta.b.set_requires_grad(true);
+  ragged_ffn(call.x, call.gate_base, call.up_base, call.gates, call.index, call.experts, &kept);
+  EXPECT_EQ(kept.slabs, nullptr);
+}
+
 TEST(RaggedFfn, EmptySlotsContributeNothing) {
   Call call;
   call.index.fill_(-1);
