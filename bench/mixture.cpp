@@ -94,7 +94,11 @@ LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, in
     return models::LowRank{random({rank, in}).set_requires_grad(true), random({out, rank}).set_requires_grad(true)};
   };
   for (int64_t e = 1; e < experts; ++e) parts.push_back({{}, {}, {}, pair(h, d), pair(h, d), pair(d, h)});
-  models::MixtureFfn layer({at::randn({experts, d}).to(dtype)}, {}, parts, {.top_k = top_k});
+  const at::Tensor router = at::randn({experts, d}).to(dtype);
+  models::MixtureFfn trained({router}, {}, parts, {.top_k = top_k});
+  for (models::FfnExpert& part : parts)
+    for (models::LowRank* p : {&part.gate_delta, &part.up_delta, &part.down_delta}) *p = {p->a.detach(), p->b.detach()};
+  models::MixtureFfn frozen({router}, {}, parts, {.top_k = top_k});
   const at::Tensor x = at::randn({tokens, d}).to(dtype).set_requires_grad(true);
   const at::Tensor dy = at::randn({tokens, d}).to(dtype);
   using models::MixtureForward, models::MixtureKernels;
@@ -112,6 +116,7 @@ LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, in
                            {MixtureForward::kFactored, MixtureKernels::kReference, true, &LayerTimes::train_reference_ms, {}}};
   for (int i = 0; i <= repeats; ++i)
     for (Way& way : ways) {
+      models::MixtureFfn& layer = way.train ? trained : frozen;
       layer.set_forward(way.forward);
       layer.set_kernels(way.kernels);
       const at::AutoGradMode grad_mode(way.train);
@@ -138,7 +143,7 @@ int main(int argc, char** argv) {
   app.add_option("--steps", steps, "Timed training steps");
   app.add_option("--repeats", repeats, "Timed rounds of each layer");
   app.add_option("--tokens", tokens, "Tokens of a layer's input");
-  app.add_option("--widths", widths, "Widths d of the layers; 128 is quickstart's")->check(CLI::IsMember({128, 512}));
+  app.add_option("--widths", widths, "Widths d of the layers; 128 is quickstart's")->check(CLI::IsMember({128, 512, 2048}));
   app.add_option("--dtype", dtype, "Of the layer")->check(CLI::IsMember({"float32", "bfloat16"}));
   app.add_flag("--training", training, "Training speed only");
   CLI11_PARSE(app, argc, argv);
