@@ -23,7 +23,7 @@ if [[ -z ${FMT_INCLUDE:-} ]]; then
     fail "no fmt headers: set FMT_INCLUDE"; fi
 fi
 cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || fail "nvidia-smi finds no GPU"
+command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || fail "nvidia-smi finds no GPU: run this on a machine that has one"
 
 common=(-O2 -I. -idirafter "$FMT_INCLUDE" -DFMT_HEADER_ONLY)
 gtest_include=(-isystem "$gtest/googletest/include" -isystem "$gtest/googlemock/include")
