@@ -18,12 +18,14 @@ core::Json Evaluation::to_json() const {
 }
 
 Evaluation Evaluation::from_json(const core::Json& json) {
-  return {json.at("nats").get<double>(), json.at("tokens").get<int64_t>(), json.at("bytes").get<int64_t>(), json.at("correct").get<int64_t>()};
+  return {json.at("nats").get<double>(), json.at("tokens").get<int64_t>(), json.at("bytes").get<int64_t>(),
+          json.at("correct").get<int64_t>()};
 }
 
 Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
                     WorkerContext& context) {
-  return evaluate([&](const at::Tensor& batch) { return model.loss(batch, /*count_correct=*/true); }, dataset, sequences, batch_size, context);
+  return evaluate([&](const at::Tensor& batch) { return model.loss(batch, /*count_correct=*/true); }, dataset,
+                  sequences, batch_size, context);
 }
 
 Evaluation evaluate(const BatchLoss& score, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,

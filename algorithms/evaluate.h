@@ -12,10 +12,10 @@ namespace moraine::algorithms {
 
 /// Sums over the evaluated sequences; ratios are taken when a report is made.
 struct Evaluation {
-  double nats = 0;          // summed next-token cross entropy
-  int64_t tokens = 0;       // predicted tokens
-  int64_t bytes = 0;        // bytes of text they stand for
-  int64_t correct = 0;      // argmax hits
+  double nats = 0;      // summed next-token cross entropy
+  int64_t tokens = 0;   // predicted tokens
+  int64_t bytes = 0;    // bytes of text they stand for
+  int64_t correct = 0;  // argmax hits
 
   double bits_per_byte() const;
   double loss() const { return nats / static_cast<double>(tokens); }

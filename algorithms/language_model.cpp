@@ -11,7 +11,8 @@ namespace moraine::algorithms {
 std::string model_identity(const std::filesystem::path& directory, const models::DecoderConfig& config) {
   const auto files = core::ShardedSafetensors::open(directory);
   std::string text = config.to_json().dump();
-  for (const auto& tensor : files.tensors()) text += fmt::format("\n{} {} {}", tensor.name, core::safetensors_name(tensor.dtype), core::sha256(tensor.data));
+  for (const auto& tensor : files.tensors())
+    text += fmt::format("\n{} {} {}", tensor.name, core::safetensors_name(tensor.dtype), core::sha256(tensor.data));
   return "dir:" + core::sha256(text);
 }
 
@@ -19,19 +20,21 @@ std::shared_ptr<models::Decoder> cached_model(const std::filesystem::path& direc
                                               const std::string& own, at::ScalarType dtype, WorkerContext& context) {
   const auto make = [&]() -> std::shared_ptr<void> {
     if (expected != own)
-      throw core::UserError(fmt::format("algorithms: the public model in {} differs from the coordinator's", directory.string()),
-                            "every site must use a byte-identical public model");
+      throw core::UserError(
+          fmt::format("algorithms: the public model in {} differs from the coordinator's", directory.string()),
+          "every site must use a byte-identical public model");
     return std::make_shared<models::Decoder>(models::Decoder::from_directory(directory, dtype).on(context.device()));
   };
   return std::static_pointer_cast<models::Decoder>(context.cached("base/" + expected, make));
 }
 
-std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec, WorkerContext& context) {
+std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec,
+                                                  WorkerContext& context) {
   const auto name = spec.at("name").get<std::string>();
   const auto split = spec.at("split").get<std::string>();
   const auto make = [&]() -> std::shared_ptr<void> {
-    auto dataset = std::make_shared<data::TextDataset>(
-        data::TextDataset::open(path, split, spec.at("seq_len").get<int64_t>(), spec.at("tokenizer").get<std::string>()));
+    auto dataset = std::make_shared<data::TextDataset>(data::TextDataset::open(
+        path, split, spec.at("seq_len").get<int64_t>(), spec.at("tokenizer").get<std::string>()));
     if (dataset->info().fingerprint != spec.at("fingerprint"))
       throw core::UserError(fmt::format("algorithms: {} changed since the run was planned", path.string()),
                             "every worker must see the same prepared file; start again after copying it");
@@ -40,15 +43,17 @@ std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& p
   return std::static_pointer_cast<data::TextDataset>(context.cached(fmt::format("data/{}/{}", name, split), make));
 }
 
-at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size, int64_t first,
-                         int64_t count, at::Device device) {
+at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size,
+                         int64_t first, int64_t count, at::Device device) {
   std::vector<int64_t> rows = dataset.training_batch(seed, step, batch_size);
   const int64_t width = dataset.seq_len() + 1;
-  return at::from_blob(rows.data() + first * width, {count, width}, at::kLong).to(device, /*non_blocking=*/false, /*copy=*/true);
+  return at::from_blob(rows.data() + first * width, {count, width}, at::kLong)
+      .to(device, /*non_blocking=*/false, /*copy=*/true);
 }
 
 std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> language_model_loss(
-    models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size, at::Device device) {
+    models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size,
+    at::Device device) {
   return [&model, dataset = std::move(dataset), seed, batch_size, device](int64_t step, int64_t first, int64_t count) {
     const auto loss = model.loss(training_rows(*dataset, seed, step, batch_size, first, count, device));
     return TrainJob::MicroLoss{loss.sum, loss.count};
@@ -61,9 +66,11 @@ core::Json curve_json(const TrainOutcome& outcome) {
   return curve;
 }
 
-void write_model_directory(const std::filesystem::path& directory, const core::Json& config, models::NamedTensors tensors) {
+void write_model_directory(const std::filesystem::path& directory, const core::Json& config,
+                           models::NamedTensors tensors) {
   std::vector<models::LazyTensor> stored;
-  for (auto& [name, tensor] : tensors) stored.push_back({name, static_cast<int64_t>(tensor.nbytes()), [tensor = tensor] { return tensor; }});
+  for (auto& [name, tensor] : tensors)
+    stored.push_back({name, static_cast<int64_t>(tensor.nbytes()), [tensor = tensor] { return tensor; }});
   models::write_checkpoint(directory, config, std::move(stored));
 }
 

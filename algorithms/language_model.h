@@ -13,33 +13,37 @@
 
 namespace moraine::algorithms {
 
-// What methods on causal language models share: the public model by identity, data sets by fingerprint, the training loss.
+// What methods on causal language models share: the public model by identity, data sets by fingerprint, the training
+// loss.
 
-/// Identity of a model directory, "dir:<sha256>": its configuration and every tensor's bytes; file names and sharding do
-/// not matter. Reads the whole model.
+/// Identity of a model directory, "dir:<sha256>": its configuration and every tensor's bytes; file names and sharding
+/// do not matter. Reads the whole model.
 std::string model_identity(const std::filesystem::path& directory, const models::DecoderConfig& config);
 
-/// The model of a directory in `dtype` on the worker's device, loaded once per worker. Throws UserError if `expected`, the
-/// identity in the unit, is not `own`, the identity of this site's directory.
+/// The model of a directory in `dtype` on the worker's device, loaded once per worker. Throws UserError if `expected`,
+/// the identity in the unit, is not `own`, the identity of this site's directory.
 std::shared_ptr<models::Decoder> cached_model(const std::filesystem::path& directory, const std::string& expected,
                                               const std::string& own, at::ScalarType dtype, WorkerContext& context);
 
-/// The split of a prepared file that `spec` {name, fingerprint, split, seq_len, tokenizer} names, opened once per worker.
-/// Throws UserError if the file has changed since the run was planned.
-std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec, WorkerContext& context);
+/// The split of a prepared file that `spec` {name, fingerprint, split, seq_len, tokenizer} names, opened once per
+/// worker. Throws UserError if the file has changed since the run was planned.
+std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec,
+                                                  WorkerContext& context);
 
 /// Rows [first, first + count) of a training batch, [count, seq_len + 1] int64 on `device`.
-at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size, int64_t first,
-                         int64_t count, at::Device device);
+at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size,
+                         int64_t first, int64_t count, at::Device device);
 
 /// Loss of `model`, which must outlive the function, on the training batches of a data set.
 std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> language_model_loss(
-    models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size, at::Device device);
+    models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size,
+    at::Device device);
 
 /// Points of a training curve as [[step, loss], ...].
 core::Json curve_json(const TrainOutcome& outcome);
 
 /// Writes config.json and model.safetensors, or shards of it (models/checkpoint.h).
-void write_model_directory(const std::filesystem::path& directory, const core::Json& config, models::NamedTensors tensors);
+void write_model_directory(const std::filesystem::path& directory, const core::Json& config,
+                           models::NamedTensors tensors);
 
 }  // namespace moraine::algorithms

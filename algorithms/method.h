@@ -16,8 +16,8 @@ class WorkerContext;  // algorithms/worker_context.h: what a worker offers to ex
 
 /// Exact parameter counts of a recipe on shapes alone: rows of a table, computed in closed form.
 struct ParameterTable {
-  std::vector<std::string> columns;                  // first column names the row
-  std::vector<std::vector<core::Json>> rows;         // strings and integers
+  std::vector<std::string> columns;           // first column names the row
+  std::vector<std::vector<core::Json>> rows;  // strings and integers
   std::vector<std::string> notes;
 };
 
@@ -27,8 +27,8 @@ struct ExportRequest {
   std::filesystem::path directory;   // empty or not there yet
   std::string what;                  // which result; "" = the main one. The method's error lists what it has
   std::vector<std::string> experts;  // only these parts of it; empty = all
-  std::string base_model;            // name of the base model for adapters; "" = what the method knows, which may be nothing
-  std::string dtype;                 // float32 | bfloat16; "" = as stored, where types mix the widest: nothing is rounded
+  std::string base_model;  // name of the base model for adapters; "" = what the method knows, which may be nothing
+  std::string dtype;       // float32 | bfloat16; "" = as stored, where types mix the widest: nothing is rounded
 };
 
 /// A whole procedure, transport-free. plan() is pure: the same accepted results give the same plan.
@@ -36,8 +36,8 @@ struct ExportRequest {
 class Method {
  public:
   virtual ~Method() = default;
-  /// Looks at the files the recipe names: fingerprints of data, identity of the model. Called once, before plan(); never
-  /// for parameters(). Throws UserError naming file and key.
+  /// Looks at the files the recipe names: fingerprints of data, identity of the model. Called once, before plan();
+  /// never for parameters(). Throws UserError naming file and key.
   virtual void open_inputs() = 0;
   /// What open_inputs() found, enough to plan and report later without the files (MethodEntry::restore).
   virtual core::Json inputs() const = 0;
@@ -46,7 +46,8 @@ class Method {
   virtual core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const = 0;
   /// Tables, curves and pictures of a finished (or unfinished) run as JSON; docs/formats.md, "summary.json".
   virtual core::Json summary(const RunState& state) const = 0;
-  /// Writes what other tools read (a Hugging Face directory, PEFT directories) into the run directory of a finished run.
+  /// Writes what other tools read (a Hugging Face directory, PEFT directories) into the run directory of a finished
+  /// run.
   virtual void publish(const RunState& state, const std::filesystem::path& run_directory) const = 0;
   /// Writes a result in a format of other tools. The default throws the UserError of a method that has no such form; a
   /// method whose result is a LoRA hands its artefact to adapters::export_adapter().

@@ -14,13 +14,8 @@ namespace moraine::algorithms {
 
 const std::vector<MethodEntry>& methods() {
   static const std::vector<MethodEntry> entries = {
-      continual::method_entry(),
-      fedex_lora::method_entry(),
-      fedit::method_entry(),
-      ffa_lora::method_entry(),
-      flexmore::method_entry(),
-      flora::method_entry(),
-      hetlora::method_entry(),
+      continual::method_entry(), fedex_lora::method_entry(), fedit::method_entry(),   ffa_lora::method_entry(),
+      flexmore::method_entry(),  flora::method_entry(),      hetlora::method_entry(),
   };
   return entries;
 }
@@ -42,7 +37,8 @@ ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<st
   try {
     entry = &find_method(name ? name->text : "");
   } catch (const core::UserError& error) {
-    problems.add(name ? name->origin : root.origin, "method", name ? fmt::format("no method '{}'", name->text) : "is missing", error.hint());
+    problems.add(name ? name->origin : root.origin, "method",
+                 name ? fmt::format("no method '{}'", name->text) : "is missing", error.hint());
     problems.throw_if_any(path.string());
   }
   ParsedRecipe recipe = entry->parse(root, problems);

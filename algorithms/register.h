@@ -16,13 +16,13 @@ struct ParsedRecipe {
   RunConfig run;
   std::unique_ptr<Method> method;
   std::vector<core::ResolvedValue> resolved;
-  core::Json values;                      // all values, canonical
+  core::Json values;  // all values, canonical
 };
 
 /// One method of the registry.
 struct MethodEntry {
   std::string name;
-  std::string summary;                    // one line for --help
+  std::string summary;  // one line for --help
   /// Types and checks the tree; problems are collected, not thrown.
   ParsedRecipe (*parse)(const core::ConfigNode& root, core::Problems& problems);
   /// The method of a recorded run: `values` as ParsedRecipe::values, `inputs` as Method::inputs(). Opens no file.

@@ -7,13 +7,36 @@ namespace moraine::algorithms {
 const core::Schema<WorkersConfig>& workers_schema() {
   static const auto schema = [] {
     core::Schema<WorkersConfig> s;
-    s.field("threads", &WorkersConfig::threads).min(1).max(1024).doc("CPU threads of one process; part of every unit's identity, because sums depend on it")
-        .field("local", &WorkersConfig::local).min(0).max(1024).doc("Working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads, at least one")
-        .field("group_size", &WorkersConfig::group_size).min(1).max(1024).doc("Processes that train one unit together, each a share of every batch; divides the working processes; part of every unit's identity, because sums depend on it")
-        .field("bucket_mib", &WorkersConfig::bucket_mib).min(0).max(1024).doc("MiB of gradients that travel together within a group: smaller starts sooner, larger costs fewer messages; 0 = each tensor alone")
-        .field("overlap", &WorkersConfig::overlap).doc("Send gradients while backward still runs; false only to measure what that gains")
-        .field("device", &WorkersConfig::device).choices({"cpu", "cuda"}).doc("Where workers compute; never falls back")
-        .field("retries", &WorkersConfig::retries).min(1).max(10).doc("Attempts per unit before the run gives up");
+    s.field("threads", &WorkersConfig::threads)
+        .min(1)
+        .max(1024)
+        .doc("CPU threads of one process; part of every unit's identity, because sums depend on it")
+        .field("local", &WorkersConfig::local)
+        .min(0)
+        .max(1024)
+        .doc(
+            "Working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads, at least one")
+        .field("group_size", &WorkersConfig::group_size)
+        .min(1)
+        .max(1024)
+        .doc(
+            "Processes that train one unit together, each a share of every batch; divides the working processes; part "
+            "of every unit's identity, because sums depend on it")
+        .field("bucket_mib", &WorkersConfig::bucket_mib)
+        .min(0)
+        .max(1024)
+        .doc(
+            "MiB of gradients that travel together within a group: smaller starts sooner, larger costs fewer messages; "
+            "0 = each tensor alone")
+        .field("overlap", &WorkersConfig::overlap)
+        .doc("Send gradients while backward still runs; false only to measure what that gains")
+        .field("device", &WorkersConfig::device)
+        .choices({"cpu", "cuda"})
+        .doc("Where workers compute; never falls back")
+        .field("retries", &WorkersConfig::retries)
+        .min(1)
+        .max(10)
+        .doc("Attempts per unit before the run gives up");
     return s;
   }();
   return schema;
@@ -28,9 +51,15 @@ core::Json compute_identity(const WorkersConfig& workers) {
 int num_workers(const WorkersConfig& workers, int64_t processes) {
   if (processes % workers.group_size != 0) {
     const int64_t fewer = processes / workers.group_size * workers.group_size, more = fewer + workers.group_size;
-    throw core::UserError(fmt::format("algorithms: {} working processes cannot be divided into groups of {} (workers.group_size)", processes, workers.group_size),
-                          fewer > 0 ? fmt::format("use {} or {} working processes (mpirun -n {} or {}, with the coordinator; workers.local without mpirun), or another workers.group_size", fewer, more, fewer + 1, more + 1)
-                                    : fmt::format("use {} working processes (mpirun -n {}, with the coordinator; workers.local without mpirun), or a smaller workers.group_size", more, more + 1));
+    throw core::UserError(
+        fmt::format("algorithms: {} working processes cannot be divided into groups of {} (workers.group_size)",
+                    processes, workers.group_size),
+        fewer > 0 ? fmt::format("use {} or {} working processes (mpirun -n {} or {}, with the coordinator; "
+                                "workers.local without mpirun), or another workers.group_size",
+                                fewer, more, fewer + 1, more + 1)
+                  : fmt::format("use {} working processes (mpirun -n {}, with the coordinator; workers.local without "
+                                "mpirun), or a smaller workers.group_size",
+                                more, more + 1));
   }
   return static_cast<int>(processes / workers.group_size);
 }

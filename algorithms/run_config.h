@@ -9,20 +9,20 @@ namespace moraine::algorithms {
 
 /// Who does the work. None of it changes results but `threads`, `device` and `group_size`: compute_identity().
 struct WorkersConfig {
-  int64_t threads = 1;          // CPU threads of one process; results are bit-equal only for equal thread counts
-  int64_t local = 0;            // working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads
-  int64_t group_size = 1;       // processes (or local threads) that train one unit together
-  int64_t bucket_mib = 8;       // gradients travel in pieces of about this size within a group; 0 = each tensor alone
-  bool overlap = true;          // and start to travel while backward still runs
-  std::string device = "cpu";   // cpu | cuda
-  int64_t retries = 3;          // attempts per unit before the run gives up
+  int64_t threads = 1;  // CPU threads of one process; results are bit-equal only for equal thread counts
+  int64_t local = 0;    // working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads
+  int64_t group_size = 1;      // processes (or local threads) that train one unit together
+  int64_t bucket_mib = 8;      // gradients travel in pieces of about this size within a group; 0 = each tensor alone
+  bool overlap = true;         // and start to travel while backward still runs
+  std::string device = "cpu";  // cpu | cuda
+  int64_t retries = 3;         // attempts per unit before the run gives up
 };
 
 /// What every recipe has, whatever its method.
 struct RunConfig {
   std::string name;
   std::string method;
-  std::string run_dir;          // "" = runs/<name> under the working directory
+  std::string run_dir;  // "" = runs/<name> under the working directory
   int64_t seed = 1;
   WorkersConfig workers;
 };
@@ -38,11 +38,20 @@ int num_workers(const WorkersConfig& workers, int64_t processes);
 /// Adds the RunConfig fields to the table of a method's own configuration, which derives from RunConfig.
 template <typename C>
 void add_run_fields(core::Schema<C>& schema) {
-  schema.template field<std::string>("name", &C::name).required().doc("Name of the run; its directory is runs/<name>")
-      .template field<std::string>("method", &C::method).required().doc("What to run; `moraine run --help` lists the methods")
-      .template field<std::string>("run_dir", &C::run_dir).path().doc("Run directory; empty = runs/<name> under the working directory")
-      .template field<int64_t>("seed", &C::seed).min(0).doc("Seed of everything random in the run")
-      .template object<WorkersConfig>("workers", &C::workers, workers_schema()).doc("Who does the work");
+  schema.template field<std::string>("name", &C::name)
+      .required()
+      .doc("Name of the run; its directory is runs/<name>")
+      .template field<std::string>("method", &C::method)
+      .required()
+      .doc("What to run; `moraine run --help` lists the methods")
+      .template field<std::string>("run_dir", &C::run_dir)
+      .path()
+      .doc("Run directory; empty = runs/<name> under the working directory")
+      .template field<int64_t>("seed", &C::seed)
+      .min(0)
+      .doc("Seed of everything random in the run")
+      .template object<WorkersConfig>("workers", &C::workers, workers_schema())
+      .doc("Who does the work");
 }
 
 }  // namespace moraine::algorithms

@@ -16,13 +16,13 @@ enum class Place { kWorker, kCoordinator };
 /// The smallest thing leased to a worker. Its id is the hash of what determines its result, so a unit whose artefact
 /// exists is done: resume, re-runs after an edit and sweeps all reuse it.
 struct Unit {
-  std::string kind;                  // "train_expert", "evaluate", ...: how Method::execute tells units apart
-  std::string label;                 // for people: "train/german"; not hashed
-  core::Json spec;                   // everything that determines the result, data fingerprints and seeds included
-  std::vector<std::string> inputs;   // artefact ids, in an order the kind defines
-  Place place = Place::kWorker;      // not hashed
-  double cost = 1;                   // predicted work in FLOPs; not hashed
-  double follows = 0;                // cost of the longest chain of units that wait for this one, at its kind's speed; not hashed
+  std::string kind;                 // "train_expert", "evaluate", ...: how Method::execute tells units apart
+  std::string label;                // for people: "train/german"; not hashed
+  core::Json spec;                  // everything that determines the result, data fingerprints and seeds included
+  std::vector<std::string> inputs;  // artefact ids, in an order the kind defines
+  Place place = Place::kWorker;     // not hashed
+  double cost = 1;                  // predicted work in FLOPs; not hashed
+  double follows = 0;  // cost of the longest chain of units that wait for this one, at its kind's speed; not hashed
 
   /// SHA-256 of the canonical JSON of {kind, spec, inputs}.
   std::string id() const;
@@ -43,11 +43,11 @@ class RunState {
 /// What to do next. `pending` are the units that can run now; the run is over when there are none.
 struct Plan {
   std::vector<Unit> pending;
-  std::vector<Unit> finished;        // needed and already done, in planning order
+  std::vector<Unit> finished;  // needed and already done, in planning order
 };
 
-/// Collects a plan while plan() walks through its procedure: need() returns the artefact id of a finished unit, or notes
-/// the unit as pending and returns nullopt. Asking twice for one unit notes it once.
+/// Collects a plan while plan() walks through its procedure: need() returns the artefact id of a finished unit, or
+/// notes the unit as pending and returns nullopt. Asking twice for one unit notes it once.
 class PlanBuilder {
  public:
   explicit PlanBuilder(const RunState& state) : state_(state) {}

@@ -17,19 +17,20 @@ namespace moraine::algorithms {
 /// How a set of tensors is trained; one field table, shared by all recipes (key `train`).
 struct TrainConfig {
   int64_t steps = 100;
-  int64_t batch_size = 16;            // sequences per optimiser step
-  int64_t micro_batch_size = 0;       // sequences per forward; 0 = batch_size
-  std::string optimizer = "adamw";    // adamw | sgd
+  int64_t batch_size = 16;          // sequences per optimiser step
+  int64_t micro_batch_size = 0;     // sequences per forward; 0 = batch_size
+  std::string optimizer = "adamw";  // adamw | sgd
   double learning_rate = 1e-3;
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.0;
   double weight_decay = 0.0;
-  std::string schedule = "cosine";    // constant | linear | cosine, after warm-up
-  double final_lr_ratio = 0.1;        // the schedule ends at learning_rate * this
+  std::string schedule = "cosine";  // constant | linear | cosine, after warm-up
+  double final_lr_ratio = 0.1;      // the schedule ends at learning_rate * this
   int64_t warmup_steps = 0;
-  double clip_norm = 1.0;             // 0 = off
-  std::string dtype = "float32";      // compute type of the frozen model: float32 | bfloat16; trained tensors and optimiser state stay float32
-  int64_t checkpoint_every = 50;      // steps; not part of a unit's identity
-  int64_t log_every = 10;             // steps; not part of a unit's identity
+  double clip_norm = 1.0;         // 0 = off
+  std::string dtype = "float32";  // compute type of the frozen model: float32 | bfloat16; trained tensors and optimiser
+                                  // state stay float32
+  int64_t checkpoint_every = 50;  // steps; not part of a unit's identity
+  int64_t log_every = 10;         // steps; not part of a unit's identity
 };
 const core::Schema<TrainConfig>& train_schema();
 
@@ -39,21 +40,21 @@ core::Json train_identity(const TrainConfig& config);
 /// One training job as a method sees it: which tensors, which loss. The worker owns the loop.
 struct TrainJob {
   TrainConfig config;
-  models::NamedTensors parameters;    // leaves with requires_grad, float32 on the worker's device
-  /// Loss of micro-batch `micro` of step `step`: the sum over its targets and their number. The loop divides by the total
-  /// count of the step's targets, so accumulation does not change the result beyond rounding.
+  models::NamedTensors parameters;  // leaves with requires_grad, float32 on the worker's device
+  /// Loss of micro-batch `micro` of step `step`: the sum over its targets and their number. The loop divides by the
+  /// total count of the step's targets, so accumulation does not change the result beyond rounding.
   struct MicroLoss {
     at::Tensor sum;
     int64_t count = 0;
   };
   std::function<MicroLoss(int64_t step, int64_t first_sequence, int64_t num_sequences)> loss;
-  int64_t tokens_per_sequence = 0;    // for tokens/s
+  int64_t tokens_per_sequence = 0;  // for tokens/s
 };
 
 /// What a finished (or resumed and finished) job reports; curves go to metrics.
 struct TrainOutcome {
-  double final_loss = 0;              // mean nats per target over the last log interval
-  std::vector<std::pair<int64_t, double>> curve;   // (step, mean nats per target since the previous point)
+  double final_loss = 0;                          // mean nats per target over the last log interval
+  std::vector<std::pair<int64_t, double>> curve;  // (step, mean nats per target since the previous point)
 };
 
 /// What a worker offers to Method::execute(). One per unit execution.
@@ -62,8 +63,9 @@ class WorkerContext {
   virtual ~WorkerContext() = default;
   /// An input artefact, fetched from the coordinator when this worker does not have it.
   virtual core::ArtefactPtr artefact(const std::string& id) = 0;
-  /// Runs the loop: optimiser, schedule, clipping, accumulation, checkpoints, resume, metrics, stop requests, NaN checks.
-  /// Bit-identical whether or not it was interrupted. Throws NumericError with step and unit on a non-finite loss or gradient norm, StopRequested after a checkpoint.
+  /// Runs the loop: optimiser, schedule, clipping, accumulation, checkpoints, resume, metrics, stop requests, NaN
+  /// checks. Bit-identical whether or not it was interrupted. Throws NumericError with step and unit on a non-finite
+  /// loss or gradient norm, StopRequested after a checkpoint.
   virtual TrainOutcome train(TrainJob job) = 0;
   virtual void metric(const std::string& key, int64_t step, double value) = 0;
   /// Progress of work outside train(): done of total, any unit. Throws StopRequested when the run is stopping.

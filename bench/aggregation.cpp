@@ -1,5 +1,5 @@
-// Aggregation speed: `contributions` mapped files of `megabytes` float32 each into one sum, against the speed of memcpy in the
-// same process, one thread. Prints one Markdown table. bench_aggregation [contributions=20] [megabytes=200]
+// Aggregation speed: `contributions` mapped files of `megabytes` float32 each into one sum, against the speed of memcpy
+// in the same process, one thread. Prints one Markdown table. bench_aggregation [contributions=20] [megabytes=200]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -61,7 +61,8 @@ int main(int argc, char** argv) {
   }
   std::vector<moraine::core::Bytes> files;
   std::vector<std::span<const std::byte>> parts;
-  for (size_t k = 0; k < contributions; ++k) files.push_back(moraine::core::Bytes::map_file(folder / std::to_string(k)));
+  for (size_t k = 0; k < contributions; ++k)
+    files.push_back(moraine::core::Bytes::map_file(folder / std::to_string(k)));
   for (const auto& file : files) parts.push_back(file.span());
   const std::vector<double> weights(contributions, 1.0 / static_cast<double>(contributions));
   const double sum_seconds = seconds([&] { moraine::algorithms::federated::weighted_sum(parts, weights, sum); });
@@ -69,8 +70,10 @@ int main(int argc, char** argv) {
   if (sum[floats / 2] != 1.5F) return std::fprintf(stderr, "wrong sum: %g\n", static_cast<double>(sum[floats / 2])), 70;
 
   const double rate = bytes * static_cast<double>(contributions) / sum_seconds / 1e9, copy = bytes / copy_seconds / 1e9;
-  std::printf("| contributions | MB each | aggregation, GB/s read | memcpy, GB/s copied | share of memcpy | private memory, MB | the sum, MB | mapped pages, MB |\n");
+  std::printf(
+      "| contributions | MB each | aggregation, GB/s read | memcpy, GB/s copied | share of memcpy | private memory, MB "
+      "| the sum, MB | mapped pages, MB |\n");
   std::printf("|---|---|---|---|---|---|---|---|\n");
-  std::printf("| %zu | %.0f | %.2f | %.2f | %.0f %% | %.0f | %.0f | %.0f |\n", contributions, bytes / 1e6, rate, copy, 100 * rate / copy,
-              status_mib("RssAnon:") * 1.048576, bytes / 1e6, status_mib("RssFile:") * 1.048576);
+  std::printf("| %zu | %.0f | %.2f | %.2f | %.0f %% | %.0f | %.0f | %.0f |\n", contributions, bytes / 1e6, rate, copy,
+              100 * rate / copy, status_mib("RssAnon:") * 1.048576, bytes / 1e6, status_mib("RssFile:") * 1.048576);
 }

@@ -52,14 +52,21 @@ double training_speed(int64_t steps) {
   constexpr int64_t kWarmUp = 3;
   config.steps = steps + kWarmUp;
   config.log_every = config.steps;
-  algorithms::TrainJob job{config, model.make_trainable(), [&](int64_t, int64_t, int64_t) {
+  algorithms::TrainJob job{config, model.make_trainable(),
+                           [&](int64_t, int64_t, int64_t) {
                              const auto loss = model.loss(batch);
                              return algorithms::TrainJob::MicroLoss{loss.sum, loss.count};
-                           }, 256};
+                           },
+                           256};
   Clock::time_point start;
-  worker::TrainSite site{"bench", "bench", {}, [](const core::metrics::Record&) {}, [&](double done, double) {
+  worker::TrainSite site{"bench",
+                         "bench",
+                         {},
+                         [](const core::metrics::Record&) {},
+                         [&](double done, double) {
                            if (static_cast<int64_t>(done) == kWarmUp) start = Clock::now();
-                         }, [] { return false; }};
+                         },
+                         [] { return false; }};
   worker::train(job, site);
   return static_cast<double>(steps * 16 * 256) / seconds_since(start);
 }
@@ -77,13 +84,14 @@ double peak_gflops() {
 }
 
 struct LayerTimes {
-  double factored_ms = 0, per_expert_ms = 0;                   // forward: kernels, every expert by itself
-  double reference_ms = 0;                                     // forward: factored form out of ATen operators
-  double train_ms = 0, train_reference_ms = 0;                 // forward and backward of x and every low-rank tensor
+  double factored_ms = 0, per_expert_ms = 0;    // forward: kernels, every expert by itself
+  double reference_ms = 0;                      // forward: factored form out of ATen operators
+  double train_ms = 0, train_reference_ms = 0;  // forward and backward of x and every low-rank tensor
 };
 
 // One mixture layer, all ways interleaved.
-LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, int64_t top_k, int64_t rank, at::ScalarType dtype, int repeats) {
+LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, int64_t top_k, int64_t rank,
+                       at::ScalarType dtype, int repeats) {
   const auto random = [dtype](at::IntArrayRef shape) { return at::randn(shape).mul_(0.05).to(dtype); };
   models::SlotBase base;
   base.gate = random({h, d});
@@ -109,11 +117,12 @@ LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, in
     double LayerTimes::*median;
     std::vector<double> ms;
   };
-  std::vector<Way> ways = {{MixtureForward::kFactored, MixtureKernels::kAuto, false, &LayerTimes::factored_ms, {}},
-                           {MixtureForward::kFactored, MixtureKernels::kReference, false, &LayerTimes::reference_ms, {}},
-                           {MixtureForward::kPerExpert, MixtureKernels::kReference, false, &LayerTimes::per_expert_ms, {}},
-                           {MixtureForward::kFactored, MixtureKernels::kAuto, true, &LayerTimes::train_ms, {}},
-                           {MixtureForward::kFactored, MixtureKernels::kReference, true, &LayerTimes::train_reference_ms, {}}};
+  std::vector<Way> ways = {
+      {MixtureForward::kFactored, MixtureKernels::kAuto, false, &LayerTimes::factored_ms, {}},
+      {MixtureForward::kFactored, MixtureKernels::kReference, false, &LayerTimes::reference_ms, {}},
+      {MixtureForward::kPerExpert, MixtureKernels::kReference, false, &LayerTimes::per_expert_ms, {}},
+      {MixtureForward::kFactored, MixtureKernels::kAuto, true, &LayerTimes::train_ms, {}},
+      {MixtureForward::kFactored, MixtureKernels::kReference, true, &LayerTimes::train_reference_ms, {}}};
   for (int i = 0; i <= repeats; ++i)
     for (Way& way : ways) {
       models::MixtureFfn& layer = way.train ? trained : frozen;
@@ -123,7 +132,7 @@ LayerTimes layer_times(int64_t tokens, int64_t d, int64_t h, int64_t experts, in
       const auto start = Clock::now();
       const at::Tensor y = layer.forward(x, base);
       if (way.train) y.backward(dy);
-      if (i > 0) way.ms.push_back(seconds_since(start) * 1e3);   // the first round warms up
+      if (i > 0) way.ms.push_back(seconds_since(start) * 1e3);  // the first round warms up
     }
   LayerTimes out;
   for (const Way& way : ways) out.*way.median = median(way.ms);
@@ -143,7 +152,8 @@ int main(int argc, char** argv) {
   app.add_option("--steps", steps, "Timed training steps");
   app.add_option("--repeats", repeats, "Timed rounds of each layer");
   app.add_option("--tokens", tokens, "Tokens of a layer's input");
-  app.add_option("--widths", widths, "Widths d of the layers; 128 is quickstart's")->check(CLI::IsMember({128, 512, 2048}));
+  app.add_option("--widths", widths, "Widths d of the layers; 128 is quickstart's")
+      ->check(CLI::IsMember({128, 512, 2048}));
   app.add_option("--dtype", dtype, "Of the layer")->check(CLI::IsMember({"float32", "bfloat16"}));
   app.add_flag("--training", training, "Training speed only");
   CLI11_PARSE(app, argc, argv);
@@ -160,8 +170,15 @@ int main(int argc, char** argv) {
         for (const int64_t top_k : {2, 4, 7}) {
           const int64_t h = d * 11 / 4;
           const LayerTimes t = layer_times(tokens, d, h, 7, top_k, rank, type, repeats);
-          out["layers"].push_back({{"d", d}, {"h", h}, {"rank", rank}, {"top_k", top_k}, {"factored_ms", t.factored_ms}, {"per_expert_ms", t.per_expert_ms},
-                                   {"reference_ms", t.reference_ms}, {"train_ms", t.train_ms}, {"train_reference_ms", t.train_reference_ms}});
+          out["layers"].push_back({{"d", d},
+                                   {"h", h},
+                                   {"rank", rank},
+                                   {"top_k", top_k},
+                                   {"factored_ms", t.factored_ms},
+                                   {"per_expert_ms", t.per_expert_ms},
+                                   {"reference_ms", t.reference_ms},
+                                   {"train_ms", t.train_ms},
+                                   {"train_reference_ms", t.train_reference_ms}});
         }
   }
   std::puts(out.dump().c_str());

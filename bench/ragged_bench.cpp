@@ -23,8 +23,18 @@ __attribute__((target("avx2,fma"))) double fma_gflops() {
   const double start = now_s();
   for (int64_t r = 0; r < rounds; ++r) {  // twelve independent chains hide the latency; asm keeps them in registers
 #define CHAIN(i) asm volatile("vfmadd132ps %1, %2, %0" : "+x"(c[i]) : "x"(a), "x"(b))
-    CHAIN(0); CHAIN(1); CHAIN(2); CHAIN(3); CHAIN(4); CHAIN(5);
-    CHAIN(6); CHAIN(7); CHAIN(8); CHAIN(9); CHAIN(10); CHAIN(11);
+    CHAIN(0);
+    CHAIN(1);
+    CHAIN(2);
+    CHAIN(3);
+    CHAIN(4);
+    CHAIN(5);
+    CHAIN(6);
+    CHAIN(7);
+    CHAIN(8);
+    CHAIN(9);
+    CHAIN(10);
+    CHAIN(11);
 #undef CHAIN
   }
   return static_cast<double>(rounds) * 12 * 16 / (now_s() - start) / 1e9;
@@ -70,7 +80,8 @@ double now_s() {
 
 Peaks measure_peaks(const char* when, int threads) {
   Peaks one{fma_gflops(), read_gbps()};
-  std::printf("Peaks %s: 1 thread %.0f GFLOP/s FMA (fp32, AVX2), %.1f GB/s read, %.1f GB/s copy", when, one.gflops, one.gbps, copy_gbps());
+  std::printf("Peaks %s: 1 thread %.0f GFLOP/s FMA (fp32, AVX2), %.1f GB/s read, %.1f GB/s copy", when, one.gflops,
+              one.gbps, copy_gbps());
   if (threads > 1) {
     double sum = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
@@ -97,7 +108,8 @@ std::vector<int64_t> repeat_to(const std::vector<int64_t>& ranks, int64_t expert
   return out;
 }
 
-std::vector<int32_t> draw_route(const std::string& kind, int64_t tokens, int64_t slots, int64_t experts, std::mt19937& engine) {
+std::vector<int32_t> draw_route(const std::string& kind, int64_t tokens, int64_t slots, int64_t experts,
+                                std::mt19937& engine) {
   std::vector<double> mass(static_cast<size_t>(experts), 1.0);
   for (size_t e = 0; e < mass.size() && kind == "zipf"; ++e) mass[e] = 1 / std::pow(static_cast<double>(e + 1), 1.2);
   std::discrete_distribution<int32_t> draw(mass.begin(), mass.end());
@@ -105,7 +117,9 @@ std::vector<int32_t> draw_route(const std::string& kind, int64_t tokens, int64_t
   for (int64_t t = 0; t < tokens; ++t) {  // distinct experts within a token, as a router picks them
     std::vector<int32_t> chosen;
     while (static_cast<int64_t>(chosen.size()) < slots) {
-      const int32_t e = kind == "one" ? static_cast<int32_t>((experts - 1 + static_cast<int64_t>(chosen.size())) % experts) : draw(engine);
+      const int32_t e = kind == "one"
+                            ? static_cast<int32_t>((experts - 1 + static_cast<int64_t>(chosen.size())) % experts)
+                            : draw(engine);
       if (std::find(chosen.begin(), chosen.end(), e) == chosen.end()) chosen.push_back(e);
     }
     index.insert(index.end(), chosen.begin(), chosen.end());
@@ -113,7 +127,8 @@ std::vector<int32_t> draw_route(const std::string& kind, int64_t tokens, int64_t
   return index;
 }
 
-std::vector<Segment> segments_of(const std::vector<int32_t>& index, int64_t slots, const std::vector<int64_t>& ranks, bool rank_zero_too) {
+std::vector<Segment> segments_of(const std::vector<int32_t>& index, int64_t slots, const std::vector<int64_t>& ranks,
+                                 bool rank_zero_too) {
   std::vector<std::vector<int64_t>> pairs(ranks.size());
   for (size_t p = 0; p < index.size(); ++p) pairs[static_cast<size_t>(index[p])].push_back(static_cast<int64_t>(p));
   std::vector<Segment> out;
@@ -126,7 +141,9 @@ std::vector<Segment> segments_of(const std::vector<int32_t>& index, int64_t slot
 }
 
 at::Tensor bytes_for(size_t count) { return at::empty({static_cast<int64_t>(count) + 64}, at::kByte); }
-moraine::kernels::Workspace view(const at::Tensor& bytes) { return {bytes.data_ptr(), static_cast<size_t>(bytes.numel())}; }
+moraine::kernels::Workspace view(const at::Tensor& bytes) {
+  return {bytes.data_ptr(), static_cast<size_t>(bytes.numel())};
+}
 moraine::kernels::DType kernel_dtype(at::ScalarType type) {
   return type == at::kBFloat16 ? moraine::kernels::DType::kBF16 : moraine::kernels::DType::kF32;
 }
@@ -150,7 +167,9 @@ void time_interleaved(std::vector<Contender>& all, double budget_s) {
 }
 
 void print_header() {
-  std::printf("| case | T | E, k | ranks, routing | dtype | ms (min-max) | GFLOP/s | GB/s | floor, ms (Compute or Memory) | %% of floor |");
+  std::printf(
+      "| case | T | E, k | ranks, routing | dtype | ms (min-max) | GFLOP/s | GB/s | floor, ms (Compute or Memory) | %% "
+      "of floor |");
   for (const char* name : kBaselines) std::printf(" x %s |", name);
   std::printf(" rel. error |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
 }
@@ -158,10 +177,11 @@ void print_header() {
 void print_cell(const Cell& cell, const std::vector<Contender>& all, const Peaks& peaks) {
   const double compute_ms = cell.flops / peaks.gflops / 1e6, memory_ms = cell.bytes / peaks.gbps / 1e6;
   const double floor_ms = std::max(compute_ms, memory_ms), mine = median(all[0].ms);
-  std::printf("| %s | %ld | %ld, %ld | %s | %s | %.3f (%.3f-%.3f) | %.1f | %.1f | %.3f %c | %.0f |", cell.what.c_str(), cell.tokens, cell.experts,
-              cell.slots, cell.ranks.c_str(), cell.dtype == at::kFloat ? "fp32" : "bf16", mine, *std::min_element(all[0].ms.begin(), all[0].ms.end()),
-              *std::max_element(all[0].ms.begin(), all[0].ms.end()), cell.flops / mine / 1e6, cell.bytes / mine / 1e6, floor_ms,
-              compute_ms > memory_ms ? 'C' : 'M', 100 * floor_ms / mine);
+  std::printf("| %s | %ld | %ld, %ld | %s | %s | %.3f (%.3f-%.3f) | %.1f | %.1f | %.3f %c | %.0f |", cell.what.c_str(),
+              cell.tokens, cell.experts, cell.slots, cell.ranks.c_str(), cell.dtype == at::kFloat ? "fp32" : "bf16",
+              mine, *std::min_element(all[0].ms.begin(), all[0].ms.end()),
+              *std::max_element(all[0].ms.begin(), all[0].ms.end()), cell.flops / mine / 1e6, cell.bytes / mine / 1e6,
+              floor_ms, compute_ms > memory_ms ? 'C' : 'M', 100 * floor_ms / mine);
   for (const char* name : kBaselines) {
     const auto found = std::find_if(all.begin(), all.end(), [&](const Contender& x) { return x.name == name; });
     if (found == all.end()) {

@@ -10,10 +10,12 @@
 
 #include "kernels/types.h"
 
-/// What the benchmarks of the ragged-rank kernels share: clocks, peaks, rank sets, routes, interleaved timing, one table.
+/// What the benchmarks of the ragged-rank kernels share: clocks, peaks, rank sets, routes, interleaved timing, one
+/// table.
 namespace bench {
 
-/// With one thread, time is this thread's processor time: on a shared machine the wall clock counts the neighbours' work.
+/// With one thread, time is this thread's processor time: on a shared machine the wall clock counts the neighbours'
+/// work.
 void use_cpu_time(bool on);
 bool uses_cpu_time();
 double now_s();
@@ -32,15 +34,18 @@ struct RankSet {
 const std::vector<RankSet>& rank_sets();
 std::vector<int64_t> repeat_to(const std::vector<int64_t>& ranks, int64_t experts);
 
-/// index [tokens, slots]: distinct experts within a token. kind: uniform, zipf (exponent 1.2), one (all tokens the same).
-std::vector<int32_t> draw_route(const std::string& kind, int64_t tokens, int64_t slots, int64_t experts, std::mt19937& engine);
+/// index [tokens, slots]: distinct experts within a token. kind: uniform, zipf (exponent 1.2), one (all tokens the
+/// same).
+std::vector<int32_t> draw_route(const std::string& kind, int64_t tokens, int64_t slots, int64_t experts,
+                                std::mt19937& engine);
 
 /// The pairs of one expert that some token chose and that has a rank.
 struct Segment {
   int64_t expert;
   at::Tensor tokens, pairs;  // long
 };
-std::vector<Segment> segments_of(const std::vector<int32_t>& index, int64_t slots, const std::vector<int64_t>& ranks, bool rank_zero_too = false);
+std::vector<Segment> segments_of(const std::vector<int32_t>& index, int64_t slots, const std::vector<int64_t>& ranks,
+                                 bool rank_zero_too = false);
 
 at::Tensor bytes_for(size_t count);
 moraine::kernels::Workspace view(const at::Tensor& bytes);
@@ -48,7 +53,7 @@ moraine::kernels::DType kernel_dtype(at::ScalarType type);
 
 struct Contender {
   std::string name;
-  std::function<at::Tensor(size_t)> run;   // which of the rotated inputs
+  std::function<at::Tensor(size_t)> run;  // which of the rotated inputs
   std::vector<double> ms;
 };
 double median(std::vector<double> values);
@@ -71,7 +76,7 @@ struct Request {
   RankSet ranks;
   std::string routing;
   at::ScalarType dtype;
-  bool backward, few;   // few: only B1, B3 and B7
+  bool backward, few;  // few: only B1, B3 and B7
   double budget_s;
 };
 void run_delta(const Request& request, const Peaks& peaks);

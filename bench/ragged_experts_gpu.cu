@@ -1,7 +1,7 @@
-// Ragged-rank expert kernels on a GPU: median time by graph replay against the floor max(FLOP / peak, bytes / copy speed). Copy
-// speed is measured here; the bf16 peak is given in TFLOP/s on the command line (default 790, an H200's 8192^3 product).
-// The second argument is the instruction family, mma (default) or wgmma. Routing, forward and backward are captured together;
-// inputs are random. Not yet run on a GPU.
+// Ragged-rank expert kernels on a GPU: median time by graph replay against the floor max(FLOP / peak, bytes / copy
+// speed). Copy speed is measured here; the bf16 peak is given in TFLOP/s on the command line (default 790, an H200's
+// 8192^3 product). The second argument is the instruction family, mma (default) or wgmma. Routing, forward and backward
+// are captured together; inputs are random. Not yet run on a GPU.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -39,7 +39,8 @@ T* upload(const std::vector<T>& values) {
 }
 
 __global__ void fill(__nv_bfloat16* x, int64_t n, unsigned seed) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const unsigned hash = (static_cast<unsigned>(i) ^ seed) * 2654435761u;
     x[i] = __float2bfloat16_rn((static_cast<float>(hash >> 8) / 8388608.0f - 1.0f) * 0.05f);
   }
@@ -89,8 +90,8 @@ double copy_tbps(cudaStream_t stream) {
   return 2.0 * static_cast<double>(bytes) / ms / 1e9;
 }
 
-void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_t tokens, int64_t slots, int64_t d, double tflops,
-              double tbps, mk::CudaFamily family, cudaStream_t stream) {
+void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_t tokens, int64_t slots, int64_t d,
+              double tflops, double tbps, mk::CudaFamily family, cudaStream_t stream) {
   const auto experts = static_cast<int64_t>(ranks.size()), pairs = tokens * slots;
   std::vector<int64_t> offsets{0};
   for (const int64_t r : ranks) offsets.push_back(offsets.back() + r);
@@ -110,10 +111,18 @@ void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_
   const auto* gates = hold(upload(std::vector<float>(static_cast<size_t>(pairs), 0.5f)));
   const auto* scale = hold(upload(std::vector<float>(ranks.size(), 1.0f)));
   const auto* dev_offsets = hold(upload(offsets));
-  auto *x = hold(random_rows(tokens * d, 1)), *y = hold(random_rows(tokens * d, 2)), *dy = hold(random_rows(tokens * d, 3));
+  auto *x = hold(random_rows(tokens * d, 1)), *y = hold(random_rows(tokens * d, 2)),
+       *dy = hold(random_rows(tokens * d, 3));
   auto* dx = hold(random_rows(tokens * d, 4));
-  const mk::RaggedExperts weights{experts, d, d, mk::DType::kBF16, hold(random_rows(offsets.back() * d, 5)),
-                                  hold(random_rows(offsets.back() * d, 6)), offsets.data(), dev_offsets, scale};
+  const mk::RaggedExperts weights{experts,
+                                  d,
+                                  d,
+                                  mk::DType::kBF16,
+                                  hold(random_rows(offsets.back() * d, 5)),
+                                  hold(random_rows(offsets.back() * d, 6)),
+                                  offsets.data(),
+                                  dev_offsets,
+                                  scale};
   mk::Exec exec;
   exec.device = mk::Device::kCuda, exec.stream = stream, exec.check_inputs = false, exec.cuda_family = family;
   const auto space_of = [&](size_t bytes) { return mk::Workspace{hold(allocate<char>(bytes)), bytes}; };
@@ -121,21 +130,38 @@ void run_case(const std::string& name, const std::vector<int64_t>& ranks, int64_
   const mk::Workspace space = space_of(std::max(mk::delta_forward_workspace(weights, tokens, slots, exec),
                                                 mk::delta_backward_workspace(weights, tokens, slots, exec)));
   void* saved = hold(allocate<char>(mk::delta_saved_bytes(weights, pairs, exec.device)));
-  auto *da = hold(allocate<float>(static_cast<size_t>(offsets.back() * d))), *dbt = hold(allocate<float>(static_cast<size_t>(offsets.back() * d)));
+  auto *da = hold(allocate<float>(static_cast<size_t>(offsets.back() * d))),
+       *dbt = hold(allocate<float>(static_cast<size_t>(offsets.back() * d)));
   auto* dgates = hold(allocate<float>(static_cast<size_t>(pairs)));
   for (const bool backward : {false, true}) {
     const double ms = median_ms(stream, [&] {
       const mk::Route route = mk::route_build(dev_index, tokens, slots, experts, route_space, exec);
       mk::delta_forward({&weights, &route, gates, {x, d}, {y, d}, {y, d}, saved}, space, exec);
-      if (backward) mk::delta_backward({&weights, &route, gates, {x, d}, {dy, d}, {}, saved, {dx, d}, dgates, da, dbt, mk::WeightGrads::kChosenOnly}, space, exec);
+      if (backward)
+        mk::delta_backward({&weights,
+                            &route,
+                            gates,
+                            {x, d},
+                            {dy, d},
+                            {},
+                            saved,
+                            {dx, d},
+                            dgates,
+                            da,
+                            dbt,
+                            mk::WeightGrads::kChosenOnly},
+                           space, exec);
     });
     const double passes = backward ? 3 : 1, flops = 4.0 * static_cast<double>(d) * work * passes;
-    const double bytes = 2.0 * passes * (2.0 * static_cast<double>(d) * active_rank + 3.0 * static_cast<double>(tokens * d));
+    const double bytes =
+        2.0 * passes * (2.0 * static_cast<double>(d) * active_rank + 3.0 * static_cast<double>(tokens * d));
     const double compute = flops / tflops / 1e9, memory = bytes / tbps / 1e9, floor = std::max(compute, memory);
-    std::printf("%-7s O1 %ldx%ld T=%-5ld E=%ld k=%ld %-8s bf16 | %8.4f ms | %7.1f TFLOP/s | %6.3f TB/s | floor %.4f %c | %3.0f %%\n",
-                backward ? "fwd+bwd" : "fwd", static_cast<long>(d), static_cast<long>(d), static_cast<long>(tokens),
-                static_cast<long>(experts), static_cast<long>(slots), name.c_str(), ms, flops / ms / 1e9, bytes / ms / 1e9, floor,
-                compute > memory ? 'C' : 'M', 100 * floor / ms);
+    std::printf(
+        "%-7s O1 %ldx%ld T=%-5ld E=%ld k=%ld %-8s bf16 | %8.4f ms | %7.1f TFLOP/s | %6.3f TB/s | floor %.4f %c | %3.0f "
+        "%%\n",
+        backward ? "fwd+bwd" : "fwd", static_cast<long>(d), static_cast<long>(d), static_cast<long>(tokens),
+        static_cast<long>(experts), static_cast<long>(slots), name.c_str(), ms, flops / ms / 1e9, bytes / ms / 1e9,
+        floor, compute > memory ? 'C' : 'M', 100 * floor / ms);
   }
   for (void* p : held) cudaFree(p);
 }

@@ -30,7 +30,8 @@ core::Json values_of(const core::Artefact& artefact, const std::string& name) {
   if (view == nullptr) {
     std::vector<std::string> names;
     for (const auto& tensor : artefact.file().tensors()) names.push_back(tensor.name);
-    throw core::UserError(fmt::format("cli: artefact {} has no tensor '{}'", artefact.id().substr(0, 16), name), core::name_hint(name, names));
+    throw core::UserError(fmt::format("cli: artefact {} has no tensor '{}'", artefact.id().substr(0, 16), name),
+                          core::name_hint(name, names));
   }
   const at::Tensor values = models::copy_of(*view).to(at::kDouble).contiguous();
   const double* first = values.const_data_ptr<double>();
@@ -42,25 +43,35 @@ core::Json describe(const coordinator::RunRecord& run, const core::Artefact& art
   for (const auto& unit : run.units)
     if (unit.artefact == artefact.id()) units.push_back(unit.label);
   for (const auto& tensor : artefact.file().tensors())
-    tensors.push_back({{"name", tensor.name}, {"dtype", core::safetensors_name(tensor.dtype)}, {"shape", tensor.shape}});
+    tensors.push_back(
+        {{"name", tensor.name}, {"dtype", core::safetensors_name(tensor.dtype)}, {"shape", tensor.shape}});
   core::Json out = {{"id", artefact.id()}, {"units", units}, {"metadata", artefact.meta()}, {"tensors", tensors}};
-  if (artefact.kind() == "evaluation" && artefact.meta().contains("result") && artefact.meta().at("result").contains("nats")) {
+  if (artefact.kind() == "evaluation" && artefact.meta().contains("result") &&
+      artefact.meta().at("result").contains("nats")) {
     const auto result = algorithms::Evaluation::from_json(artefact.meta().at("result"));
-    out["scores"] = {{"bits_per_byte", result.bits_per_byte()}, {"loss", result.loss()}, {"accuracy", result.accuracy()}};
+    out["scores"] = {
+        {"bits_per_byte", result.bits_per_byte()}, {"loss", result.loss()}, {"accuracy", result.accuracy()}};
   }
   return out;
 }
 
 void print_rows(const core::Json& facts) {
   core::Json rows = core::Json::array();
-  const auto add = [&](const std::string& key, const core::Json& value) { rows.push_back({{"key", key}, {"value", value.is_string() ? value : core::Json(value.dump())}}); };
+  const auto add = [&](const std::string& key, const core::Json& value) {
+    rows.push_back({{"key", key}, {"value", value.is_string() ? value : core::Json(value.dump())}});
+  };
   add("id", facts.at("id"));
   add("units", facts.at("units"));
   for (const auto& [key, value] : facts.at("metadata").items()) add(key, value);
   const core::Json scores = facts.value("scores", core::Json::object());
   for (const auto& [key, value] : scores.items()) add(key, value);
-  for (const auto& tensor : facts.at("tensors")) add(tensor.at("name").get<std::string>(), tensor.at("dtype").get<std::string>() + " " + tensor.at("shape").dump());
-  std::fputs(report::render_table(report::plain_table(facts.at("metadata").at("kind").get<std::string>(), {"key", "value"}, rows), {.width = 160}).c_str(), stdout);
+  for (const auto& tensor : facts.at("tensors"))
+    add(tensor.at("name").get<std::string>(), tensor.at("dtype").get<std::string>() + " " + tensor.at("shape").dump());
+  std::fputs(report::render_table(
+                 report::plain_table(facts.at("metadata").at("kind").get<std::string>(), {"key", "value"}, rows),
+                 {.width = 160})
+                 .c_str(),
+             stdout);
 }
 
 void print_artefact(const CatArguments& arguments) {
@@ -87,7 +98,9 @@ void add_cat(CLI::App& app, int& exit_code) {
   command->add_option("what", arguments->what, "Unit label, artefact id, or the beginning of one")->required();
   command->add_option("--tensor", arguments->tensor, "Print the values of this tensor as nested lists instead");
   add_format_option(*command, arguments->format);
-  command->footer("Examples: moraine cat runs/quickstart test/mixture/german\n          moraine cat runs/quickstart train/german --tensor model.layers.0.mlp.gate.weight");
+  command->footer(
+      "Examples: moraine cat runs/quickstart test/mixture/german\n          moraine cat runs/quickstart train/german "
+      "--tensor model.layers.0.mlp.gate.weight");
   command->callback([=, &exit_code] {
     print_artefact(*arguments);
     exit_code = 0;

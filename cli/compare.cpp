@@ -23,13 +23,16 @@ void flatten(const core::Json& value, const std::string& path, std::map<std::str
   if (value.is_object() && !value.empty()) {
     for (const auto& [key, part] : value.items()) flatten(part, path.empty() ? key : path + "." + key, out);
   } else if (value.is_array() && !value.empty() && value.front().is_object()) {
-    for (size_t i = 0; i < value.size(); ++i) flatten(value[i], fmt::format("{}.{}", path, value[i].value("name", std::to_string(i))), out);
+    for (size_t i = 0; i < value.size(); ++i)
+      flatten(value[i], fmt::format("{}.{}", path, value[i].value("name", std::to_string(i))), out);
   } else {
     out[path] = value;
   }
 }
 
-core::Json text_of(const core::Json& value) { return value.is_string() || value.is_null() ? value : core::Json(value.dump()); }
+core::Json text_of(const core::Json& value) {
+  return value.is_string() || value.is_null() ? value : core::Json(value.dump());
+}
 
 core::Json recipe_rows(const core::Json& a, const core::Json& b, const std::vector<std::string>& names) {
   std::map<std::string, core::Json> first, second;
@@ -40,7 +43,8 @@ core::Json recipe_rows(const core::Json& a, const core::Json& b, const std::vect
   for (const auto& [key, value] : second) keys[key] = true;
   core::Json rows = core::Json::array();
   for (const auto& [key, unused] : keys) {
-    const core::Json x = first.count(key) ? first[key] : core::Json(), y = second.count(key) ? second[key] : core::Json();
+    const core::Json x = first.count(key) ? first[key] : core::Json(),
+                     y = second.count(key) ? second[key] : core::Json();
     if (x != y) rows.push_back({{"key", key}, {names[0], text_of(x)}, {names[1], text_of(y)}});
   }
   return rows;
@@ -50,7 +54,8 @@ core::Json recipe_rows(const core::Json& a, const core::Json& b, const std::vect
 std::string row_name(const core::Json& table, const core::Json& row) {
   std::string name;
   for (const auto& column : table.at("columns"))
-    if (const auto cell = row.find(column.at("key").get<std::string>()); cell != row.end() && cell->is_string()) name += (name.empty() ? "" : " ") + cell->get<std::string>();
+    if (const auto cell = row.find(column.at("key").get<std::string>()); cell != row.end() && cell->is_string())
+      name += (name.empty() ? "" : " ") + cell->get<std::string>();
   return name;
 }
 
@@ -70,7 +75,11 @@ core::Json result_rows(const core::Json& a, const core::Json& b, const std::vect
         const auto key = column.at("key").get<std::string>();
         const core::Json x = row.value(key, core::Json()), y = partner->second->value(key, core::Json());
         if (!x.is_number() || !y.is_number() || (x == y && !all)) continue;
-        rows.push_back({{"table", table.at("title")}, {"row", partner->first}, {"column", column.at("label")}, {names[0], x}, {names[1], y},
+        rows.push_back({{"table", table.at("title")},
+                        {"row", partner->first},
+                        {"column", column.at("label")},
+                        {names[0], x},
+                        {names[1], y},
                         {"difference", y.get<double>() - x.get<double>()}});
       }
     }
@@ -80,7 +89,8 @@ core::Json result_rows(const core::Json& a, const core::Json& b, const std::vect
 
 // Directory names as column headings when they tell the runs apart.
 std::vector<std::string> headings(const fs::path& a, const fs::path& b) {
-  const std::string first = fs::absolute(a / "").parent_path().filename().string(), second = fs::absolute(b / "").parent_path().filename().string();
+  const std::string first = fs::absolute(a / "").parent_path().filename().string(),
+                    second = fs::absolute(b / "").parent_path().filename().string();
   return first == second ? std::vector<std::string>{"A", "B"} : std::vector<std::string>{first, second};
 }
 
@@ -97,22 +107,33 @@ void compare(const CompareArguments& arguments) {
   const auto a = restore_method(first), b = restore_method(second);
   const core::Json summary_a = summarize(*a, first), summary_b = summarize(*b, second);
   const auto names = headings(arguments.first, arguments.second);
-  const core::Json recipe = recipe_rows({{"recipe", first.recipe}, {"inputs", a->inputs()}}, {{"recipe", second.recipe}, {"inputs", b->inputs()}}, names);
+  const core::Json recipe = recipe_rows({{"recipe", first.recipe}, {"inputs", a->inputs()}},
+                                        {{"recipe", second.recipe}, {"inputs", b->inputs()}}, names);
   const core::Json results = result_rows(summary_a, summary_b, names, arguments.all);
   const auto hash_a = summary_a.value("hash", ""), hash_b = summary_b.value("hash", "");
   const std::string verdict = hash_a.empty() || hash_b.empty() ? "at least one run has no merged artefact yet"
-                              : hash_a == hash_b               ? "the merged artefacts are equal, bit for bit: " + hash_a
-                                                               : fmt::format("the merged artefacts differ: {} and {}", hash_a.substr(0, 16), hash_b.substr(0, 16));
+                              : hash_a == hash_b ? "the merged artefacts are equal, bit for bit: " + hash_a
+                                                 : fmt::format("the merged artefacts differ: {} and {}",
+                                                               hash_a.substr(0, 16), hash_b.substr(0, 16));
   if (arguments.format == "json") {
-    const core::Json out = {{"runs", {arguments.first, arguments.second}}, {"recipe", recipe}, {"results", results}, {"hashes", {hash_a, hash_b}}};
+    const core::Json out = {{"runs", {arguments.first, arguments.second}},
+                            {"recipe", recipe},
+                            {"results", results},
+                            {"hashes", {hash_a, hash_b}}};
     std::fputs((out.dump(2) + "\n").c_str(), stdout);
     return;
   }
   const report::TableStyle style{.width = 160, .color = color_wanted()};
   std::string text;
-  text += recipe.empty() ? "Recipes and inputs are equal.\n" : report::render_table(report::plain_table("Recipe and inputs", {"key", names[0], names[1]}, recipe), style);
-  text += results.empty() ? std::string(arguments.all ? "No table has a number in common.\n" : "No number in the tables differs.\n")
-                          : report::render_table(report::plain_table("Results", {"table", "row", "column", names[0], names[1], "difference"}, as_text(results)), style);
+  text += recipe.empty() ? "Recipes and inputs are equal.\n"
+                         : report::render_table(
+                               report::plain_table("Recipe and inputs", {"key", names[0], names[1]}, recipe), style);
+  text += results.empty()
+              ? std::string(arguments.all ? "No table has a number in common.\n" : "No number in the tables differs.\n")
+              : report::render_table(
+                    report::plain_table("Results", {"table", "row", "column", names[0], names[1], "difference"},
+                                        as_text(results)),
+                    style);
   std::fputs((text + verdict + "\n").c_str(), stdout);
 }
 

@@ -2,8 +2,8 @@
 #include <cstdio>
 #include <map>
 
-#include <CLI/CLI.hpp>
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include "cli/command.h"
 
@@ -13,7 +13,7 @@ namespace {
 struct Command {
   std::string name, summary;
   std::vector<std::string> options;
-  std::map<std::string, std::vector<std::string>> choices;   // option, or "" for the first argument -> values
+  std::map<std::string, std::vector<std::string>> choices;  // option, or "" for the first argument -> values
 };
 
 // CLI11 shows a fixed set of values as {a,b}.
@@ -53,12 +53,17 @@ std::string bash(const std::vector<Command>& commands) {
   for (const auto& command : commands) {
     names.push_back(command.name);
     for (const auto& [option, list] : command.choices)
-      if (!option.empty()) values += fmt::format("    {}/{}) COMPREPLY=($(compgen -W \"{}\" -- \"$current\")); return ;;\n", command.name, option, fmt::join(list, " "));
+      if (!option.empty())
+        values += fmt::format("    {}/{}) COMPREPLY=($(compgen -W \"{}\" -- \"$current\")); return ;;\n", command.name,
+                              option, fmt::join(list, " "));
     const auto first = command.choices.find("");
-    const std::string arguments = first == command.choices.end() ? "" : fmt::format("{}", fmt::join(first->second, " "));
-    words += fmt::format("    {}) options=\"{}\" arguments=\"{}\" ;;\n", command.name, fmt::join(command.options, " "), arguments);
+    const std::string arguments =
+        first == command.choices.end() ? "" : fmt::format("{}", fmt::join(first->second, " "));
+    words += fmt::format("    {}) options=\"{}\" arguments=\"{}\" ;;\n", command.name, fmt::join(command.options, " "),
+                         arguments);
   }
-  return fmt::format(R"(# bash completion of moraine: source this file, or put it into ~/.local/share/bash-completion/completions/moraine
+  return fmt::format(
+      R"(# bash completion of moraine: source this file, or put it into ~/.local/share/bash-completion/completions/moraine
 _moraine() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} command="" options="" arguments="" i
   COMPREPLY=()
@@ -74,7 +79,8 @@ _moraine() {{
   COMPREPLY=($(compgen -W "$arguments" -- "$current"))
 }}
 complete -o default -F _moraine moraine
-)", values, fmt::join(names, " "), words);
+)",
+      values, fmt::join(names, " "), words);
 }
 
 std::string fish(const std::vector<Command>& commands) {
@@ -84,14 +90,17 @@ std::string fish(const std::vector<Command>& commands) {
   };
   std::string out = "# fish completion of moraine: put this file into ~/.config/fish/completions/moraine.fish\n";
   for (const auto& command : commands) {
-    out += fmt::format("complete -c moraine -n __fish_use_subcommand -f -a {} -d {}\n", command.name, quoted(command.summary));
+    out += fmt::format("complete -c moraine -n __fish_use_subcommand -f -a {} -d {}\n", command.name,
+                       quoted(command.summary));
     for (const auto& option : command.options) {
       const auto values = command.choices.find(option);
-      out += fmt::format("complete -c moraine -n '__fish_seen_subcommand_from {}' -l {}", command.name, option.substr(2));
+      out +=
+          fmt::format("complete -c moraine -n '__fish_seen_subcommand_from {}' -l {}", command.name, option.substr(2));
       out += values == command.choices.end() ? "\n" : fmt::format(" -x -a '{}'\n", fmt::join(values->second, " "));
     }
     if (const auto first = command.choices.find(""); first != command.choices.end())
-      out += fmt::format("complete -c moraine -n '__fish_seen_subcommand_from {}' -f -a '{}'\n", command.name, fmt::join(first->second, " "));
+      out += fmt::format("complete -c moraine -n '__fish_seen_subcommand_from {}' -f -a '{}'\n", command.name,
+                         fmt::join(first->second, " "));
   }
   return out;
 }
@@ -102,11 +111,14 @@ void add_completion(CLI::App& app, int& exit_code) {
   auto* command = app.add_subcommand("completion", "Prints a completion script for a shell");
   auto shell = std::make_shared<std::string>();
   command->add_option("shell", *shell, "bash | zsh | fish")->required()->check(CLI::IsMember({"bash", "zsh", "fish"}));
-  command->footer("Examples: source <(moraine completion bash)\n          moraine completion fish > ~/.config/fish/completions/moraine.fish");
+  command->footer(
+      "Examples: source <(moraine completion bash)\n          moraine completion fish > "
+      "~/.config/fish/completions/moraine.fish");
   command->callback([=, &app, &exit_code] {
     const auto commands = commands_of(app);
     std::string text = *shell == "fish" ? fish(commands) : bash(commands);
-    if (*shell == "zsh") text = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + text;
+    if (*shell == "zsh")
+      text = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + text;
     std::fputs(text.c_str(), stdout);
     exit_code = 0;
   });

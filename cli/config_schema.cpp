@@ -18,29 +18,38 @@ core::Json schema_of_all() {
     names.push_back(entry.name);
     branches.push_back({{"if", {{"properties", {{"method", {{"const", entry.name}}}}}}}, {"then", std::move(schema)}});
   }
-  return {{"$schema", "https://json-schema.org/draft/2020-12/schema"}, {"title", "Moraine recipe"}, {"type", "object"},
-          {"required", {"method"}}, {"properties", {{"method", {{"enum", names}}}}}, {"allOf", branches}};
+  return {{"$schema", "https://json-schema.org/draft/2020-12/schema"},
+          {"title", "Moraine recipe"},
+          {"type", "object"},
+          {"required", {"method"}},
+          {"properties", {{"method", {{"enum", names}}}}},
+          {"allOf", branches}};
 }
 
 std::string reference(const std::string& method) {
   std::string text;
   for (const auto& entry : algorithms::methods())
-    if (method.empty() || entry.name == method) text += fmt::format("## {}: {}\n\n{}\n", entry.name, entry.summary, entry.markdown());
+    if (method.empty() || entry.name == method)
+      text += fmt::format("## {}: {}\n\n{}\n", entry.name, entry.summary, entry.markdown());
   return text;
 }
 
 }  // namespace
 
 void add_config_schema(CLI::App& app, int& exit_code) {
-  auto* command = app.add_subcommand("config-schema", "JSON Schema of recipes, for editors; or the table of keys as Markdown");
+  auto* command =
+      app.add_subcommand("config-schema", "JSON Schema of recipes, for editors; or the table of keys as Markdown");
   auto method = std::make_shared<std::string>();
   auto format = std::make_shared<std::string>("json");
   command->add_option("method", *method, "Only this method (default: all)");
-  command->add_option("--format", *format, "json | markdown")->check(CLI::IsMember({"json", "markdown"}))->capture_default_str();
-  command->footer("Example: moraine config-schema > recipe.schema.json\n"
-                  "Then begin a recipe with: # yaml-language-server: $schema=recipe.schema.json");
+  command->add_option("--format", *format, "json | markdown")
+      ->check(CLI::IsMember({"json", "markdown"}))
+      ->capture_default_str();
+  command->footer(
+      "Example: moraine config-schema > recipe.schema.json\n"
+      "Then begin a recipe with: # yaml-language-server: $schema=recipe.schema.json");
   command->callback([=, &exit_code] {
-    if (!method->empty()) algorithms::find_method(*method);   // names the valid ones
+    if (!method->empty()) algorithms::find_method(*method);  // names the valid ones
     const core::Json schema = method->empty() ? schema_of_all() : algorithms::find_method(*method).json_schema();
     std::fputs((*format == "json" ? schema.dump(2) + "\n" : reference(*method)).c_str(), stdout);
     exit_code = 0;

@@ -28,7 +28,7 @@ void store(const core::Artefact& artefact, const fs::path& path) {
 }
 
 void import_peft(const ImportArguments& arguments) {
-  if (!arguments.base.empty()) {   // with the model at hand, shapes and names of its modules are checked as well
+  if (!arguments.base.empty()) {  // with the model at hand, shapes and names of its modules are checked as well
     const auto model = models::Decoder::from_directory(arguments.base, std::nullopt);
     algorithms::adapters::LoraAdapter::load(arguments.directory, model.slots(), std::nullopt, at::kCPU);
   }
@@ -39,28 +39,33 @@ void import_dense(const ImportArguments& arguments, const models::DecoderConfig&
   const auto model = models::Decoder::from_directory(arguments.directory, std::nullopt);
   const models::NamedTensors weights(model.weights().begin(), model.weights().end());
   std::vector<at::Tensor> keep;
-  store(*core::Artefact::create("base", {{"config", config.to_json()}}, models::views_of(weights, keep)), arguments.out);
+  store(*core::Artefact::create("base", {{"config", config.to_json()}}, models::views_of(weights, keep)),
+        arguments.out);
 }
 
 // Public model, one artefact per expert, and the mixture: what `moraine merge` joins again.
 void import_mixture(const ImportArguments& arguments) {
   const flexmore::MixtureModel model = flexmore::read_mixture_directory(arguments.directory);
   const fs::path out = arguments.out;
-  algorithms::write_model_directory(out / "public_model", model.base.to_json(), {model.base_weights.begin(), model.base_weights.end()});
+  algorithms::write_model_directory(out / "public_model", model.base.to_json(),
+                                    {model.base_weights.begin(), model.base_weights.end()});
   std::printf("public model  %s\n", (out / "public_model").c_str());
   const std::string base = algorithms::model_identity(out / "public_model", model.base);
-  std::map<std::string, at::Tensor> weights;   // as a worker sees them
-  for (const auto& [name, weight] : model.base_weights) weights.emplace(name, weight.to(arguments.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat));
+  std::map<std::string, at::Tensor> weights;  // as a worker sees them
+  for (const auto& [name, weight] : model.base_weights)
+    weights.emplace(name, weight.to(arguments.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat));
   const core::Json fingerprint = flexmore::fingerprint_of_base(weights, model.mixture.public_rows);
   for (const auto& expert : model.mixture.experts)
-    store(*flexmore::write_expert(expert, {{"base", base}, {"base_tensors", fingerprint}}), out / (expert.name + ".safetensors"));
+    store(*flexmore::write_expert(expert, {{"base", base}, {"base_tensors", fingerprint}}),
+          out / (expert.name + ".safetensors"));
   store(*flexmore::write_mixture(model.mixture, {{"base", base}}), out / "mixture.safetensors");
 }
 
 void import_source(const ImportArguments& arguments) {
   const at::NoGradGuard no_grad;
   const fs::path directory = arguments.directory, out = arguments.out;
-  if (fs::exists(out) && !(fs::is_directory(out) && fs::is_empty(out))) throw core::UserError(fmt::format("cli: {} exists", out.string()), "name a new file or directory");
+  if (fs::exists(out) && !(fs::is_directory(out) && fs::is_empty(out)))
+    throw core::UserError(fmt::format("cli: {} exists", out.string()), "name a new file or directory");
   if (fs::exists(directory / "adapter_config.json")) return import_peft(arguments);
   const fs::path file = directory / "config.json";
   const auto config = models::DecoderConfig::from_json(core::read_json(file), file.string());
@@ -70,14 +75,27 @@ void import_source(const ImportArguments& arguments) {
 }  // namespace
 
 void add_import(CLI::App& app, int& exit_code) {
-  auto* command = app.add_subcommand("import", "Reads what other tools wrote: PEFT adapters, FlexOlmo and FlexMoRE mixtures, dense models");
+  auto* command = app.add_subcommand(
+      "import", "Reads what other tools wrote: PEFT adapters, FlexOlmo and FlexMoRE mixtures, dense models");
   auto arguments = std::make_shared<ImportArguments>();
-  command->add_option("directory", arguments->directory, "PEFT or Hugging Face directory; FlexOlmo with one tensor per expert, packed, or in OLMo-core's keys beside a config.json of Hugging Face")->required();
-  command->add_option("out", arguments->out, "Artefact file; of a mixture: a directory for public model, experts and mixture")->required();
+  command
+      ->add_option("directory", arguments->directory,
+                   "PEFT or Hugging Face directory; FlexOlmo with one tensor per expert, packed, or in OLMo-core's "
+                   "keys beside a config.json of Hugging Face")
+      ->required();
+  command
+      ->add_option("out", arguments->out,
+                   "Artefact file; of a mixture: a directory for public model, experts and mixture")
+      ->required();
   command->add_option("--base", arguments->base, "PEFT: the adapter's base model, to check names and shapes against");
-  command->add_option("--dtype", arguments->dtype, "Mixture: type that runs compute in, whose bytes of the public model a merge compares")
-      ->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
-  command->footer("Examples: moraine import adapters/german german.safetensors --base models/olmo2\n          moraine import FlexOlmo-7x7B-1T imported");
+  command
+      ->add_option("--dtype", arguments->dtype,
+                   "Mixture: type that runs compute in, whose bytes of the public model a merge compares")
+      ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
+  command->footer(
+      "Examples: moraine import adapters/german german.safetensors --base models/olmo2\n          moraine import "
+      "FlexOlmo-7x7B-1T imported");
   command->callback([=, &exit_code] {
     import_source(*arguments);
     exit_code = 0;

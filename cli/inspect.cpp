@@ -5,8 +5,8 @@
 #include <map>
 #include <optional>
 
-#include <CLI/CLI.hpp>
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include "algorithms/adapters/factor_spectrum.h"
 #include "cli/command.h"
@@ -31,7 +31,8 @@ struct InspectArguments {
 
 // "x.lora_A.weight" and "x.lora_B.weight", or FlexMoRE's "x_a.weight" and "x_b.weight".
 std::optional<std::string> partner_of(const std::string& a) {
-  static constexpr std::array<std::array<const char*, 2>, 2> kEndings = {{{".lora_A.weight", ".lora_B.weight"}, {"_a.weight", "_b.weight"}}};
+  static constexpr std::array<std::array<const char*, 2>, 2> kEndings = {
+      {{".lora_A.weight", ".lora_B.weight"}, {"_a.weight", "_b.weight"}}};
   for (const auto& [first, second] : kEndings)
     if (a.ends_with(first)) return a.substr(0, a.size() - std::string_view(first).size()) + second;
   return std::nullopt;
@@ -44,11 +45,14 @@ core::Json low_rank_pairs(const std::vector<core::TensorView>& tensors, bool spe
   for (const auto& a : tensors) {
     const auto name = partner_of(a.name);
     const auto b = name ? by_name.find(*name) : by_name.end();
-    if (b == by_name.end() || a.shape.size() != 2 || b->second->shape.size() != 2 || a.shape[0] != b->second->shape[1]) continue;
+    if (b == by_name.end() || a.shape.size() != 2 || b->second->shape.size() != 2 || a.shape[0] != b->second->shape[1])
+      continue;
     core::Json pair = {{"a", a.name}, {"b", *name}, {"rank", a.shape[0]}, {"shape", {b->second->shape[0], a.shape[1]}}};
     if (spectra) {
-      const at::Tensor values = algorithms::adapters::singular_values_of_product(models::copy_of(a), models::copy_of(*b->second));
-      pair["spectrum"] = std::vector<double>(values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel());
+      const at::Tensor values =
+          algorithms::adapters::singular_values_of_product(models::copy_of(a), models::copy_of(*b->second));
+      pair["spectrum"] =
+          std::vector<double>(values.const_data_ptr<double>(), values.const_data_ptr<double>() + values.numel());
     }
     pairs.push_back(std::move(pair));
   }
@@ -60,7 +64,10 @@ void add_tensors(core::Json& facts, const std::vector<core::TensorView>& tensors
   std::map<std::string, int64_t> by_type;
   int64_t parameters = 0;
   for (const auto& tensor : tensors) {
-    list.push_back({{"name", tensor.name}, {"dtype", core::safetensors_name(tensor.dtype)}, {"shape", tensor.shape}, {"parameters", tensor.numel()}});
+    list.push_back({{"name", tensor.name},
+                    {"dtype", core::safetensors_name(tensor.dtype)},
+                    {"shape", tensor.shape},
+                    {"parameters", tensor.numel()}});
     by_type[std::string(core::safetensors_name(tensor.dtype))] += tensor.numel();
     parameters += tensor.numel();
   }
@@ -90,14 +97,19 @@ core::Json inspect_safetensors(const fs::path& path, const InspectArguments& how
 
 core::Json inspect_hdf5(const fs::path& path, const InspectArguments& how) {
   const core::Hdf5File file(path, core::Hdf5File::Mode::kRead);
-  core::Json facts = {{"type", "hdf5"}, {"bytes", fs::file_size(path)}, {"metadata", file.attributes()}, {"tensors", core::Json::array()}, {"low_rank", core::Json::array()}};
+  core::Json facts = {{"type", "hdf5"},
+                      {"bytes", fs::file_size(path)},
+                      {"metadata", file.attributes()},
+                      {"tensors", core::Json::array()},
+                      {"low_rank", core::Json::array()}};
   if (how.hash) facts["sha256"] = core::sha256(core::Bytes::map_file(path).span());
   int64_t total = 0;
   for (const auto& dataset : file.datasets()) {
     int64_t values = 1;
     for (const int64_t side : dataset.shape) values *= side;
     total += values;
-    facts["tensors"].push_back({{"name", dataset.name}, {"dtype", dataset.type}, {"shape", dataset.shape}, {"parameters", values}});
+    facts["tensors"].push_back(
+        {{"name", dataset.name}, {"dtype", dataset.type}, {"shape", dataset.shape}, {"parameters", values}});
   }
   facts["parameters"] = total;
   return facts;
@@ -106,13 +118,15 @@ core::Json inspect_hdf5(const fs::path& path, const InspectArguments& how) {
 // A Hugging Face or PEFT directory: its configuration and all tensors, whatever the shards.
 core::Json inspect_model(const fs::path& directory, const InspectArguments& how) {
   const bool peft = fs::exists(directory / "adapter_config.json");
-  core::Json facts = {{"type", peft ? "peft" : "hugging face"}, {"metadata", core::read_json(directory / (peft ? "adapter_config.json" : "config.json"))}};
+  core::Json facts = {{"type", peft ? "peft" : "hugging face"},
+                      {"metadata", core::read_json(directory / (peft ? "adapter_config.json" : "config.json"))}};
   core::Json files = core::Json::object();
   uintmax_t bytes = 0;
   for (const auto& entry : fs::directory_iterator(directory)) {
     if (entry.path().extension() != ".safetensors") continue;
     bytes += entry.file_size();
-    files[entry.path().filename().string()] = how.hash ? core::sha256(core::Bytes::map_file(entry.path()).span()) : std::string();
+    files[entry.path().filename().string()] =
+        how.hash ? core::sha256(core::Bytes::map_file(entry.path()).span()) : std::string();
   }
   facts["bytes"] = bytes;
   if (how.hash) facts["files"] = files;
@@ -144,9 +158,18 @@ core::Json inspect_run(const coordinator::RunRecord& run) {
   }
   core::Json rows = core::Json::array();
   for (const auto& [name, kind] : kinds)
-    rows.push_back({{"kind", name}, {"artefacts", kind.count}, {"tensors", kind.tensors}, {"parameters", kind.parameters}, {"bytes", kind.bytes}});
-  return {{"type", "run"}, {"metadata", {{"name", run.recipe.at("name")}, {"method", run.recipe.at("method")}}}, {"state", run.finished ? "finished" : "unfinished"},
-          {"units", run.units.size()}, {"starts", run.epochs.size()}, {"failures", run.failures.size()}, {"artefacts", rows}};
+    rows.push_back({{"kind", name},
+                    {"artefacts", kind.count},
+                    {"tensors", kind.tensors},
+                    {"parameters", kind.parameters},
+                    {"bytes", kind.bytes}});
+  return {{"type", "run"},
+          {"metadata", {{"name", run.recipe.at("name")}, {"method", run.recipe.at("method")}}},
+          {"state", run.finished ? "finished" : "unfinished"},
+          {"units", run.units.size()},
+          {"starts", run.epochs.size()},
+          {"failures", run.failures.size()},
+          {"artefacts", rows}};
 }
 
 bool is_hdf5(const fs::path& path) {
@@ -172,17 +195,20 @@ core::Json inspect(const InspectArguments& arguments) {
     } else if (fs::exists(path / "config.json") || fs::exists(path / "adapter_config.json")) {
       facts = inspect_model(path, arguments);
     } else {
-      throw core::UserError(fmt::format("cli: {} is neither a run nor a model directory", path.string()), "a run has recipe.json, a Hugging Face model config.json, a PEFT adapter adapter_config.json");
+      throw core::UserError(
+          fmt::format("cli: {} is neither a run nor a model directory", path.string()),
+          "a run has recipe.json, a Hugging Face model config.json, a PEFT adapter adapter_config.json");
     }
   } else {
-    facts = fs::is_regular_file(path) && is_hdf5(path) ? inspect_hdf5(path, arguments) : inspect_safetensors(path, arguments);
+    facts = fs::is_regular_file(path) && is_hdf5(path) ? inspect_hdf5(path, arguments)
+                                                       : inspect_safetensors(path, arguments);
   }
   facts["path"] = path.string();
   return facts;
 }
 
 void flatten(const core::Json& value, const std::string& key, core::Json& rows) {
-  constexpr size_t kMostKeys = 16;   // of an object inside another, such as the digests of a base's tensors
+  constexpr size_t kMostKeys = 16;  // of an object inside another, such as the digests of a base's tensors
   if (value.is_object() && !key.empty() && key.find('.') != std::string::npos && value.size() > kMostKeys) {
     rows.push_back({{"key", key}, {"value", fmt::format("({} entries)", value.size())}});
     return;
@@ -205,13 +231,20 @@ void print(const core::Json& facts) {
     flatten(value, key, rows);
   }
   flatten(facts.at("metadata"), "", rows);
-  std::string text = report::render_table(report::plain_table(facts.at("path").get<std::string>(), {"key", "value"}, rows), style);
+  std::string text =
+      report::render_table(report::plain_table(facts.at("path").get<std::string>(), {"key", "value"}, rows), style);
   if (facts.contains("artefacts"))
-    text += report::render_table(report::plain_table("Artefacts", {"kind", "artefacts", "tensors", "parameters", "bytes"}, facts.at("artefacts")), style);
+    text +=
+        report::render_table(report::plain_table("Artefacts", {"kind", "artefacts", "tensors", "parameters", "bytes"},
+                                                 facts.at("artefacts")),
+                             style);
   if (!facts.value("tensors", core::Json::array()).empty()) {
     rows = core::Json::array();
     for (const auto& tensor : facts.at("tensors"))
-      rows.push_back({{"name", tensor.at("name")}, {"dtype", tensor.at("dtype")}, {"shape", tensor.at("shape").dump()}, {"parameters", tensor.at("parameters")}});
+      rows.push_back({{"name", tensor.at("name")},
+                      {"dtype", tensor.at("dtype")},
+                      {"shape", tensor.at("shape").dump()},
+                      {"parameters", tensor.at("parameters")}});
     text += report::render_table(report::plain_table("Tensors", {"name", "dtype", "shape", "parameters"}, rows), style);
   }
   if (!facts.value("low_rank", core::Json::array()).empty()) {
@@ -235,15 +268,21 @@ void print(const core::Json& facts) {
 }  // namespace
 
 void add_inspect(CLI::App& app, int& exit_code) {
-  auto* command = app.add_subcommand("inspect", "What a file or directory holds: shapes, types, counts, ranks, hashes, metadata");
+  auto* command =
+      app.add_subcommand("inspect", "What a file or directory holds: shapes, types, counts, ranks, hashes, metadata");
   auto arguments = std::make_shared<InspectArguments>();
-  command->add_option("path", arguments->path, "safetensors file, artefact, HDF5 file, Hugging Face or PEFT directory, run")->required();
+  command
+      ->add_option("path", arguments->path,
+                   "safetensors file, artefact, HDF5 file, Hugging Face or PEFT directory, run")
+      ->required();
   command->add_option("what", arguments->what, "Of a run: unit label, artefact id, or the beginning of one");
   command->add_flag("--spectra", arguments->spectra, "Singular values of every low-rank pair");
   command->add_flag("!--no-hash", arguments->hash, "Do not read all bytes for SHA-256");
   add_format_option(*command, arguments->format);
-  command->footer("Examples: moraine inspect runs/quickstart/mixture\n          moraine inspect runs/quickstart extract/german --spectra\n"
-                  "          moraine inspect data/domains/german.h5 --format json");
+  command->footer(
+      "Examples: moraine inspect runs/quickstart/mixture\n          moraine inspect runs/quickstart extract/german "
+      "--spectra\n"
+      "          moraine inspect data/domains/german.h5 --format json");
   command->callback([=, &exit_code] {
     const core::Json facts = inspect(*arguments);
     if (arguments->format == "json") {

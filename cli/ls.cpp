@@ -23,11 +23,22 @@ core::Json list_units(const coordinator::RunRecord& run) {
     const auto record = records.find(unit.id());
     MORAINE_CHECK(record != records.end(), "unit {} is finished but not recorded", unit.label);
     const auto& r = *record->second;
-    rows.push_back({{"unit", unit.label}, {"state", "done"}, {"worker", r.worker}, {"attempt", r.attempt}, {"seconds", r.seconds}, {"artefact", r.artefact.substr(0, 16)}});
+    rows.push_back({{"unit", unit.label},
+                    {"state", "done"},
+                    {"worker", r.worker},
+                    {"attempt", r.attempt},
+                    {"seconds", r.seconds},
+                    {"artefact", r.artefact.substr(0, 16)}});
   }
   for (const auto& unit : plan.pending)
-    rows.push_back({{"unit", unit.label}, {"state", "to do"}, {"worker", nullptr}, {"attempt", nullptr}, {"seconds", nullptr}, {"artefact", nullptr}});
-  return report::plain_table(run.layout.root.string(), {"unit", "state", "worker", "attempt", "seconds", "artefact"}, rows);
+    rows.push_back({{"unit", unit.label},
+                    {"state", "to do"},
+                    {"worker", nullptr},
+                    {"attempt", nullptr},
+                    {"seconds", nullptr},
+                    {"artefact", nullptr}});
+  return report::plain_table(run.layout.root.string(), {"unit", "state", "worker", "attempt", "seconds", "artefact"},
+                             rows);
 }
 
 core::Json list_runs(const fs::path& parent) {
@@ -37,16 +48,23 @@ core::Json list_runs(const fs::path& parent) {
     if (fs::exists(entry.path() / "recipe.json")) directories[entry.path().filename().string()] = entry.path();
   for (const auto& [name, path] : directories) {
     const coordinator::RunRecord run = coordinator::read_run(path);
-    rows.push_back({{"run", name}, {"method", run.recipe.at("method")}, {"state", run.finished ? "finished" : "unfinished"},
-                    {"units", run.units.size()}, {"starts", run.epochs.size()}, {"failures", run.failures.size()}});
+    rows.push_back({{"run", name},
+                    {"method", run.recipe.at("method")},
+                    {"state", run.finished ? "finished" : "unfinished"},
+                    {"units", run.units.size()},
+                    {"starts", run.epochs.size()},
+                    {"failures", run.failures.size()}});
   }
   return report::plain_table(parent.string(), {"run", "method", "state", "units", "starts", "failures"}, rows);
 }
 
 void list(const fs::path& path, const std::string& format) {
-  if (!fs::is_directory(path)) throw core::UserError(fmt::format("cli: no directory {}", path.string()), "name a run directory, or the directory that holds runs");
+  if (!fs::is_directory(path))
+    throw core::UserError(fmt::format("cli: no directory {}", path.string()),
+                          "name a run directory, or the directory that holds runs");
   const core::Json table = fs::exists(path / "recipe.json") ? list_units(coordinator::read_run(path)) : list_runs(path);
-  const std::string text = format == "json" ? table.at("rows").dump(2) + "\n" : report::render_table(table, {.width = 140});
+  const std::string text =
+      format == "json" ? table.at("rows").dump(2) + "\n" : report::render_table(table, {.width = 140});
   std::fputs(text.c_str(), stdout);
 }
 

@@ -1,8 +1,8 @@
+#include <unistd.h>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 
@@ -27,7 +27,7 @@ void install_signal_handlers() {
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
-  std::signal(SIGXFSZ, SIG_IGN);   // a file-size limit then fails the write, with a message
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit then fails the write, with a message
 }
 
 bool color_wanted() { return isatty(STDOUT_FILENO) == 1 && std::getenv("NO_COLOR") == nullptr; }
@@ -55,9 +55,11 @@ int run_main(int argc, char** argv) {
   app.set_help_all_flag("--help-all", "Help of all commands");
   bool verbose = false;
   app.add_flag("-v,--verbose", verbose, "Debug messages in the log");
-  app.footer("Exit codes: 0 done, 2 the recipe or data need a change, 3 disk or peer failed, 4 numbers went bad,\n"
-             "70 a bug in Moraine, 75 stopped by a signal after a good checkpoint (run the same line again), 130 interrupted at once.\n"
-             "Example: mpirun -n 5 moraine run recipes/flexmore/domains.yaml train.steps=500");
+  app.footer(
+      "Exit codes: 0 done, 2 the recipe or data need a change, 3 disk or peer failed, 4 numbers went bad,\n"
+      "70 a bug in Moraine, 75 stopped by a signal after a good checkpoint (run the same line again), 130 interrupted "
+      "at once.\n"
+      "Example: mpirun -n 5 moraine run recipes/flexmore/domains.yaml train.steps=500");
   int exit_code = 0;
   add_run(app, exit_code);
   add_validate(app, exit_code);
@@ -97,7 +99,8 @@ int main(int argc, char** argv) {
   } catch (const core::Error& error) {
     return cli::report_error(error);
   } catch (const std::bad_alloc&) {
-    return cli::report_error(core::IoError("out of memory", "fewer workers per machine, or a smaller micro_batch_size"));
+    return cli::report_error(
+        core::IoError("out of memory", "fewer workers per machine, or a smaller micro_batch_size"));
   } catch (const std::exception& error) {
     return cli::report_error(core::InternalError(error.what()));
   }

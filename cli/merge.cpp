@@ -4,8 +4,8 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
-#include <CLI/CLI.hpp>
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
@@ -40,20 +40,36 @@ struct MergeConfig {
 const core::Schema<MergeConfig>& merge_schema() {
   static const auto schema = [] {
     static core::Schema<MergeExpert> expert;
-    expert.field("run", &MergeExpert::run).path().doc("Run directory")
-        .field("expert", &MergeExpert::expert).doc("Name of one of its experts, a unit's label, or an artefact's id")
-        .field("artefact", &MergeExpert::artefact).path().doc("Instead of run and expert: an expert's file, from `moraine cp` or `moraine import`")
-        .field("rank", &MergeExpert::rank).min(0).doc("Cut a low-rank expert to this rank; 0 = as it is, full-size where a run has both")
+    expert.field("run", &MergeExpert::run)
+        .path()
+        .doc("Run directory")
+        .field("expert", &MergeExpert::expert)
+        .doc("Name of one of its experts, a unit's label, or an artefact's id")
+        .field("artefact", &MergeExpert::artefact)
+        .path()
+        .doc("Instead of run and expert: an expert's file, from `moraine cp` or `moraine import`")
+        .field("rank", &MergeExpert::rank)
+        .min(0)
+        .doc("Cut a low-rank expert to this rank; 0 = as it is, full-size where a run has both")
         .check([](const MergeExpert& e) -> std::optional<std::string> {
-          if (e.artefact.empty() == e.run.empty() || e.run.empty() != e.expert.empty()) return "give either run and expert, or artefact";
+          if (e.artefact.empty() == e.run.empty() || e.run.empty() != e.expert.empty())
+            return "give either run and expert, or artefact";
           return std::nullopt;
         });
     core::Schema<MergeConfig> s;
-    s.field("base", &MergeConfig::base).path().doc("Public model: a Hugging Face directory, or a run; empty = that of the first expert's run")
-        .list("experts", &MergeConfig::experts, expert).required().doc("What to merge")
-        .field("leave_out", &MergeConfig::leave_out).doc("Names of experts left out again")
-        .field("top_k", &MergeConfig::top_k).min(1).doc("Experts per token, the public one included")
-        .field("norm_topk_prob", &MergeConfig::norm_topk_prob).doc("Divide the selected gates by their sum");
+    s.field("base", &MergeConfig::base)
+        .path()
+        .doc("Public model: a Hugging Face directory, or a run; empty = that of the first expert's run")
+        .list("experts", &MergeConfig::experts, expert)
+        .required()
+        .doc("What to merge")
+        .field("leave_out", &MergeConfig::leave_out)
+        .doc("Names of experts left out again")
+        .field("top_k", &MergeConfig::top_k)
+        .min(1)
+        .doc("Experts per token, the public one included")
+        .field("norm_topk_prob", &MergeConfig::norm_topk_prob)
+        .doc("Divide the selected gates by their sum");
     s.check([](const MergeConfig& c) -> std::optional<std::string> {
       if (c.experts.empty()) return "experts must not be empty";
       if (c.base.empty() && c.experts.front().run.empty()) return "base must be given when the first expert is a file";
@@ -64,7 +80,8 @@ const core::Schema<MergeConfig>& merge_schema() {
   return schema;
 }
 
-// Of the run's experts of that name: a full-size one for rank 0 if there is one, else the low-rank one of the largest rank.
+// Of the run's experts of that name: a full-size one for rank 0 if there is one, else the low-rank one of the largest
+// rank.
 std::string expert_of_run(const coordinator::RunRecord& run, const MergeExpert& wanted) {
   std::string best;
   int64_t best_rank = -1;
@@ -84,12 +101,16 @@ std::string expert_of_run(const coordinator::RunRecord& run, const MergeExpert& 
     }
   }
   if (!best.empty()) return best;
-  if (wanted.expert.find('/') != std::string::npos || wanted.expert.size() == 64) return find_artefact(run, wanted.expert);
+  if (wanted.expert.find('/') != std::string::npos || wanted.expert.size() == 64)
+    return find_artefact(run, wanted.expert);
   const std::vector<std::string> known(names.begin(), names.end());
-  throw core::UserError(fmt::format("cli: {} has no expert '{}'", run.layout.root.string(), wanted.expert), core::name_hint(wanted.expert, known));
+  throw core::UserError(fmt::format("cli: {} has no expert '{}'", run.layout.root.string(), wanted.expert),
+                        core::name_hint(wanted.expert, known));
 }
 
-core::ArtefactPtr read_artefact(const fs::path& path) { return core::Artefact::parse(core::Bytes::map_file(path), "", path.string()); }
+core::ArtefactPtr read_artefact(const fs::path& path) {
+  return core::Artefact::parse(core::Bytes::map_file(path), "", path.string());
+}
 
 // Row 0 of the routers of mixtures that lie beside the experts: the public expert's own.
 struct PublicRows {
@@ -101,14 +122,18 @@ struct PublicRows {
   /// Those that the expert was trained against, by their digest; rows of zeros need not be found anywhere.
   std::vector<at::Tensor> matching(const core::Artefact& expert, const models::DecoderConfig& base) {
     candidates.emplace_back();
-    for (int64_t l = 0; l < base.num_layers; ++l) candidates.back().push_back(at::zeros({base.hidden_size}, at::kFloat));
+    for (int64_t l = 0; l < base.num_layers; ++l)
+      candidates.back().push_back(at::zeros({base.hidden_size}, at::kFloat));
     const core::Json& digests = expert.meta().at("base_tensors");
     for (const auto& rows : candidates) {
       const core::Json own = flexmore::fingerprint_of_base({}, rows);
-      if (std::all_of(own.items().begin(), own.items().end(), [&](const auto& entry) { return digests.value(entry.key(), "") == entry.value(); })) return rows;
+      if (std::all_of(own.items().begin(), own.items().end(),
+                      [&](const auto& entry) { return digests.value(entry.key(), "") == entry.value(); }))
+        return rows;
     }
-    throw core::UserError("cli: the public router rows that these experts were trained against were not found",
-                          "name a run that has merged a mixture, or import the mixture they came from: their rows are compared by hash");
+    throw core::UserError(
+        "cli: the public router rows that these experts were trained against were not found",
+        "name a run that has merged a mixture, or import the mixture they came from: their rows are compared by hash");
   }
 };
 
@@ -121,18 +146,22 @@ flexmore::MixtureModel public_model(const fs::path& source) {
       const auto artefact = run.state->artefact(unit.artefact);
       if (artefact->kind() != "base") continue;
       const auto config = models::DecoderConfig::from_json(artefact->meta().at("config"), artefact->file().origin());
-      const auto model = models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(), std::nullopt, artefact);
+      const auto model = models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(),
+                                                       std::nullopt, artefact);
       return {config, model.weights(), {}, 0, false};
     }
     directory = run.recipe.value("/model/path"_json_pointer, std::string());
-    if (directory.empty()) throw core::UserError(fmt::format("cli: {} has no public model yet", source.string()), "set base to a Hugging Face directory");
+    if (directory.empty())
+      throw core::UserError(fmt::format("cli: {} has no public model yet", source.string()),
+                            "set base to a Hugging Face directory");
   }
   const auto model = models::Decoder::from_directory(directory, std::nullopt);
   return {model.config(), model.weights(), {}, 0, false};
 }
 
 // Digests were taken of the tensors as workers saw them, that is in the run's compute type.
-core::Json fingerprint_like(const core::Artefact& expert, const flexmore::MixtureModel& model, const std::vector<at::Tensor>& rows) {
+core::Json fingerprint_like(const core::Artefact& expert, const flexmore::MixtureModel& model,
+                            const std::vector<at::Tensor>& rows) {
   core::Json first;
   for (const auto dtype : {at::kFloat, at::kBFloat16}) {
     std::map<std::string, at::Tensor> weights;
@@ -141,12 +170,13 @@ core::Json fingerprint_like(const core::Artefact& expert, const flexmore::Mixtur
     if (fingerprint == expert.meta().at("base_tensors")) return fingerprint;
     if (first.is_null()) first = fingerprint;
   }
-  return first;   // merge() then lists what differs
+  return first;  // merge() then lists what differs
 }
 
 void merge(const std::string& file, const std::vector<std::string>& overrides, const std::string& out) {
   const at::NoGradGuard no_grad;
-  if (fs::exists(out) && !(fs::is_directory(out) && fs::is_empty(out))) throw core::UserError(fmt::format("cli: {} exists and is not empty", out), "name a new directory");
+  if (fs::exists(out) && !(fs::is_directory(out) && fs::is_empty(out)))
+    throw core::UserError(fmt::format("cli: {} exists and is not empty", out), "name a new directory");
   core::Problems problems;
   const core::ConfigNode root = core::load_config(file, overrides, problems);
   MergeConfig config;
@@ -170,20 +200,30 @@ void merge(const std::string& file, const std::vector<std::string>& overrides, c
           if (unit.kind == "merge") rows.add(run.state->artefact(unit.artefact));
     }
     if (experts.back()->kind() != "expert" || !experts.back()->meta().contains("base_tensors"))
-      throw core::UserError(fmt::format("cli: {} is no trained expert (kind '{}')", experts.back()->file().origin(), experts.back()->kind()), "`moraine ls RUN` lists the units of a run; experts are made by train/NAME and extract/NAME");
+      throw core::UserError(
+          fmt::format("cli: {} is no trained expert (kind '{}')", experts.back()->file().origin(),
+                      experts.back()->kind()),
+          "`moraine ls RUN` lists the units of a run; experts are made by train/NAME and extract/NAME");
     ranks.push_back(wanted.rank);
   }
   flexmore::MixtureModel model = public_model(config.base.empty() ? config.experts.front().run : config.base);
   const auto public_rows = rows.matching(*experts.front(), model.base);
   model.mixture = flexmore::merge(experts, ranks, public_rows, fingerprint_like(*experts.front(), model, public_rows));
   for (const auto& name : config.leave_out)
-    if (std::erase_if(model.mixture.experts, [&](const flexmore::Expert& e) { return e.name == name; }) == 0) throw core::UserError(fmt::format("cli: leave_out: no expert '{}'", name), "leave_out takes names of experts that are merged");
+    if (std::erase_if(model.mixture.experts, [&](const flexmore::Expert& e) { return e.name == name; }) == 0)
+      throw core::UserError(fmt::format("cli: leave_out: no expert '{}'", name),
+                            "leave_out takes names of experts that are merged");
   const auto available = static_cast<int64_t>(model.mixture.experts.size()) + 1;
-  if (config.top_k > available) throw core::UserError(fmt::format("cli: top_k {} is more than the {} experts, the public one included", config.top_k, available), "lower top_k");
+  if (config.top_k > available)
+    throw core::UserError(
+        fmt::format("cli: top_k {} is more than the {} experts, the public one included", config.top_k, available),
+        "lower top_k");
   model.top_k = config.top_k;
   model.norm_topk_prob = config.norm_topk_prob;
   flexmore::write_flexmore_directory(model, out);
-  for (const auto& expert : model.mixture.experts) std::printf("%-24s %s\n", expert.name.c_str(), expert.rank() ? fmt::format("rank {}", expert.rank()).c_str() : "full-size");
+  for (const auto& expert : model.mixture.experts)
+    std::printf("%-24s %s\n", expert.name.c_str(),
+                expert.rank() ? fmt::format("rank {}", expert.rank()).c_str() : "full-size");
   const auto artefact = flexmore::write_mixture(model.mixture, {{"base", experts.front()->meta().at("base")}});
   std::printf("merged artefact: %s\nmixture: %s\n", artefact->id().c_str(), out.c_str());
 }
@@ -195,7 +235,10 @@ void add_merge(CLI::App& app, int& exit_code) {
   auto config = std::make_shared<std::string>();
   auto out = std::make_shared<std::string>();
   auto overrides = std::make_shared<std::vector<std::string>>();
-  command->add_option("config", *config, "YAML: experts: [{run, expert, rank} | {artefact, rank}], base, top_k, norm_topk_prob, leave_out")->required();
+  command
+      ->add_option("config", *config,
+                   "YAML: experts: [{run, expert, rank} | {artefact, rank}], base, top_k, norm_topk_prob, leave_out")
+      ->required();
   command->add_option("out", *out, "New directory for the mixture (FlexMoRE keys, as RUN/mixture)")->required();
   command->add_option("overrides", *overrides, "key.sub=value ...: change values of the file");
   std::string keys = merge_schema().markdown();

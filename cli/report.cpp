@@ -31,12 +31,14 @@ void report_run(const std::string& directory, const std::string& format) {
 }  // namespace
 
 void add_report(CLI::App& app, int& exit_code) {
-  auto* command = app.add_subcommand("report", "Tables of a run, finished or not; writes RUN/report.html and RUN/summary.json");
+  auto* command =
+      app.add_subcommand("report", "Tables of a run, finished or not; writes RUN/report.html and RUN/summary.json");
   auto directory = std::make_shared<std::string>();
   auto format = std::make_shared<std::string>("text");
   command->add_option("run", *directory, "Run directory")->required();
   command->add_option("--format", *format, "text | markdown | csv | json (all but text only print)")
-      ->check(CLI::IsMember({"text", "markdown", "csv", "json"}))->capture_default_str();
+      ->check(CLI::IsMember({"text", "markdown", "csv", "json"}))
+      ->capture_default_str();
   command->footer("Example: moraine report runs/quickstart");
   command->callback([=, &exit_code] {
     report_run(*directory, *format);

@@ -1,6 +1,6 @@
+#include <unistd.h>
 #include <cstdio>
 #include <thread>
-#include <unistd.h>
 
 #include <ATen/Parallel.h>
 #include <CLI/CLI.hpp>
@@ -39,7 +39,8 @@ fs::path run_directory_of(const RunArguments& arguments, const algorithms::RunCo
   return fs::absolute(run.run_dir.empty() ? fs::path("runs") / run.name : fs::path(run.run_dir));
 }
 
-worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs::path& directory, const std::string& name, int on_host) {
+worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs::path& directory,
+                                     const std::string& name, int on_host) {
   worker::WorkerOptions options;
   options.name = name;
   options.threads = static_cast<int>(run.workers.threads);
@@ -59,31 +60,37 @@ void finish_run(const algorithms::Method& method, const fs::path& directory, boo
   write_report(summary, directory);
   if (!complete) return;
   std::fputs(report::render_text(summary, {.color = color_wanted()}).c_str(), stdout);
-  if (!summary.at("hash").get<std::string>().empty()) std::printf("merged artefact: %s\n", summary.at("hash").get<std::string>().c_str());
+  if (!summary.at("hash").get<std::string>().empty())
+    std::printf("merged artefact: %s\n", summary.at("hash").get<std::string>().c_str());
   std::printf("report: %s\n", (directory / "report.html").c_str());
   std::fflush(stdout);
 }
 
 // The coordinator's part, over whatever channel. Returns the exit code; errors of set-up are thrown.
-coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments, const fs::path& directory, comm::Channel& channel) {
-  const coordinator::Recipe identity{core::read_text(arguments.recipe), core::resolved_yaml(recipe.resolved), recipe.values};
+coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments,
+                                   const fs::path& directory, comm::Channel& channel) {
+  const coordinator::Recipe identity{core::read_text(arguments.recipe), core::resolved_yaml(recipe.resolved),
+                                     recipe.values};
   const auto run_directory = coordinator::RunDirectory::open(directory, identity, arguments.accept_changes);
   write_plan_file(recipe, directory);
   worker::WorkerOptions options = worker_options(recipe.run, directory, "coordinator", 1);
-  options.device = "cpu";   // merges are light and need every artefact, which the coordinator has
+  options.device = "cpu";  // merges are light and need every artefact, which the coordinator has
   const coordinator::Coordinator* running = nullptr;
   const auto execute = [&](const algorithms::Unit& unit) {
     at::set_num_threads(options.threads);
-    worker::DirectContext context(unit, 1, options, g_signals, {.artefact = [&](const std::string& id) { return running->state().artefact(id); },
-                                                                .metric = [](const core::metrics::Record&) {},
-                                                                .progress = [](double, double) {}});
+    worker::DirectContext context(unit, 1, options, g_signals,
+                                  {.artefact = [&](const std::string& id) { return running->state().artefact(id); },
+                                   .metric = [](const core::metrics::Record&) {},
+                                   .progress = [](double, double) {}});
     return recipe.method->execute(unit, context);
   };
   coordinator::Coordinator::Options how;
   how.max_attempts = static_cast<int>(recipe.run.workers.retries);
   how.version = MORAINE_VERSION;
   how.terminal = isatty(STDERR_FILENO) == 1;
-  coordinator::Coordinator run(run_directory, channel, [&](const algorithms::RunState& state) { return recipe.method->plan(state); }, execute, how, g_signals);
+  coordinator::Coordinator run(
+      run_directory, channel, [&](const algorithms::RunState& state) { return recipe.method->plan(state); }, execute,
+      how, g_signals);
   running = &run;
   const coordinator::RunOutcome outcome = run.run();
   finish_run(*recipe.method, directory, outcome.exit_code == core::kExitOk);
@@ -112,16 +119,17 @@ int run_alone(const RunArguments& arguments) {
   const fs::path directory = run_directory_of(arguments, recipe.run);
   const algorithms::WorkersConfig& how = recipe.run.workers;
   if (how.group_size > 1 && how.device == "cuda")
-    throw core::UserError("cli: a group on GPUs needs a process for each of its members", "start the run with mpirun, or set workers.group_size=1");
+    throw core::UserError("cli: a group on GPUs needs a process for each of its members",
+                          "start the run with mpirun, or set workers.group_size=1");
   const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
   const int64_t fitting = std::max<int64_t>(1, cores / how.threads / how.group_size) * how.group_size;
   const int64_t members = how.local ? how.local : fitting;
   const int count = algorithms::num_workers(how, members);
   auto star = comm::local::make_star(count);
-  static const std::atomic<int> no_signals{0};   // the coordinator passes stop requests on
-  std::atomic<bool> leaving{false};              // after an error of the coordinator, which speaks for all
-  // One public model and one reader per data set for all. Members of a group load in step with each other, so they cannot
-  // share: one would wait for another's load, which waits for the first.
+  static const std::atomic<int> no_signals{0};  // the coordinator passes stop requests on
+  std::atomic<bool> leaving{false};             // after an error of the coordinator, which speaks for all
+  // One public model and one reader per data set for all. Members of a group load in step with each other, so they
+  // cannot share: one would wait for another's load, which waits for the first.
   const auto objects = std::make_shared<worker::ObjectCache>(32);
   std::vector<std::thread> threads;
   const auto start = [&](int worker, std::shared_ptr<comm::Group> group, std::unique_ptr<comm::Channel> channel) {
@@ -132,8 +140,10 @@ int run_alone(const RunArguments& arguments) {
         if (group->size() == 1) options.objects = objects;
         if (group->index() > 0) options.checkpoint_directory.clear();
         options.group = std::move(group);
-        if (channel) worker::serve(*channel, *recipe.method, options, no_signals);
-        else worker::serve_member(*recipe.method, options, no_signals);
+        if (channel)
+          worker::serve(*channel, *recipe.method, options, no_signals);
+        else
+          worker::serve_member(*recipe.method, options, no_signals);
       } catch (const core::Error& error) {
         if (!leaving) core::log::error("worker lost: worker={} reason={}", worker + 1, error.what());
       }
@@ -143,7 +153,8 @@ int run_alone(const RunArguments& arguments) {
   for (int worker = 0; worker < count; ++worker) {
     auto group = comm::threads::make_group(static_cast<int>(how.group_size));
     for (size_t member = 0; member < group.size(); ++member)
-      start(worker, std::move(group[member]), member == 0 ? std::move(star.workers[static_cast<size_t>(worker)]) : nullptr);
+      start(worker, std::move(group[member]),
+            member == 0 ? std::move(star.workers[static_cast<size_t>(worker)]) : nullptr);
   }
   const auto join = [&] {
     star.coordinator.reset();
@@ -161,8 +172,10 @@ int run_alone(const RunArguments& arguments) {
 }
 
 // A working process of an MPI job, alone or as a member of a group.
-int work_in_job(comm::mpi::Session& session, const algorithms::ParsedRecipe& recipe, const fs::path& directory, int members, comm::Channel& channel) {
-  auto options = worker_options(recipe.run, directory, fmt::format("worker {}", 1 + (session.index() - 1) / members), 1);
+int work_in_job(comm::mpi::Session& session, const algorithms::ParsedRecipe& recipe, const fs::path& directory,
+                int members, comm::Channel& channel) {
+  auto options =
+      worker_options(recipe.run, directory, fmt::format("worker {}", 1 + (session.index() - 1) / members), 1);
   options.device_index = session.local_worker();
   auto group = comm::mpi::make_group(session, members);
   if (members > 1 && options.device == "cuda") group = comm::nccl::make_group(std::move(group), options.device_index);
@@ -184,16 +197,18 @@ int run_in_job(const RunArguments& arguments) {
   comm::mpi::Session session;
   auto channel = comm::mpi::open_channel(session);
   const bool coordinates = session.index() == 0;
-  core::log::configure(g_log_level, coordinates ? "coordinator" : fmt::format("{}/worker{}", session.host(), session.index()));
+  core::log::configure(g_log_level,
+                       coordinates ? "coordinator" : fmt::format("{}/worker{}", session.host(), session.index()));
   try {
     if (coordinates && session.size() < 2)
-      throw core::UserError("cli: mpirun started one process: process 0 coordinates and nobody works", "mpirun -n 2 or more; or leave mpirun out to run everything in one process");
+      throw core::UserError("cli: mpirun started one process: process 0 coordinates and nobody works",
+                            "mpirun -n 2 or more; or leave mpirun out to run everything in one process");
     const auto recipe = load(arguments);
     const fs::path directory = run_directory_of(arguments, recipe.run);
     const int members = static_cast<int>(recipe.run.workers.group_size);
     algorithms::num_workers(recipe.run.workers, session.size() - 1);
     channel.reset();
-    channel = comm::mpi::open_channel(session, members);   // leaders speak for their groups
+    channel = comm::mpi::open_channel(session, members);  // leaders speak for their groups
     if (!coordinates) return work_in_job(session, recipe, directory, members, *channel);
     const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *channel);
     const int code = report_outcome(outcome);
@@ -203,12 +218,15 @@ int run_in_job(const RunArguments& arguments) {
     // One process speaks for all: workers that fail the same way as the coordinator stay silent.
     if (coordinates) {
       for (int peer = 1; peer <= channel->peers(); ++peer)
-        if (const auto sent = channel->send(peer, {comm::MessageType::kRefuse, {{"code", error.exit_code()}, {"text", error.what()}}, {}}); !sent.ok())
+        if (const auto sent = channel->send(
+                peer, {comm::MessageType::kRefuse, {{"code", error.exit_code()}, {"text", error.what()}}, {}});
+            !sent.ok())
           core::log::warn("worker not told: worker={} reason={}", peer, sent.error());
     } else {
       using namespace std::chrono_literals;
       const auto heard = channel->receive(10s);
-      if (heard.ok() && heard.value() && heard.value()->message.type == comm::MessageType::kRefuse) return error.exit_code();
+      if (heard.ok() && heard.value() && heard.value()->message.type == comm::MessageType::kRefuse)
+        return error.exit_code();
     }
     std::fprintf(stderr, "moraine: %s\n", error.what());
     if (!error.hint().empty()) std::fprintf(stderr, "  hint: %s\n", error.hint().c_str());
@@ -219,15 +237,19 @@ int run_in_job(const RunArguments& arguments) {
 }  // namespace
 
 void add_run(CLI::App& app, int& exit_code) {
-  auto* command = app.add_subcommand("run", "Run a recipe: alone, or as one process of an mpirun job; continues what is unfinished");
+  auto* command = app.add_subcommand(
+      "run", "Run a recipe: alone, or as one process of an mpirun job; continues what is unfinished");
   auto arguments = std::make_shared<RunArguments>();
   add_recipe_arguments(*command, *arguments);
   command->add_option("--run-dir", arguments->run_dir, "Run directory (default: the recipe's run_dir, or runs/<name>)");
-  command->add_flag("--accept-changes", arguments->accept_changes, "Keep a run directory whose recipe changed; unchanged units are reused");
+  command->add_flag("--accept-changes", arguments->accept_changes,
+                    "Keep a run directory whose recipe changed; unchanged units are reused");
   std::string known = "Methods:";
   for (const auto& entry : algorithms::methods()) known += fmt::format("\n  {}: {}", entry.name, entry.summary);
-  command->footer(known + "\nExamples:\n  moraine run recipes/quickstart.yaml\n  mpirun -n 5 moraine run recipes/flexmore/domains.yaml train.steps=500 top_k=3\n"
-                          "Stopped or killed? Type the same line again.");
+  command->footer(known +
+                  "\nExamples:\n  moraine run recipes/quickstart.yaml\n  mpirun -n 5 moraine run "
+                  "recipes/flexmore/domains.yaml train.steps=500 top_k=3\n"
+                  "Stopped or killed? Type the same line again.");
   command->callback([=, &exit_code] {
     install_signal_handlers();
     exit_code = comm::mpi::launched() ? run_in_job(*arguments) : run_alone(*arguments);

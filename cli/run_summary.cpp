@@ -39,13 +39,24 @@ core::Json timeline(const algorithms::Plan& plan, const coordinator::RunRecord& 
     const auto it = records.find(unit.id());
     if (it == records.end()) continue;
     const coordinator::UnitRecord& r = *it->second;
-    units.push_back({{"label", r.label}, {"kind", r.kind}, {"worker", worker_name(r.worker)}, {"start_s", r.started - shift[r.epoch]},
-                     {"end_s", r.ended - shift[r.epoch]}, {"attempt", r.attempt}, {"status", "done"}});
+    units.push_back({{"label", r.label},
+                     {"kind", r.kind},
+                     {"worker", worker_name(r.worker)},
+                     {"start_s", r.started - shift[r.epoch]},
+                     {"end_s", r.ended - shift[r.epoch]},
+                     {"attempt", r.attempt},
+                     {"status", "done"}});
   }
   for (const auto& failure : run.failures)
-    units.push_back({{"label", failure.label}, {"kind", failure.kind}, {"worker", worker_name(failure.worker)}, {"start_s", failure.started - shift[failure.epoch]},
-                     {"end_s", failure.time - shift[failure.epoch]}, {"attempt", failure.attempt}, {"status", "failed"}});
-  if (run.epochs.size() > 1) notes.push_back(fmt::format("{} starts; pauses between them are cut out", run.epochs.size()));
+    units.push_back({{"label", failure.label},
+                     {"kind", failure.kind},
+                     {"worker", worker_name(failure.worker)},
+                     {"start_s", failure.started - shift[failure.epoch]},
+                     {"end_s", failure.time - shift[failure.epoch]},
+                     {"attempt", failure.attempt},
+                     {"status", "failed"}});
+  if (run.epochs.size() > 1)
+    notes.push_back(fmt::format("{} starts; pauses between them are cut out", run.epochs.size()));
   return {{"title", "Units over workers"}, {"units", units}, {"restarts", restarts}, {"notes", notes}};
 }
 
@@ -64,12 +75,17 @@ core::Json timing(const algorithms::Plan& plan, const coordinator::RunRecord& ru
 
 void write_plan_file(const algorithms::ParsedRecipe& recipe, const std::filesystem::path& run_directory) {
   core::Json resolved = core::Json::array();
-  for (const auto& value : recipe.resolved) resolved.push_back({{"path", value.path}, {"value", value.value}, {"origin", value.origin}});
-  core::write_atomically(run_directory / kPlanFile, core::Json{{"inputs", recipe.method->inputs()}, {"resolved", resolved}}.dump(1) + "\n");
+  for (const auto& value : recipe.resolved)
+    resolved.push_back({{"path", value.path}, {"value", value.value}, {"origin", value.origin}});
+  core::write_atomically(run_directory / kPlanFile,
+                         core::Json{{"inputs", recipe.method->inputs()}, {"resolved", resolved}}.dump(1) + "\n");
 }
 
 core::Json versions() {
-  return {{"moraine", MORAINE_VERSION}, {"torch", MORAINE_TORCH_VERSION}, {"compiler", MORAINE_COMPILER}, {"build", MORAINE_BUILD}};
+  return {{"moraine", MORAINE_VERSION},
+          {"torch", MORAINE_TORCH_VERSION},
+          {"compiler", MORAINE_COMPILER},
+          {"build", MORAINE_BUILD}};
 }
 
 std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord& run) {

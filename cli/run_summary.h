@@ -14,7 +14,8 @@ namespace moraine::cli {
 /// Writes RUN/inputs.json: what the method found in its input files, and every recipe value with its origin.
 void write_plan_file(const algorithms::ParsedRecipe& recipe, const std::filesystem::path& run_directory);
 
-/// The method of a recorded run, out of RUN/recipe.json and RUN/inputs.json. Throws UserError if the run never got that far.
+/// The method of a recorded run, out of RUN/recipe.json and RUN/inputs.json. Throws UserError if the run never got that
+/// far.
 std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord& run);
 
 /// summary.json of a run (docs/formats.md): the method's tables and pictures, the time line, recipe, versions, timing.

@@ -13,13 +13,16 @@ void validate(const RecipeArguments& arguments, const std::string& format, bool 
   auto recipe = algorithms::load_recipe(arguments.recipe, arguments.overrides);
   if (!schema_only) recipe.method->open_inputs();
   core::Json rows = core::Json::array();
-  for (const auto& value : recipe.resolved) rows.push_back({{"key", value.path}, {"value", value.value}, {"origin", value.origin}});
+  for (const auto& value : recipe.resolved)
+    rows.push_back({{"key", value.path}, {"value", value.value}, {"origin", value.origin}});
   if (format == "json") {
     std::fputs((rows.dump(2) + "\n").c_str(), stdout);
     return;
   }
-  std::fputs(report::render_table(report::plain_table(arguments.recipe, {"key", "value", "origin"}, rows)).c_str(), stdout);
-  std::fputs(schema_only ? "valid: keys, types and ranges\n" : "valid: keys, types, ranges, model and data files\n", stdout);
+  std::fputs(report::render_table(report::plain_table(arguments.recipe, {"key", "value", "origin"}, rows)).c_str(),
+             stdout);
+  std::fputs(schema_only ? "valid: keys, types and ranges\n" : "valid: keys, types, ranges, model and data files\n",
+             stdout);
 }
 
 }  // namespace

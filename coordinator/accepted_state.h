@@ -11,8 +11,9 @@
 
 namespace moraine::coordinator {
 
-/// What a run directory's journal and artefacts hold, as plan(), reports and `moraine ls` see it. Artefacts lie on disk by
-/// id: DIRECTORY/ab/cd<rest of the id>.safetensors. Works on a directory that another process is writing. Thread-safe.
+/// What a run directory's journal and artefacts hold, as plan(), reports and `moraine ls` see it. Artefacts lie on disk
+/// by id: DIRECTORY/ab/cd<rest of the id>.safetensors. Works on a directory that another process is writing.
+/// Thread-safe.
 class AcceptedState final : public algorithms::RunState {
  public:
   /// Replays the ACCEPT records; the last one of a unit counts. Reads no artefact.

@@ -69,7 +69,7 @@ class Coordinator {
 
   Journal journal_;
   AcceptedState state_;
-  std::unique_ptr<core::metrics::Sink> metrics_, curves_;   // the same records as JSON lines and for TensorBoard
+  std::unique_ptr<core::metrics::Sink> metrics_, curves_;  // the same records as JSON lines and for TensorBoard
   Core core_;
   core::Progress progress_;
 

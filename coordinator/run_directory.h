@@ -32,8 +32,8 @@ struct Recipe {
 };
 
 /// Whether a change of this key makes it another recipe. Not: `name`, `run_dir`, `logging.*`, `workers.*` but
-/// `workers.threads` and `workers.group_size` (results are bit-equal only for equal ones), and any `checkpoint_every`, `log_every`,
-/// `path` or `*_path` (files count by content, in unit ids).
+/// `workers.threads` and `workers.group_size` (results are bit-equal only for equal ones), and any `checkpoint_every`,
+/// `log_every`, `path` or `*_path` (files count by content, in unit ids).
 bool is_identity_key(std::string_view key);
 
 /// The identity keys that differ, one line each: "train.steps: 100 -> 200".

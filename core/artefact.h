@@ -15,10 +15,12 @@ namespace moraine::core {
 /// unit (kind, shapes, scores), never times or host names, so that equal work gives equal ids. Thread-safe to read.
 class Artefact {
  public:
-  /// Builds the canonical bytes; `kind` ("expert", "mixture", "evaluation", ...) becomes meta()["kind"]. Throws InternalError
-  /// on duplicate names or a tensor whose bytes do not fit its shape.
-  static std::shared_ptr<const Artefact> create(const std::string& kind, Json meta, std::span<const TensorView> tensors);
-  /// Parses bytes that came from disk or a peer. Throws UserError if malformed or if `expected_id` (non-empty) is not their hash.
+  /// Builds the canonical bytes; `kind` ("expert", "mixture", "evaluation", ...) becomes meta()["kind"]. Throws
+  /// InternalError on duplicate names or a tensor whose bytes do not fit its shape.
+  static std::shared_ptr<const Artefact> create(const std::string& kind, Json meta,
+                                                std::span<const TensorView> tensors);
+  /// Parses bytes that came from disk or a peer. Throws UserError if malformed or if `expected_id` (non-empty) is not
+  /// their hash.
   static std::shared_ptr<const Artefact> parse(Bytes bytes, const std::string& expected_id, const std::string& origin);
 
   const std::string& id() const { return id_; }

@@ -11,11 +11,11 @@ namespace moraine::core {
 /// Process exit codes; part of the command line's interface (docs/formats.md).
 enum ExitCode : int {
   kExitOk = 0,
-  kExitUser = 2,        // the user can fix it: recipe, data, paths
-  kExitIo = 3,          // the outside world failed: disk, peer, time-out
-  kExitNumeric = 4,     // numbers went bad
-  kExitInternal = 70,   // our bug
-  kExitRequeue = 75,    // stopped by a signal after a good checkpoint: run the same line again
+  kExitUser = 2,       // the user can fix it: recipe, data, paths
+  kExitIo = 3,         // the outside world failed: disk, peer, time-out
+  kExitNumeric = 4,    // numbers went bad
+  kExitInternal = 70,  // our bug
+  kExitRequeue = 75,   // stopped by a signal after a good checkpoint: run the same line again
   kExitInterrupted = 130,
 };
 
@@ -50,11 +50,13 @@ struct TimeoutError : Error {
 };
 /// Numbers went bad: NaN or Inf in a loss, a gradient, a contribution. Exit code 4.
 struct NumericError : Error {
-  explicit NumericError(const std::string& message, std::string hint = "") : Error(message, std::move(hint), kExitNumeric) {}
+  explicit NumericError(const std::string& message, std::string hint = "")
+      : Error(message, std::move(hint), kExitNumeric) {}
 };
 /// A good checkpoint was written because a signal asked to stop. Exit code 75.
 struct StopRequested : Error {
-  explicit StopRequested(const std::string& message) : Error(message, "run the same command again to continue", kExitRequeue) {}
+  explicit StopRequested(const std::string& message)
+      : Error(message, "run the same command again to continue", kExitRequeue) {}
 };
 /// Our bug. Exit code 70. Thrown by MORAINE_CHECK*.
 struct InternalError : Error {
@@ -66,15 +68,15 @@ struct InternalError : Error {
 
 }  // namespace moraine::core
 
-#define MORAINE_CHECK(condition, ...)                                                                              \
-  do {                                                                                                             \
+#define MORAINE_CHECK(condition, ...)                                                                                \
+  do {                                                                                                               \
     if (!(condition)) ::moraine::core::throw_check_failed(__FILE__, __LINE__, #condition, fmt::format(__VA_ARGS__)); \
   } while (0)
-#define MORAINE_CHECK_EQ(a, b)                                                                                     \
-  do {                                                                                                             \
-    const auto& moraine_check_a = (a);                                                                             \
-    const auto& moraine_check_b = (b);                                                                             \
-    if (!(moraine_check_a == moraine_check_b))                                                                     \
-      ::moraine::core::throw_check_failed(__FILE__, __LINE__, #a " == " #b,                                        \
-                                          fmt::format("{} vs {}", moraine_check_a, moraine_check_b));              \
+#define MORAINE_CHECK_EQ(a, b)                                                                        \
+  do {                                                                                                \
+    const auto& moraine_check_a = (a);                                                                \
+    const auto& moraine_check_b = (b);                                                                \
+    if (!(moraine_check_a == moraine_check_b))                                                        \
+      ::moraine::core::throw_check_failed(__FILE__, __LINE__, #a " == " #b,                           \
+                                          fmt::format("{} vs {}", moraine_check_a, moraine_check_b)); \
   } while (0)

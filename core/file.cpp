@@ -84,7 +84,8 @@ std::string read_text(const fs::path& path) {
   if (!file.ok() && (errno == ENOENT || errno == ENOTDIR))
     throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
   if (!file.ok()) throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(errno)));
-  if (fs::is_directory(path)) throw UserError(fmt::format("{} is a directory, not a file", path.string()), "check the path");
+  if (fs::is_directory(path))
+    throw UserError(fmt::format("{} is a directory, not a file", path.string()), "check the path");
   std::string text;
   if (struct stat info{}; ::fstat(file.get(), &info) == 0 && S_ISREG(info.st_mode))
     text.reserve(static_cast<size_t>(info.st_size));

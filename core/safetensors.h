@@ -41,8 +41,8 @@ struct TensorView {
 };
 
 /// A parsed safetensors file. Strict: header length, JSON, offsets, overlaps, gaps, sizes and trailing bytes are all
-/// checked before a tensor is handed out. Views stay valid while the object (or a copy of it) lives. Thread-safe to read.
-/// Data of files written elsewhere may be unaligned. Overwriting a file in place while it is mapped is undefined.
+/// checked before a tensor is handed out. Views stay valid while the object (or a copy of it) lives. Thread-safe to
+/// read. Data of files written elsewhere may be unaligned. Overwriting a file in place while it is mapped is undefined.
 ///
 ///   const auto file = Safetensors::open("expert.safetensors");
 ///   const TensorView* weight = file.find("layers.0.up.lora_A");   // shape, dtype and bytes; nullptr when absent
@@ -52,8 +52,8 @@ class Safetensors {
   static Safetensors parse(Bytes bytes, std::string origin);
   static Safetensors open(const std::filesystem::path& path);
 
-  const std::vector<TensorView>& tensors() const { return tensors_; }           // sorted by name
-  const TensorView* find(std::string_view name) const;                          // nullptr when absent
+  const std::vector<TensorView>& tensors() const { return tensors_; }  // sorted by name
+  const TensorView* find(std::string_view name) const;                 // nullptr when absent
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const Bytes& bytes() const { return bytes_; }
   const std::string& origin() const { return origin_; }
@@ -66,12 +66,14 @@ class Safetensors {
 };
 
 /// Serialises canonically: sorted keys, the data 8-byte aligned and without gaps, wide elements first, then by name, so
-/// that every tensor is aligned to its element; equal input in any order gives equal bytes. Throws InternalError on duplicate names or a size that disagrees with shape and dtype.
+/// that every tensor is aligned to its element; equal input in any order gives equal bytes. Throws InternalError on
+/// duplicate names or a size that disagrees with shape and dtype.
 std::vector<std::byte> serialize_safetensors(std::span<const TensorView> tensors,
                                              const std::map<std::string, std::string>& metadata);
 
 /// All tensors of a Hugging Face directory: model.safetensors, or the shards of model.safetensors.index.json.
-/// Throws UserError if a shard is missing or if index and shards disagree about where a tensor is (so none stands twice).
+/// Throws UserError if a shard is missing or if index and shards disagree about where a tensor is (so none stands
+/// twice).
 class ShardedSafetensors {
  public:
   static ShardedSafetensors open(const std::filesystem::path& directory);

@@ -92,14 +92,16 @@ fs::path directory_of(const std::string& unit) {
   for (char& c : text)
     if (std::isalnum(static_cast<unsigned char>(c)) == 0 && std::strchr("/-_.", c) == nullptr) c = '_';
   fs::path path;
-  for (const fs::path& part : fs::path(text).relative_path()) path /= part == ".." || part == "." ? fs::path("_") : part;
+  for (const fs::path& part : fs::path(text).relative_path())
+    path /= part == ".." || part == "." ? fs::path("_") : part;
   return path.empty() ? fs::path("_") : path;
 }
 
 class TensorBoardSink : public Sink {
  public:
   explicit TensorBoardSink(fs::path directory)
-      : directory_(std::move(directory)), file_(fmt::format("events.out.tfevents.{}.moraine", static_cast<int64_t>(now()))) {}
+      : directory_(std::move(directory)),
+        file_(fmt::format("events.out.tfevents.{}.moraine", static_cast<int64_t>(now()))) {}
 
   void record(const Record& record) override {
     const std::lock_guard lock(mutex_);

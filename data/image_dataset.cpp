@@ -53,7 +53,8 @@ struct ImageDataset::Splits {
   Split& find(const std::string& name) {
     const auto at = std::find(kSplits.begin(), kSplits.end(), name);
     if (at == kSplits.end())
-      throw core::UserError(fmt::format("data: no split '{}': {}", name, file.path().string()), "splits are train and test");
+      throw core::UserError(fmt::format("data: no split '{}': {}", name, file.path().string()),
+                            "splits are train and test");
     return splits[static_cast<size_t>(at - kSplits.begin())];
   }
 
@@ -65,10 +66,12 @@ struct ImageDataset::Splits {
     for (const char* name : kSplits) {
       Split& split = find(name);
       const auto shape = file.shape(std::string(name) + "/images");
-      if (shape.size() != 4 || *std::min_element(shape.begin(), shape.end()) < 1) reject("images are not [n, C, H, W]", name);
+      if (shape.size() != 4 || *std::min_element(shape.begin(), shape.end()) < 1)
+        reject("images are not [n, C, H, W]", name);
       const std::array image = {shape[1], shape[2], shape[3]};
       if (info.channels == 0) info.channels = image[0], info.height = image[1], info.width = image[2];
-      if (image != std::array{info.channels, info.height, info.width}) reject("images have another shape than those", name);
+      if (image != std::array{info.channels, info.height, info.width})
+        reject("images have another shape than those", name);
       split.size = shape[0];
       split.labels = file.read_all<int64_t>(std::string(name) + "/labels");
       if (static_cast<int64_t>(split.labels.size()) != split.size) reject("labels do not fit the images", name);

@@ -34,7 +34,8 @@ class ImageDataset {
   const std::vector<int64_t>& labels(const std::string& split) const;
   /// Images `rows` of a split, row-major [rows, channels, height, width], (pixel / 255 - mean) / deviation.
   /// Throws InternalError on a row outside the split, IoError or UserError when the file cannot be read.
-  std::vector<float> batch(const std::string& split, std::span<const int64_t> rows, double mean, double deviation) const;
+  std::vector<float> batch(const std::string& split, std::span<const int64_t> rows, double mean,
+                           double deviation) const;
 
  private:
   struct Splits;

@@ -21,12 +21,14 @@ std::map<int64_t, std::vector<int64_t>> rows_by_class(const std::vector<int64_t>
 }
 
 // `count` (0 = all the rest) of `rows` from position `first` of a permutation that seed and class choose.
-std::vector<int64_t> draw(const std::vector<int64_t>& rows, uint64_t seed, const std::string& purpose, int64_t first, int64_t count) {
+std::vector<int64_t> draw(const std::vector<int64_t>& rows, uint64_t seed, const std::string& purpose, int64_t first,
+                          int64_t count) {
   const auto size = static_cast<int64_t>(rows.size());
   if (size == 0) return {};
   const Permutation order(size, core::derive_seed(seed, purpose));
   std::vector<int64_t> out;
-  for (int64_t i = first; i < (count ? std::min(size, first + count) : size); ++i) out.push_back(rows[static_cast<size_t>(order(i))]);
+  for (int64_t i = first; i < (count ? std::min(size, first + count) : size); ++i)
+    out.push_back(rows[static_cast<size_t>(order(i))]);
   return out;
 }
 
@@ -73,7 +75,8 @@ std::vector<int64_t> class_order(int64_t num_classes, uint32_t seed) {
 std::optional<std::string> problem_of(const TaskStreamSpec& spec, int64_t num_classes) {
   std::map<int64_t, std::string> place;
   const auto enter = [&](int64_t label, const std::string& where) -> std::optional<std::string> {
-    if (label < 0 || label >= num_classes) return fmt::format("class {} of {} is outside the data set's 0..{}", label, where, num_classes - 1);
+    if (label < 0 || label >= num_classes)
+      return fmt::format("class {} of {} is outside the data set's 0..{}", label, where, num_classes - 1);
     const auto [at, inserted] = place.emplace(label, where);
     if (!inserted) return fmt::format("class {} stands twice: in {} and in {}", label, at->second, where);
     return std::nullopt;
@@ -83,7 +86,8 @@ std::optional<std::string> problem_of(const TaskStreamSpec& spec, int64_t num_cl
   if (spec.tasks.empty()) {
     const int64_t left = num_classes - static_cast<int64_t>(spec.leave_out.size());
     if (left < 2) return fmt::format("leave_out leaves {} of {} classes", left, num_classes);
-    if (spec.base_classes > left) return fmt::format("base_classes {} is more than the {} classes there are", spec.base_classes, left);
+    if (spec.base_classes > left)
+      return fmt::format("base_classes {} is more than the {} classes there are", spec.base_classes, left);
     return std::nullopt;
   }
   for (size_t task = 0; task < spec.tasks.size(); ++task) {
@@ -99,7 +103,8 @@ std::optional<std::string> problem_of(const TaskStreamSpec& spec, int64_t num_cl
 TaskStream TaskStream::make(const ImageDataset& dataset, const TaskStreamSpec& spec) {
   const ImageSetInfo& info = dataset.info();
   if (const auto problem = problem_of(spec, info.num_classes()))
-    throw core::UserError(fmt::format("data: task stream over {}: {}", dataset.path().string(), *problem), "every class stands in one task or in leave_out");
+    throw core::UserError(fmt::format("data: task stream over {}: {}", dataset.path().string(), *problem),
+                          "every class stands in one task or in leave_out");
   const auto train = rows_by_class(dataset.labels("train")), test = rows_by_class(dataset.labels("test"));
   const auto rows_of = [](const auto& rows, int64_t label) {
     const auto at = rows.find(label);
@@ -107,17 +112,23 @@ TaskStream TaskStream::make(const ImageDataset& dataset, const TaskStreamSpec& s
   };
   TaskStream stream;
   stream.evaluated_split = spec.evaluate_validation ? "train" : "test";
-  core::Json described = {{"format", 1}, {"scenario", "class_incremental"}, {"fingerprint", info.fingerprint}, {"evaluated", stream.evaluated_split}, {"tasks", core::Json::array()}};
+  core::Json described = {{"format", 1},
+                          {"scenario", "class_incremental"},
+                          {"fingerprint", info.fingerprint},
+                          {"evaluated", stream.evaluated_split},
+                          {"tasks", core::Json::array()}};
   for (auto& classes : class_lists(spec, info.num_classes())) {
     Task task{std::move(classes), {}, {}};
     for (const int64_t label : task.classes) {
       const std::string purpose = fmt::format("stream/class{}", label);
       const auto own = rows_of(train, label);
       const auto trained = draw(own, spec.seed, purpose, spec.validation_per_class, spec.train_per_class);
-      const auto tested = spec.evaluate_validation ? draw(own, spec.seed, purpose, 0, std::max<int64_t>(1, spec.validation_per_class))
-                                                   : draw(rows_of(test, label), spec.seed, purpose + "/test", 0, spec.test_per_class);
+      const auto tested = spec.evaluate_validation
+                              ? draw(own, spec.seed, purpose, 0, std::max<int64_t>(1, spec.validation_per_class))
+                              : draw(rows_of(test, label), spec.seed, purpose + "/test", 0, spec.test_per_class);
       if (trained.empty() || tested.empty())
-        throw core::UserError(fmt::format("data: class {} ({}) has no image left to {} on: {}", label, info.class_names[static_cast<size_t>(label)],
+        throw core::UserError(fmt::format("data: class {} ({}) has no image left to {} on: {}", label,
+                                          info.class_names[static_cast<size_t>(label)],
                                           trained.empty() ? "train" : "test", dataset.path().string()),
                               "leave the class out, or lower validation_per_class");
       task.train.insert(task.train.end(), trained.begin(), trained.end());

@@ -11,25 +11,26 @@
 namespace moraine::data {
 
 /// The permutation of 0..num_classes-1 that `np.random.seed(seed); np.random.permutation(num_classes)` gives: the class
-/// orders of iCaRL, PyCIL and PILOT (seed 1993; 100 classes start 68 56 78 8 23 84 90 65 74 76). Same on every platform.
+/// orders of iCaRL, PyCIL and PILOT (seed 1993; 100 classes start 68 56 78 8 23 84 90 65 74 76). Same on every
+/// platform.
 std::vector<int64_t> class_order(int64_t num_classes, uint32_t seed);
 
 /// What cuts a data set into a class-incremental stream. Classes are labels.
 struct TaskStreamSpec {
   std::vector<std::vector<int64_t>> tasks = {};  // explicit class lists; empty = base_classes and increment
-  int64_t base_classes = 0;                 // B{m}: classes of the first task; 0 = increment
-  int64_t increment = 2;                    // Inc{n}: new classes per task; the last task takes what is left
-  std::vector<int64_t> leave_out = {};      // classes that are in no task
-  int64_t train_per_class = 0;              // images of each class; 0 = all
+  int64_t base_classes = 0;                      // B{m}: classes of the first task; 0 = increment
+  int64_t increment = 2;                         // Inc{n}: new classes per task; the last task takes what is left
+  std::vector<int64_t> leave_out = {};           // classes that are in no task
+  int64_t train_per_class = 0;                   // images of each class; 0 = all
   int64_t test_per_class = 0;
-  int64_t validation_per_class = 0;         // training images of each class that are never trained on
-  bool evaluate_validation = false;         // `test` rows are these instead of the test split's
-  uint64_t seed = 0;                        // chooses the images when there is a limit
-  int64_t order = -1;                       // -1 = as the labels (or lists) stand; else seed of class_order()
+  int64_t validation_per_class = 0;  // training images of each class that are never trained on
+  bool evaluate_validation = false;  // `test` rows are these instead of the test split's
+  uint64_t seed = 0;                 // chooses the images when there is a limit
+  int64_t order = -1;                // -1 = as the labels (or lists) stand; else seed of class_order()
 };
 
-/// A problem of a spec on a data set of so many classes, found without its images: a class twice, missing or unknown, nothing
-/// left for a task. nullopt when there is none.
+/// A problem of a spec on a data set of so many classes, found without its images: a class twice, missing or unknown,
+/// nothing left for a task. nullopt when there is none.
 std::optional<std::string> problem_of(const TaskStreamSpec& spec, int64_t num_classes);
 
 /// A stream of tasks with disjoint classes (scenarios class-incremental and task-incremental: they differ in the

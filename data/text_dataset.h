@@ -26,8 +26,8 @@ struct TextDomainInfo {
 class TextDataset {
  public:
   /// Throws UserError if the file is missing, is not a text-domain file of a version this build reads, or was made with
-  /// another tokeniser than `expected_tokenizer` (when not empty), and if seq_len < 1, there is no such split, the split
-  /// holds fewer than seq_len + 1 tokens, or its parts contradict each other.
+  /// another tokeniser than `expected_tokenizer` (when not empty), and if seq_len < 1, there is no such split, the
+  /// split holds fewer than seq_len + 1 tokens, or its parts contradict each other.
   static TextDataset open(const std::filesystem::path& path, const std::string& split, int64_t seq_len,
                           const std::string& expected_tokenizer = "");
 

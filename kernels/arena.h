@@ -11,7 +11,8 @@ namespace moraine::kernels {
 class Arena {
  public:
   Arena() = default;
-  /// Throws InternalError if the workspace is misaligned. `who` starts the message of overflow errors; it must outlive this.
+  /// Throws InternalError if the workspace is misaligned. `who` starts the message of overflow errors; it must outlive
+  /// this.
   Arena(Workspace workspace, const char* who);
 
   template <class T>

@@ -12,11 +12,16 @@ Path best_path() {
 
 const char* path_name(Path path) {
   switch (path) {
-    case Path::kAuto: return "auto";
-    case Path::kScalar: return "scalar";
-    case Path::kAvx2: return "avx2";
-    case Path::kAvx512: return "avx512";
-    case Path::kAvx512Bf16: return "avx512_bf16";
+    case Path::kAuto:
+      return "auto";
+    case Path::kScalar:
+      return "scalar";
+    case Path::kAvx2:
+      return "avx2";
+    case Path::kAvx512:
+      return "avx512";
+    case Path::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "?";
 }

@@ -4,9 +4,9 @@
 #include "kernels/route.h"
 #include "kernels/types.h"
 
-/// The primitives every operation of this folder is composed of; one table per (CPU family, dtype) and one per CUDA dtype.
-/// Arguments have been checked. Pair buffers hold the backend's pair type: the accumulate type on the CPU, the storage type on
-/// CUDA.
+/// The primitives every operation of this folder is composed of; one table per (CPU family, dtype) and one per CUDA
+/// dtype. Arguments have been checked. Pair buffers hold the backend's pair type: the accumulate type on the CPU, the
+/// storage type on CUDA.
 namespace moraine::kernels {
 
 /// Activation rows read or written through the route: sorted position s uses row perm[s] / divisor, divisor = slots for
@@ -102,9 +102,9 @@ struct FfnHiddenBackwardArgs {  // dh = g q + down term; da, db, h [P, width]; t
 struct MaskArgs {  // masked_u = s u m, masked_v = s v m (pair type), dmask = s u v; each optional
   int64_t tokens, row;
   float scale;
-  const void *u, *v, *mask;     // accumulate type
-  void *masked_u, *masked_v;    // pair type
-  void* dmask;                  // accumulate type
+  const void *u, *v, *mask;   // accumulate type
+  void *masked_u, *masked_v;  // pair type
+  void* dmask;                // accumulate type
 };
 
 /// The ranks every token selects, both ways round; row t of a buffer starts at t ld.
@@ -112,7 +112,7 @@ struct Selection {
   int64_t tokens, rank, ld;
   const int64_t* token_begin;  // [T+1] into ranks
   const int32_t* ranks;
-  const int64_t* rank_begin;   // [R+1] into tokens_of
+  const int64_t* rank_begin;  // [R+1] into tokens_of
   const int32_t* tokens_of;
 };
 struct SelectedShrinkArgs {  // out[t, i] = <x_t, matrix[i, :]> for the selected i, the rest is left alone
@@ -146,8 +146,8 @@ struct SelectedPrimitives {
 };
 
 struct Backend {
-  size_t pair_size;                                     // bytes of one pair-buffer element
-  size_t (*segments_bytes)(int64_t experts);            // storage of make_segments
+  size_t pair_size;                           // bytes of one pair-buffer element
+  size_t (*segments_bytes)(int64_t experts);  // storage of make_segments
   Segments (*make_segments)(const Route&, const int64_t* row_offsets, int64_t max_rank, void* storage, const Exec&);
   /// Scratch any primitive below may use, for that many pairs and those widest sizes.
   size_t (*scratch_bytes)(int64_t pairs, int64_t max_rank, int64_t max_width);

@@ -43,15 +43,15 @@ void check_experts(const RaggedExperts& x, const Exec& exec, const char* who) {
   for (int64_t e = 0; e < x.num_experts; ++e) {
     const int64_t rank = x.row_offsets[e + 1] - x.row_offsets[e];
     MORAINE_CHECK(rank >= 0, "{}: row offsets decrease at expert {}", who, e);
-    MORAINE_CHECK(!x.dense() || rank == 0 || rank == x.d_out, "{}: dense expert {} has {} rows, d_out is {}", who, e, rank,
-                  x.d_out);
+    MORAINE_CHECK(!x.dense() || rank == 0 || rank == x.d_out, "{}: dense expert {} has {} rows, d_out is {}", who, e,
+                  rank, x.d_out);
   }
   MORAINE_CHECK(total_rank(x) == 0 || x.a != nullptr, "{}: weights missing", who);
   MORAINE_CHECK(aligned(x.a, x.dtype, exec) && aligned(x.bt, x.dtype, exec), "{}: weights are not aligned", who);
   if (exec.device == Device::kCuda) {
     MORAINE_CHECK(x.row_offsets_device != nullptr, "{}: device copy of the row offsets missing", who);
-    MORAINE_CHECK(x.d_in % 8 == 0 && x.d_out % 8 == 0, "{}: CUDA needs widths that are multiples of 8: {} and {}", who, x.d_in,
-                  x.d_out);
+    MORAINE_CHECK(x.d_in % 8 == 0 && x.d_out % 8 == 0, "{}: CUDA needs widths that are multiples of 8: {} and {}", who,
+                  x.d_in, x.d_out);
   }
 }
 
@@ -61,14 +61,14 @@ void check_rows(const void* data, int64_t ld, int64_t tokens, int64_t width, DTy
   MORAINE_CHECK(data != nullptr, "{}: missing", who);
   MORAINE_CHECK(ld >= width, "{}: leading dimension {} is below the width {}", who, ld, width);
   MORAINE_CHECK(aligned(data, dtype, exec), "{}: not aligned for {}", who, core::safetensors_name(dtype));
-  MORAINE_CHECK(exec.device == Device::kCpu || ld % 8 == 0, "{}: CUDA needs a leading dimension that is a multiple of 8: {}", who,
-                ld);
+  MORAINE_CHECK(exec.device == Device::kCpu || ld % 8 == 0,
+                "{}: CUDA needs a leading dimension that is a multiple of 8: {}", who, ld);
 }
 
 void check_route(const Route* route, const RaggedExperts& experts, const char* who) {
   MORAINE_CHECK(route != nullptr, "{}: route missing", who);
-  MORAINE_CHECK(route->experts == experts.num_experts, "{}: route is for {} experts, the weights hold {}", who, route->experts,
-                experts.num_experts);
+  MORAINE_CHECK(route->experts == experts.num_experts, "{}: route is for {} experts, the weights hold {}", who,
+                route->experts, experts.num_experts);
 }
 
 void check_gates(const void* gates, const Route& route, DType dtype, const Exec& exec, const char* who) {
@@ -79,8 +79,9 @@ void check_gates(const void* gates, const Route& route, DType dtype, const Exec&
   if (exec.device == Device::kCuda) return cuda_check_finite(gates, n, exec);
   const int64_t bad = dtype == DType::kF64 ? first_not_finite<double>(gates, n) : first_not_finite<float>(gates, n);
   if (bad < n)
-    throw core::NumericError(fmt::format("{}: gate of token {} slot {} is not finite", who, bad / route.slots, bad % route.slots),
-                          "check the router's logits: they or the tokens hold NaN or Inf");
+    throw core::NumericError(
+        fmt::format("{}: gate of token {} slot {} is not finite", who, bad / route.slots, bad % route.slots),
+        "check the router's logits: they or the tokens hold NaN or Inf");
 }
 
 }  // namespace moraine::kernels

@@ -6,10 +6,14 @@ namespace moraine::kernels {
 
 const Backend* avx2_backend(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return &Cpu<VecAvx2, float>::table();
-    case DType::kBF16: return &Cpu<VecAvx2, BFloat16>::table();
-    case DType::kF16: return &Cpu<VecAvx2, Float16>::table();
-    default: return nullptr;
+    case DType::kF32:
+      return &Cpu<VecAvx2, float>::table();
+    case DType::kBF16:
+      return &Cpu<VecAvx2, BFloat16>::table();
+    case DType::kF16:
+      return &Cpu<VecAvx2, Float16>::table();
+    default:
+      return nullptr;
   }
 }
 

@@ -4,16 +4,17 @@
 #include "kernels/cpu_gemm.h"
 #include "kernels/tasks.h"
 
-/// What the CPU primitives share: sizes of tasks, scratch memory, vectors over rows, one expert's product for a block of tokens.
+/// What the CPU primitives share: sizes of tasks, scratch memory, vectors over rows, one expert's product for a block
+/// of tokens.
 namespace moraine::kernels {
 namespace {
 
-constexpr int64_t kTokenBlock = 96;        // rows of a shrink task
-constexpr int64_t kRankBlock = 128;        // ranks of a shrink task
-constexpr int64_t kPairBlock = 2048;       // pairs of an expand task: weights come from memory once for so many
-constexpr int64_t kOuterStrip = 256;       // columns of an outer task
-constexpr int64_t kHiddenStrip = 128;      // columns of a hidden task; fixes the order of <h, q>
-constexpr size_t kBufferBytes = 1 << 20;   // pair rows of one expand task; those of one expert should fit the L2 cache
+constexpr int64_t kTokenBlock = 96;       // rows of a shrink task
+constexpr int64_t kRankBlock = 128;       // ranks of a shrink task
+constexpr int64_t kPairBlock = 2048;      // pairs of an expand task: weights come from memory once for so many
+constexpr int64_t kOuterStrip = 256;      // columns of an outer task
+constexpr int64_t kHiddenStrip = 128;     // columns of a hidden task; fixes the order of <h, q>
+constexpr size_t kBufferBytes = 1 << 20;  // pair rows of one expand task; those of one expert should fit the L2 cache
 
 struct ThreadScratch {
   alignas(64) char panel[kPanelBytes];
@@ -61,10 +62,10 @@ struct CpuCommon {
     return from;
   }
 
-  // Adds one term for tokens [t0, t1) and columns [c0, c0 + width) to pair rows `buffer` (row p - t0 k, `width` apart) and marks
-  // them live. Only live rows hold anything.
-  static void expand_block(const ExpandTerm& term, const Route& route, int64_t matrix_width, int64_t t0, int64_t t1, int64_t c0,
-                           int64_t width, Acc* buffer, unsigned char* live, void* panel) {
+  // Adds one term for tokens [t0, t1) and columns [c0, c0 + width) to pair rows `buffer` (row p - t0 k, `width` apart)
+  // and marks them live. Only live rows hold anything.
+  static void expand_block(const ExpandTerm& term, const Route& route, int64_t matrix_width, int64_t t0, int64_t t1,
+                           int64_t c0, int64_t width, Acc* buffer, unsigned char* live, void* panel) {
     for (int64_t e = 0; e < route.experts; ++e) {
       const int64_t rank = rank_of(term.segments, e), ld = padded_rank(rank);
       if (rank == 0) continue;
@@ -73,7 +74,8 @@ struct CpuCommon {
       if (s0 == s1) continue;
       const auto local = [&](int64_t m) { return route.perm[s0 + m] - t0 * route.slots; };
       const bool add = live[local(0)] != 0;  // a row is live by its expert, so all of these are or none
-      const Acc* pairs = static_cast<const Acc*>(term.pairs) + term.segments.pair_offsets[e] + (s0 - route.offsets[e]) * ld;
+      const Acc* pairs =
+          static_cast<const Acc*>(term.pairs) + term.segments.pair_offsets[e] + (s0 - route.offsets[e]) * ld;
       const auto c_row = [&](int64_t m) { return buffer + local(m) * width; };
       if (term.matrix == nullptr) {
         for (int64_t m = 0; m < s1 - s0; ++m)
@@ -81,7 +83,8 @@ struct CpuCommon {
       } else {
         const S* matrix = static_cast<const S*>(term.matrix) + term.segments.row_offsets[e] * matrix_width + c0;
         const auto q_row = [&](int64_t k) { return matrix + k * matrix_width; };
-        G::multiply_rows(s1 - s0, width, rank, [&](int64_t m) { return pairs + m * ld; }, 1, q_row, c_row, add, panel);
+        G::multiply_rows(
+            s1 - s0, width, rank, [&](int64_t m) { return pairs + m * ld; }, 1, q_row, c_row, add, panel);
       }
       for (int64_t m = 0; m < s1 - s0; ++m) live[local(m)] = 1;
     }

@@ -9,10 +9,14 @@ bool path_available(Path path) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   switch (path) {
     case Path::kAuto:
-    case Path::kScalar: return true;
-    case Path::kAvx2: return avx2;
-    case Path::kAvx512: return avx512;
-    case Path::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Path::kScalar:
+      return true;
+    case Path::kAvx2:
+      return avx2;
+    case Path::kAvx512:
+      return avx512;
+    case Path::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 }

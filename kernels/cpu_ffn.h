@@ -9,14 +9,14 @@ namespace {
 template <class V, class S>
 struct CpuFfn : CpuCommon<V, S> {
   using Base = CpuCommon<V, S>;
+  using Base::columns;
+  using Base::expand_block;
+  using Base::flops_of;
+  using Base::load;
+  using Base::scratch_of;
+  using Base::store;
   using typename Base::Acc;
   using typename Base::G;
-  using Base::scratch_of;
-  using Base::flops_of;
-  using Base::expand_block;
-  using Base::columns;
-  using Base::load;
-  using Base::store;
 
   // Runs body(t0, t1, c0, width, strip, scratch) over token blocks x strips of the hidden width.
   template <class Body>
@@ -75,7 +75,8 @@ struct CpuFfn : CpuCommon<V, S> {
       const int64_t p = t * route.slots + j, local = p - t0 * route.slots;
       if (route.inverse[p] < 0) continue;
       const int64_t e = expert_of(route, p);
-      const auto gate_scale = V::set1(static_cast<Acc>(a.gate_scale[e])), up_scale = V::set1(static_cast<Acc>(a.up_scale[e]));
+      const auto gate_scale = V::set1(static_cast<Acc>(a.gate_scale[e])),
+                 up_scale = V::set1(static_cast<Acc>(a.up_scale[e]));
       const auto g = V::set1(static_cast<const Acc*>(a.gates)[p]);
       S* h = static_cast<S*>(a.h) + p * a.width + c0;
       S* save_a = a.a == nullptr ? nullptr : static_cast<S*>(a.a) + p * a.width + c0;

@@ -6,11 +6,13 @@
 
 #include "kernels/cpu_storage.h"
 
-/// The two products every CPU primitive is made of, as templates over a vector type V (cpu_vec_*.h) and a storage type S.
+/// The two products every CPU primitive is made of, as templates over a vector type V (cpu_vec_*.h) and a storage type
+/// S.
 ///
 /// Both keep, for each output element, one order of operations that no blocking, tile shape or thread count changes:
-/// dot_rows sums lane l over columns l, l + W, .. of a chunk of kChunk columns, adds the lanes by a fixed tree and the chunks in
-/// order; multiply_rows is one chain over k. Internal linkage throughout, for the reason given in cpu_vec_x86.h.
+/// dot_rows sums lane l over columns l, l + W, .. of a chunk of kChunk columns, adds the lanes by a fixed tree and the
+/// chunks in order; multiply_rows is one chain over k. Internal linkage throughout, for the reason given in
+/// cpu_vec_x86.h.
 
 // Tiles must live in registers; left to itself GCC keeps some of them in memory.
 #define MORAINE_UNROLL _Pragma("GCC unroll 16")
@@ -18,11 +20,12 @@
 namespace moraine::kernels {
 namespace {
 
-constexpr int64_t kChunk = 1024;       // columns per partial dot product
-constexpr int64_t kPanelDepth = 256;   // k rows packed at once
-constexpr int64_t kDirectDepth = 32;   // k rows of a product that is not packed: rows a power of two apart share cache sets
-constexpr int64_t kPanelWidth = 128;   // columns packed at once
-constexpr int64_t kStayRanks = 64;     // a chunk of so many weight rows stays in the L2 cache while token rows pass
+constexpr int64_t kChunk = 1024;      // columns per partial dot product
+constexpr int64_t kPanelDepth = 256;  // k rows packed at once
+constexpr int64_t kDirectDepth =
+    32;  // k rows of a product that is not packed: rows a power of two apart share cache sets
+constexpr int64_t kPanelWidth = 128;  // columns packed at once
+constexpr int64_t kStayRanks = 64;    // a chunk of so many weight rows stays in the L2 cache while token rows pass
 constexpr size_t kPanelBytes = kPanelDepth * kPanelWidth * sizeof(double);
 
 /// Asks for the memory from `p` on, a line each 64 bytes, while something else is computed. Any address will do.
@@ -56,8 +59,8 @@ struct Gemm {
 
   // out[m, n] (+)= <x[m], a[n]> over `len` columns; `soon`: two rows that will be read soon.
   template <int M, int N>
-  [[gnu::noinline]] static void dot_tile(const S* const* x, const S* const* a, int64_t len, Acc* out, int64_t ldo, bool accumulate,
-                                         const S* const* soon) {
+  [[gnu::noinline]] static void dot_tile(const S* const* x, const S* const* a, int64_t len, Acc* out, int64_t ldo,
+                                         bool accumulate, const S* const* soon) {
     Reg acc[M][N];
     const S* xr[M];
     const S* ar[N];
@@ -66,18 +69,16 @@ struct Gemm {
     MORAINE_UNROLL
     for (int n = 0; n < N; ++n) ar[n] = a[n];
     MORAINE_UNROLL
-    for (int m = 0; m < M; ++m)
-      MORAINE_UNROLL
-      for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
+    for (int m = 0; m < M; ++m) MORAINE_UNROLL
+    for (int n = 0; n < N; ++n) acc[m][n] = V::zero();
     int64_t c = 0;
     if constexpr (requires { V::dot_pairs(xr[0], ar[0], acc[0][0]); }) {
       for (; c + V::kPairWidth <= len; c += V::kPairWidth) {
         fetch_ahead<V::kPairWidth * sizeof(S)>(soon[0] + c);
         fetch_ahead<V::kPairWidth * sizeof(S)>(soon[1] + c);
         MORAINE_UNROLL
-        for (int n = 0; n < N; ++n)
-          MORAINE_UNROLL
-          for (int m = 0; m < M; ++m) acc[m][n] = V::dot_pairs(xr[m] + c, ar[n] + c, acc[m][n]);
+        for (int n = 0; n < N; ++n) MORAINE_UNROLL
+        for (int m = 0; m < M; ++m) acc[m][n] = V::dot_pairs(xr[m] + c, ar[n] + c, acc[m][n]);
       }
     }
     const auto step = [&](int64_t at) __attribute__((always_inline)) {
@@ -123,10 +124,10 @@ struct Gemm {
     }
   }
 
-  // The same for any number of rows; x and a are arrays of row pointers. Few weight rows stay in the cache while the token rows
-  // pass; of many, a tile stays. soon: rows of the next call, asked for meanwhile.
-  static void dot_rows(const S* const* x, int64_t rows, const S* const* a, int64_t ranks, int64_t len, Acc* out, int64_t ldo,
-                       bool accumulate, const S* const* soon, int64_t num_soon) {
+  // The same for any number of rows; x and a are arrays of row pointers. Few weight rows stay in the cache while the
+  // token rows pass; of many, a tile stays. soon: rows of the next call, asked for meanwhile.
+  static void dot_rows(const S* const* x, int64_t rows, const S* const* a, int64_t ranks, int64_t len, Acc* out,
+                       int64_t ldo, bool accumulate, const S* const* soon, int64_t num_soon) {
     const S* two[2];
     if (rows == 1) {
       for (int64_t n = 0; n < ranks; n += 8) {
@@ -149,14 +150,16 @@ struct Gemm {
           }
           for (int64_t m = m0; m < m1; m += smaller<int64_t>(step, kStep)) {
             for (const S*& row : two) row = num_soon > 0 ? (--num_soon, *soon++) : x[m];
-            with_size<kStep>(static_cast<int>(smaller<int64_t>(smaller<int64_t>(step, kStep), m1 - m)),
-                             [&](auto M) { dot_tile<M, N>(x + m, a + n, len, out + m * ldo + n, ldo, accumulate, two); });
+            with_size<kStep>(static_cast<int>(smaller<int64_t>(smaller<int64_t>(step, kStep), m1 - m)), [&](auto M) {
+              dot_tile<M, N>(x + m, a + n, len, out + m * ldo + n, ldo, accumulate, two);
+            });
           }
         });
     }
   }
 
-  // Rows of the next tile of so many left: as few tiles as possible, about equal, for a tile of few rows waits for its own sums.
+  // Rows of the next tile of so many left: as few tiles as possible, about equal, for a tile of few rows waits for its
+  // own sums.
   static int tile_rows(int64_t left) {
     const int64_t tiles = (left + V::kTileRows - 1) / V::kTileRows;
     return static_cast<int>((left + tiles - 1) / tiles);
@@ -164,16 +167,16 @@ struct Gemm {
 
   // Left factor of a product: element (m, k) at row(m)[k * step].
   //
-  // A tile computes acc[m][v] = begin(m, v) + sum_k left(m, k) q(k)[v W ..] and hands finish(m, v, acc) to put(m, v, ..). q(k) is where row k
-  // starts for this tile; ahead(k) is called once per k, for asking for memory. Tail: one vector of which `tail` columns exist.
+  // A tile computes acc[m][v] = begin(m, v) + sum_k left(m, k) q(k)[v W ..] and hands finish(m, v, acc) to put(m, v,
+  // ..). q(k) is where row k starts for this tile; ahead(k) is called once per k, for asking for memory. Tail: one
+  // vector of which `tail` columns exist.
   template <int M, int NV, bool Tail, class RowOf, class Ahead, class Begin, class Finish, class Put>
-  [[gnu::always_inline]] static void tile(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead, int tail, Begin begin,
-                                          Finish finish, Put put) {
+  [[gnu::always_inline]] static void tile(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead,
+                                          int tail, Begin begin, Finish finish, Put put) {
     Reg acc[M][NV];
     MORAINE_UNROLL
-    for (int m = 0; m < M; ++m)
-      MORAINE_UNROLL
-      for (int v = 0; v < NV; ++v) acc[m][v] = begin(m, v);
+    for (int m = 0; m < M; ++m) MORAINE_UNROLL
+    for (int v = 0; v < NV; ++v) acc[m][v] = begin(m, v);
     const Acc* p[M];
     MORAINE_UNROLL
     for (int m = 0; m < M; ++m) p[m] = left[m];
@@ -192,13 +195,11 @@ struct Gemm {
     }
     // All that is read before anything is written: rows a multiple of 4 KB apart look alike to a store buffer.
     MORAINE_UNROLL
-    for (int m = 0; m < M; ++m)
-      MORAINE_UNROLL
-      for (int v = 0; v < NV; ++v) acc[m][v] = finish(m, v, acc[m][v]);
+    for (int m = 0; m < M; ++m) MORAINE_UNROLL
+    for (int v = 0; v < NV; ++v) acc[m][v] = finish(m, v, acc[m][v]);
     MORAINE_UNROLL
-    for (int m = 0; m < M; ++m)
-      MORAINE_UNROLL
-      for (int v = 0; v < NV; ++v) put(m, v, acc[m][v]);
+    for (int m = 0; m < M; ++m) MORAINE_UNROLL
+    for (int v = 0; v < NV; ++v) put(m, v, acc[m][v]);
   }
 
   // Where a tile's sums start and go. Sum: c[m] (+)= the product.
@@ -215,8 +216,8 @@ struct Gemm {
     }
     [[gnu::always_inline]] void ahead(int, int64_t) const {}
   };
-  // Weighted: c[m] = base[m] + weight[m] times the product, without a base from 0. next_base, next_c (may be null): rows that
-  // will be read and written soon.
+  // Weighted: c[m] = base[m] + weight[m] times the product, without a base from 0. next_base, next_c (may be null):
+  // rows that will be read and written soon.
   struct Weighted {
     Acc* const* c;
     const Acc* const* base;
@@ -229,7 +230,9 @@ struct Gemm {
     }
     template <bool Tail>
     [[gnu::always_inline]] Reg finish(int m, int64_t column, Reg x, int tail) const {
-      const Reg from = base[m] == nullptr ? V::zero() : Tail ? V::load_n(base[m] + column, tail) : V::load(base[m] + column);
+      const Reg from = base[m] == nullptr ? V::zero()
+                       : Tail             ? V::load_n(base[m] + column, tail)
+                                          : V::load(base[m] + column);
       return V::fma(V::set1(weight[m]), x, from);
     }
     [[gnu::always_inline]] void ahead(int m, int64_t column) const {
@@ -240,12 +243,13 @@ struct Gemm {
 
   // Columns [column, column + NV W) of M rows of `out`, or of one vector's first `tail`.
   template <int M, int NV, bool Tail, class RowOf, class Ahead, class Out>
-  [[gnu::always_inline]] static void tile_to(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead, const Out& out,
-                                             int64_t column, int tail) {
+  [[gnu::always_inline]] static void tile_to(const Acc* const* left, int64_t step, int64_t depth, RowOf q, Ahead ahead,
+                                             const Out& out, int64_t column, int tail) {
     tile<M, NV, Tail>(
         left, step, depth, q, ahead, tail,
         [&](int m, int v) __attribute__((always_inline)) { return out.template begin<Tail>(m, column + v * W, tail); },
-        [&](int m, int v, Reg x) __attribute__((always_inline)) { return out.template finish<Tail>(m, column + v * W, x, tail); },
+        [&](int m, int v, Reg x)
+            __attribute__((always_inline)) { return out.template finish<Tail>(m, column + v * W, x, tail); },
         [&](int m, int v, Reg x) __attribute__((always_inline)) {
           Acc* to = out.c[m] + column + v * W;
           if constexpr (Tail) {
@@ -258,15 +262,18 @@ struct Gemm {
 
   // At most kTileRows rows straight from the weight rows: each weight is read once, nothing is packed.
   template <int M, class Out>
-  [[gnu::noinline]] static void direct(const Acc* const* left, int64_t step, int64_t depth, const S* const* q, const Out& out, int64_t width) {
+  [[gnu::noinline]] static void direct(const Acc* const* left, int64_t step, int64_t depth, const S* const* q,
+                                       const Out& out, int64_t width) {
     constexpr int NV = V::kDirectVecs[M];
     int64_t column = 0;
     const auto from = [&](int64_t k) { return q[k] + column; };
     const auto ahead = [&](int64_t k) { fetch_ahead<NV * W * sizeof(S)>(q[k] + column + NV * W); };
     const auto nothing = [](int64_t) {};
-    for (; column + NV * W <= width; column += NV * W) tile_to<M, NV, false>(left, step, depth, from, ahead, out, column, 0);
+    for (; column + NV * W <= width; column += NV * W)
+      tile_to<M, NV, false>(left, step, depth, from, ahead, out, column, 0);
     for (; column + W <= width; column += W) tile_to<M, 1, false>(left, step, depth, from, nothing, out, column, 0);
-    if (column < width) tile_to<M, 1, true>(left, step, depth, from, nothing, out, column, static_cast<int>(width - column));
+    if (column < width)
+      tile_to<M, 1, true>(left, step, depth, from, nothing, out, column, static_cast<int>(width - column));
   }
 
   // Rows q[k][first .. first + width) as panels [ceil(width / PW)][depth][PW], widened, zero-filled on the right.
@@ -282,8 +289,9 @@ struct Gemm {
         MORAINE_UNROLL
         for (int v = 0; v < V::kTileVecs; ++v) {
           const int64_t left = width - column - v * W;
-          const Reg x = left >= W ? V::load(from + column + v * W)
-                        : left > 0 ? V::load_n(from + column + v * W, static_cast<int>(left)) : V::zero();
+          const Reg x = left >= W  ? V::load(from + column + v * W)
+                        : left > 0 ? V::load_n(from + column + v * W, static_cast<int>(left))
+                                   : V::zero();
           V::store(to + v * W, x);
         }
       }
@@ -292,8 +300,8 @@ struct Gemm {
 
   // From panels; `next` (may be null): rows of weights that will be packed next, asked for meanwhile.
   template <int M, class Out>
-  [[gnu::noinline]] static void packed(const Acc* const* left, int64_t step, int64_t depth, const Acc* panels, const S* const* next,
-                                       const Out& out, int64_t width) {
+  [[gnu::noinline]] static void packed(const Acc* const* left, int64_t step, int64_t depth, const Acc* panels,
+                                       const S* const* next, const Out& out, int64_t width) {
     constexpr int PW = V::kTileVecs * W;
     for (int64_t column = 0; column < width; column += PW, panels += depth * PW) {
       const int64_t here = width - column;
@@ -303,7 +311,9 @@ struct Gemm {
         MORAINE_UNROLL
         for (int m = 0; m < M; ++m) out.ahead(m, column);
         if (next != nullptr) {
-          tile_to<M, V::kTileVecs, false>(left, step, depth, from, [&](int64_t k) { fetch_ahead<PW * sizeof(S)>(next[k] + column); }, out, column, 0);
+          tile_to<M, V::kTileVecs, false>(
+              left, step, depth, from, [&](int64_t k) { fetch_ahead<PW * sizeof(S)>(next[k] + column); }, out, column,
+              0);
         } else {
           tile_to<M, V::kTileVecs, false>(left, step, depth, from, nothing, out, column, 0);
         }
@@ -321,11 +331,11 @@ struct Gemm {
     }
   }
 
-  // c(m)[0 .. width) (+)= sum_k left(m)[k step] q(k)[0 .. width). With a step other than 1, rows of the left factor lie side by
-  // side: left(m + i) is left(m) + i. scratch: kPanelBytes. depth 0 writes zeros unless accumulating.
+  // c(m)[0 .. width) (+)= sum_k left(m)[k step] q(k)[0 .. width). With a step other than 1, rows of the left factor lie
+  // side by side: left(m + i) is left(m) + i. scratch: kPanelBytes. depth 0 writes zeros unless accumulating.
   template <class LeftRow, class QRow, class CRow>
-  static void multiply_rows(int64_t rows, int64_t width, int64_t depth, LeftRow left_row, int64_t step, QRow q_row, CRow c_row,
-                            bool accumulate, void* scratch) {
+  static void multiply_rows(int64_t rows, int64_t width, int64_t depth, LeftRow left_row, int64_t step, QRow q_row,
+                            CRow c_row, bool accumulate, void* scratch) {
     if (depth == 0 && !accumulate)
       for (int64_t m = 0; m < rows; ++m) std::memset(c_row(m), 0, static_cast<size_t>(width) * sizeof(Acc));
     constexpr int kRows = V::kTileRows;
@@ -360,7 +370,8 @@ struct Gemm {
               for (int64_t i = 0; i < here; ++i) std::memcpy(gathered + i * M, left[0] + i * step, M * sizeof(Acc));
               for (int i = 0; i < M; ++i) left[i] = gathered + i;
             }
-            packed<M>(left, step == 1 ? 1 : M, here, static_cast<const Acc*>(scratch), more && m == 0 ? next : nullptr, out, columns);
+            packed<M>(left, step == 1 ? 1 : M, here, static_cast<const Acc*>(scratch), more && m == 0 ? next : nullptr,
+                      out, columns);
           });
         }
       }
@@ -383,10 +394,11 @@ struct Gemm {
     const Acc* next_c;
   };
 
-  // c_m = base_m + weight_m sum_k left_m[k] q(k) over columns [0, width), with row_of(m) an AddRow. panels: as pack makes them;
-  // not filled yet, they are on the way (fill), or null: straight from the weight rows, for few rows.
+  // c_m = base_m + weight_m sum_k left_m[k] q(k) over columns [0, width), with row_of(m) an AddRow. panels: as pack
+  // makes them; not filled yet, they are on the way (fill), or null: straight from the weight rows, for few rows.
   template <class RowOf>
-  static void add_product(RowOf row_of, int64_t rows, int64_t width, int64_t depth, const S* const* q, Acc* panels, bool fill) {
+  static void add_product(RowOf row_of, int64_t rows, int64_t width, int64_t depth, const S* const* q, Acc* panels,
+                          bool fill) {
     constexpr int kRows = V::kTileRows;
     const Acc *left[kRows], *base[kRows], *next_base[kRows], *next_c[kRows];
     Acc* c[kRows];
@@ -414,7 +426,8 @@ struct Gemm {
 
   // As direct, and packs the weights it reads.
   template <int M, class Out>
-  [[gnu::noinline]] static void filling(const Acc* const* left, int64_t depth, const S* const* q, Acc* panels, const Out& out, int64_t width) {
+  [[gnu::noinline]] static void filling(const Acc* const* left, int64_t depth, const S* const* q, Acc* panels,
+                                        const Out& out, int64_t width) {
     constexpr int PW = V::kTileVecs * W;
     int64_t column = 0;
     for (; column + PW <= width; column += PW, panels += depth * PW) {
@@ -431,7 +444,8 @@ struct Gemm {
     const auto rest = [&](int64_t k) { return q[k] + column; };
     const auto nothing = [](int64_t) {};
     for (; column + W <= width; column += W) tile_to<M, 1, false>(left, 1, depth, rest, nothing, out, column, 0);
-    if (column < width) tile_to<M, 1, true>(left, 1, depth, rest, nothing, out, column, static_cast<int>(width - column));
+    if (column < width)
+      tile_to<M, 1, true>(left, 1, depth, rest, nothing, out, column, static_cast<int>(width - column));
   }
 };
 

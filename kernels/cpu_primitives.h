@@ -5,23 +5,24 @@
 #include "kernels/cpu_ffn.h"
 #include "kernels/cpu_selected.h"
 
-/// The backend primitives on the CPU, as templates; each cpu_<family>.cpp instantiates them for its vector type. Every output
-/// element is computed by one task, and how work is cut into tasks depends on shapes only, never on the number of threads.
+/// The backend primitives on the CPU, as templates; each cpu_<family>.cpp instantiates them for its vector type. Every
+/// output element is computed by one task, and how work is cut into tasks depends on shapes only, never on the number
+/// of threads.
 namespace moraine::kernels {
 namespace {
 
 template <class V, class S>
 struct Cpu : CpuCommon<V, S> {
   using Base = CpuCommon<V, S>;
+  using Base::columns;
+  using Base::flops_of;
+  using Base::load;
+  using Base::rank_of;
+  using Base::row;
+  using Base::scratch_of;
+  using Base::store;
   using typename Base::Acc;
   using typename Base::G;
-  using Base::scratch_of;
-  using Base::rank_of;
-  using Base::flops_of;
-  using Base::row;
-  using Base::columns;
-  using Base::load;
-  using Base::store;
 
   static size_t segments_bytes(int64_t experts) { return static_cast<size_t>(experts + 1) * sizeof(int64_t); }
 
@@ -78,12 +79,14 @@ struct Cpu : CpuCommon<V, S> {
       int64_t e = 0;
       for (; task >= tasks_of(e); ++e) task -= tasks_of(e);
       const int64_t rank_blocks = ceil_div(rank_of(a.segments, e), kRankBlock);
-      shrink_block(a, e, task / rank_blocks * kTokenBlock, task % rank_blocks * kRankBlock, scratch_of(scratch, thread));
+      shrink_block(a, e, task / rank_blocks * kTokenBlock, task % rank_blocks * kRankBlock,
+                   scratch_of(scratch, thread));
     };
     for_each_task(tasks, flops_of(route, a.segments, a.width), body);
   }
 
-  static void shrink_block(const ShrinkArgs& a, int64_t e, int64_t first_row, int64_t first_rank, ThreadScratch& scratch) {
+  static void shrink_block(const ShrinkArgs& a, int64_t e, int64_t first_row, int64_t first_rank,
+                           ThreadScratch& scratch) {
     const Route& route = *a.route;
     const int64_t rank = rank_of(a.segments, e), ld = padded_rank(rank);
     const int64_t begin = route.offsets[e] + first_row;
@@ -133,9 +136,9 @@ struct Cpu : CpuCommon<V, S> {
       const auto q_row = [&](int64_t k) { return row(a.rows, route, begin + k) + c0; };
       const auto c_row = [&](int64_t m) { return out + m * a.width; };
       if (n == 0 && a.grads == WeightGrads::kChosenOnly) return;
-      G::multiply_rows(rank, width, n, [&](int64_t m) { return pairs + m; }, padded_rank(rank), q_row, c_row,
-                       a.grads == WeightGrads::kAccumulate,
-                       scratch_of(scratch, thread).panel);
+      G::multiply_rows(
+          rank, width, n, [&](int64_t m) { return pairs + m; }, padded_rank(rank), q_row, c_row,
+          a.grads == WeightGrads::kAccumulate, scratch_of(scratch, thread).panel);
     };
     for_each_task(route.experts * strips, flops_of(route, a.segments, a.width), body);
   }
@@ -172,7 +175,8 @@ struct Cpu : CpuCommon<V, S> {
   }
 
   static void mask(const MaskArgs& a, const Exec&) {
-    const auto *u = static_cast<const Acc*>(a.u), *v = static_cast<const Acc*>(a.v), *m = static_cast<const Acc*>(a.mask);
+    const auto *u = static_cast<const Acc*>(a.u), *v = static_cast<const Acc*>(a.v),
+               *m = static_cast<const Acc*>(a.mask);
     auto *masked_u = static_cast<Acc*>(a.masked_u), *masked_v = static_cast<Acc*>(a.masked_v);
     auto* dmask = static_cast<Acc*>(a.dmask);
     const Acc scale = static_cast<Acc>(a.scale);
@@ -185,9 +189,20 @@ struct Cpu : CpuCommon<V, S> {
   }
 
   static const Backend& table() {
-    static const Backend backend{sizeof(Acc), segments_bytes, make_segments, scratch_bytes, weights,
-                                 shrink,      shrink,         CpuCombine<V, S>::combine, outer,         scale_pairs,
-                                 CpuFfn<V, S>::ffn_hidden, CpuFfn<V, S>::ffn_hidden_backward, mask, &CpuSelected<V, S>::table()};
+    static const Backend backend{sizeof(Acc),
+                                 segments_bytes,
+                                 make_segments,
+                                 scratch_bytes,
+                                 weights,
+                                 shrink,
+                                 shrink,
+                                 CpuCombine<V, S>::combine,
+                                 outer,
+                                 scale_pairs,
+                                 CpuFfn<V, S>::ffn_hidden,
+                                 CpuFfn<V, S>::ffn_hidden_backward,
+                                 mask,
+                                 &CpuSelected<V, S>::table()};
     return backend;
   }
 };

@@ -2,8 +2,8 @@
 
 #include "kernels/cpu_common.h"
 
-/// Rank-wise products on the CPU that touch only the ranks a token selects. The bits are those of the dense primitives over
-/// masked pair rows: what is left out there is multiplied by zero.
+/// Rank-wise products on the CPU that touch only the ranks a token selects. The bits are those of the dense primitives
+/// over masked pair rows: what is left out there is multiplied by zero.
 namespace moraine::kernels {
 namespace {
 
@@ -14,13 +14,13 @@ constexpr int64_t kSelectedRanks = 256;   // ranks of one token worked on at a t
 template <class V, class S>
 struct CpuSelected : CpuCommon<V, S> {
   using Base = CpuCommon<V, S>;
-  using typename Base::Acc;
-  using typename Base::G;
   using Base::columns;
   using Base::load;
   using Base::scratch_of;
   using Base::store;
   using Base::W;
+  using typename Base::Acc;
+  using typename Base::G;
 
   static int64_t count(const Selection& s) { return s.token_begin[s.tokens]; }
   static double flops_of(const Selection& s, int64_t width) { return 2.0 * static_cast<double>(count(s) * width); }
@@ -78,11 +78,13 @@ struct CpuSelected : CpuCommon<V, S> {
         for (int v = 0; v < kVecs; ++v) sum[v] = V::fma(value, V::load(row + v * W), sum[v]);
       }
       MORAINE_UNROLL
-      for (int v = 0; v < kVecs; ++v) V::store(y + c + v * W, y0 == nullptr ? sum[v] : V::add(V::load(y0 + c + v * W), sum[v]));
+      for (int v = 0; v < kVecs; ++v)
+        V::store(y + c + v * W, y0 == nullptr ? sum[v] : V::add(V::load(y0 + c + v * W), sum[v]));
     }
     columns(width - c, [&](int64_t at, int n) {
       auto sum = V::zero();
-      for (int64_t i = begin; i < end; ++i) sum = V::fma(V::set1(values[s.ranks[i]]), load(matrix + s.ranks[i] * a.width + c + at, n), sum);
+      for (int64_t i = begin; i < end; ++i)
+        sum = V::fma(V::set1(values[s.ranks[i]]), load(matrix + s.ranks[i] * a.width + c + at, n), sum);
       store(y + c + at, y0 == nullptr ? sum : V::add(load(y0 + c + at, n), sum), n);
     });
   }
@@ -98,13 +100,17 @@ struct CpuSelected : CpuCommon<V, S> {
       constexpr int64_t kValues = kPanelBytes / sizeof(Acc);
       Acc* values = reinterpret_cast<Acc*>(scratch_of(scratch, thread).panel);
       const auto c_row = [&](int64_t) { return out; };
-      if (n == 0) G::multiply_rows(1, width, 0, c_row, 1, [](int64_t) { return static_cast<const S*>(nullptr); }, c_row, a.accumulate, nullptr);
+      if (n == 0)
+        G::multiply_rows(
+            1, width, 0, c_row, 1, [](int64_t) { return static_cast<const S*>(nullptr); }, c_row, a.accumulate,
+            nullptr);
       for (int64_t first = 0; first < n; first += kValues) {
         const int32_t* token = s.tokens_of + begin + first;
         const int64_t here = smaller(kValues, n - first);
         for (int64_t i = 0; i < here; ++i) values[i] = static_cast<const Acc*>(a.values)[token[i] * s.ld + rank];
         const auto x_row = [&](int64_t i) { return static_cast<const S*>(a.x.data) + token[i] * a.x.ld + c0; };
-        G::multiply_rows(1, width, here, [&](int64_t) { return values; }, 1, x_row, c_row, a.accumulate || first > 0, nullptr);
+        G::multiply_rows(
+            1, width, here, [&](int64_t) { return values; }, 1, x_row, c_row, a.accumulate || first > 0, nullptr);
       }
     };
     for_each_task(s.rank * strips, flops_of(s, a.width), body);

@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
-/// 16-bit storage types of the CPU kernels. Everything here is static: files compiled for different instruction sets must
-/// not share one linker-merged copy.
+/// 16-bit storage types of the CPU kernels. Everything here is static: files compiled for different instruction sets
+/// must not share one linker-merged copy.
 namespace moraine::kernels {
 
 struct BFloat16 {

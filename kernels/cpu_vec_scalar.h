@@ -7,11 +7,11 @@
 namespace moraine::kernels {
 namespace {
 
-/// A "vector" of one element: the portable path, and the only one for double. The other vector types (cpu_vec_x86.h) offer the
-/// same members; kernels are templates over them.
+/// A "vector" of one element: the portable path, and the only one for double. The other vector types (cpu_vec_x86.h)
+/// offer the same members; kernels are templates over them.
 ///
-/// kDotRows[n]: tokens of a dot tile with n weight rows; kTileRows x kTileVecs: broadcast tile; kDirectVecs[m]: vectors per
-/// row when m rows are computed straight from the weights. They fill the register file and never change a result.
+/// kDotRows[n]: tokens of a dot tile with n weight rows; kTileRows x kTileVecs: broadcast tile; kDirectVecs[m]: vectors
+/// per row when m rows are computed straight from the weights. They fill the register file and never change a result.
 template <class F>
 struct VecScalar {
   using Scalar = F;

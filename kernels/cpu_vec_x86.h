@@ -4,8 +4,8 @@
 
 #include "kernels/cpu_storage.h"
 
-/// AVX2 and AVX-512 vectors of floats. Include only in files compiled for the instruction set. Everything has internal linkage:
-/// were it merged across files, the linker could pick a copy this processor cannot run.
+/// AVX2 and AVX-512 vectors of floats. Include only in files compiled for the instruction set. Everything has internal
+/// linkage: were it merged across files, the linker could pick a copy this processor cannot run.
 namespace moraine::kernels {
 namespace {
 
@@ -140,7 +140,8 @@ struct VecAvx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
   }
   static void store(Float16* p, Reg x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   template <class S>
   static Reg load_n(const S* p, int n) {

@@ -3,14 +3,14 @@
 #include "kernels/cuda_device.cuh"
 #include "kernels/layout.h"
 
-/// One 64 x 64 output tile per block of 128 threads, for the three products over ragged segments. 16-bit types use mma.sync
-/// m16n8k16, float plain FMA (no TF32); accumulators are float. Operands stream through a three-stage cp.async pipeline in
-/// XOR-swizzled shared memory (48 KB). Grids are persistent: block i takes tiles i, i + gridDim, ..; every output element
-/// belongs to one block, there are no atomics.
+/// One 64 x 64 output tile per block of 128 threads, for the three products over ragged segments. 16-bit types use
+/// mma.sync m16n8k16, float plain FMA (no TF32); accumulators are float. Operands stream through a three-stage cp.async
+/// pipeline in XOR-swizzled shared memory (48 KB). Grids are persistent: block i takes tiles i, i + gridDim, ..; every
+/// output element belongs to one block, there are no atomics.
 ///
-/// A Problem provides: kLeftByDepth, kRightByDepth (operand stored [k][m] / [k][n] instead of [m][k] / [n][k]), kChunk (elements
-/// of k after which partial sums are added to the total, 0: never), tiles(), open(tile) -> Tile with the valid extents, row
-/// pointers of both operands, row() -> Row of the output, and store().
+/// A Problem provides: kLeftByDepth, kRightByDepth (operand stored [k][m] / [k][n] instead of [m][k] / [n][k]), kChunk
+/// (elements of k after which partial sums are added to the total, 0: never), tiles(), open(tile) -> Tile with the
+/// valid extents, row pointers of both operands, row() -> Row of the output, and store().
 namespace moraine::kernels::device {
 
 constexpr int kBlock = 64;
@@ -19,9 +19,9 @@ constexpr int kStages = 3;
 
 template <class T>
 struct TileShape {
-  static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));      // elements of one 16-byte copy
-  static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));        // k per stage: 64 of 16 bits, 32 floats
-  static constexpr int kOperand = kBlock * kDepth;                        // elements of one operand's stage
+  static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));     // elements of one 16-byte copy
+  static constexpr int kDepth = 128 / static_cast<int>(sizeof(T));       // k per stage: 64 of 16 bits, 32 floats
+  static constexpr int kOperand = kBlock * kDepth;                       // elements of one operand's stage
   static constexpr size_t kShared = 2 * kStages * kOperand * sizeof(T);  // 48 KB
 };
 
@@ -123,22 +123,27 @@ __device__ inline void multiply_stage_float(const float* left, const float* righ
 }
 
 template <class T, class Problem>
-__device__ inline void load_operands(const Problem& problem, const typename Problem::Tile& tile, int64_t k, T* left, T* right) {
+__device__ inline void load_operands(const Problem& problem, const typename Problem::Tile& tile, int64_t k, T* left,
+                                     T* right) {
   constexpr int kDepth = TileShape<T>::kDepth;
   const int64_t depth_left = tile.depth_end - k;
   if constexpr (Problem::kLeftByDepth) {
-    load_stage(left, kDepth, kBlock, problem.anywhere(), [&](int row) { return problem.left(tile, k + row); },
-               [&](int row) { return row < depth_left ? tile.rows : int64_t{0}; });
+    load_stage(
+        left, kDepth, kBlock, problem.anywhere(), [&](int row) { return problem.left(tile, k + row); },
+        [&](int row) { return row < depth_left ? tile.rows : int64_t{0}; });
   } else {
-    load_stage(left, kBlock, kDepth, problem.anywhere(), [&](int row) { return problem.left(tile, row) + k; },
-               [&](int row) { return row < tile.rows ? depth_left : int64_t{0}; });
+    load_stage(
+        left, kBlock, kDepth, problem.anywhere(), [&](int row) { return problem.left(tile, row) + k; },
+        [&](int row) { return row < tile.rows ? depth_left : int64_t{0}; });
   }
   if constexpr (Problem::kRightByDepth) {
-    load_stage(right, kDepth, kBlock, problem.anywhere(), [&](int row) { return problem.right(tile, k + row); },
-               [&](int row) { return row < depth_left ? tile.columns : int64_t{0}; });
+    load_stage(
+        right, kDepth, kBlock, problem.anywhere(), [&](int row) { return problem.right(tile, k + row); },
+        [&](int row) { return row < depth_left ? tile.columns : int64_t{0}; });
   } else {
-    load_stage(right, kBlock, kDepth, problem.anywhere(), [&](int row) { return problem.right(tile, row) + k; },
-               [&](int row) { return row < tile.columns ? depth_left : int64_t{0}; });
+    load_stage(
+        right, kBlock, kDepth, problem.anywhere(), [&](int row) { return problem.right(tile, row) + k; },
+        [&](int row) { return row < tile.columns ? depth_left : int64_t{0}; });
   }
 }
 
@@ -197,7 +202,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Problem problem, const i
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
             const int column = fragment_column(thread, ni, i);
-            if (column < tile.columns) problem.store(to, column, Problem::kChunk > 0 ? total[mi][ni][i] : acc[mi][ni][i]);
+            if (column < tile.columns)
+              problem.store(to, column, Problem::kChunk > 0 ? total[mi][ni][i] : acc[mi][ni][i]);
           }
       }
   }

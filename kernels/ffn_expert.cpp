@@ -13,9 +13,9 @@ namespace {
 struct Buffers {
   void *gate_segments, *up_segments, *down_segments;
   void *weighted, *scaled;
-  void *u_gate, *u_up, *u_down;       // forward; in backward w u of one projection at a time is in u_gate
-  void *v, *v_gate, *v_up, *v_down;   // backward: v of one projection at a time, then w v of each
-  void *h, *da, *db;                  // [P, f]
+  void *u_gate, *u_up, *u_down;      // forward; in backward w u of one projection at a time is in u_gate
+  void *v, *v_gate, *v_up, *v_down;  // backward: v of one projection at a time, then w v of each
+  void *h, *da, *db;                 // [P, f]
   void* scratch;
 };
 
@@ -61,14 +61,15 @@ void check_ffn(const FfnExperts* x, const Route* route, const void* gates, const
   for (const RaggedExperts* part : {&x->gate, &x->up, &x->down}) {
     check_experts(*part, exec, who);
     check_route(route, *part, who);
-    MORAINE_CHECK(part->dtype == x->gate.dtype, "{}: dtypes differ: {} and {}", who, core::safetensors_name(part->dtype),
-                  core::safetensors_name(x->gate.dtype));
-    MORAINE_CHECK(!part->dense() || total_rank(*part) == 0, "{}: full-size experts are not routed through this operation", who);
+    MORAINE_CHECK(part->dtype == x->gate.dtype, "{}: dtypes differ: {} and {}", who,
+                  core::safetensors_name(part->dtype), core::safetensors_name(x->gate.dtype));
+    MORAINE_CHECK(!part->dense() || total_rank(*part) == 0,
+                  "{}: full-size experts are not routed through this operation", who);
   }
   MORAINE_CHECK(x->up.d_in == x->gate.d_in && x->up.d_out == x->gate.d_out && x->down.d_in == x->gate.d_out &&
                     x->down.d_out == x->gate.d_in,
-                "{}: shapes differ: gate {} -> {}, up {} -> {}, down {} -> {}", who, x->gate.d_in, x->gate.d_out, x->up.d_in,
-                x->up.d_out, x->down.d_in, x->down.d_out);
+                "{}: shapes differ: gate {} -> {}, up {} -> {}, down {} -> {}", who, x->gate.d_in, x->gate.d_out,
+                x->up.d_in, x->up.d_out, x->down.d_in, x->down.d_out);
   check_gates(gates, *route, x->gate.dtype, exec, who);
 }
 
@@ -130,8 +131,19 @@ void ffn_forward(const FfnForward& args, Workspace workspace, const Exec& exec) 
   const PairRows tokens{args.x.data, args.x.ld, route.slots}, hidden{b.h, f, 1};
   backend.shrink({&route, gate, tokens, x.gate.a, d, saved.u_gate}, b.scratch, exec);
   backend.shrink({&route, up, tokens, x.up.a, d, saved.u_up}, b.scratch, exec);
-  backend.ffn_hidden({&route, {gate, saved.u_gate, x.gate.bt}, {up, saved.u_up, x.up.bt}, x.gate.scale, x.up.scale, args.gates,
-                      args.gate_base, args.up_base, f, saved.a, saved.b, b.h, args.hidden_sum},
+  backend.ffn_hidden({&route,
+                      {gate, saved.u_gate, x.gate.bt},
+                      {up, saved.u_up, x.up.bt},
+                      x.gate.scale,
+                      x.up.scale,
+                      args.gates,
+                      args.gate_base,
+                      args.up_base,
+                      f,
+                      saved.a,
+                      saved.b,
+                      b.h,
+                      args.hidden_sum},
                      b.scratch, exec);
   backend.shrink({&route, down, hidden, x.down.a, f, saved.u_down}, b.scratch, exec);
   backend.weights({&route, args.gates, x.down.scale, b.weighted, b.scaled}, exec);
@@ -148,7 +160,8 @@ void ffn_backward(const FfnBackward& args, Workspace workspace, const Exec& exec
   check_rows(args.x.data, args.x.ld, route.tokens, d, dtype, exec, "kernels/ffn backward: x");
   check_rows(args.dy.data, args.dy.ld, route.tokens, d, dtype, exec, "kernels/ffn backward: dy");
   check_rows(args.q.data, args.q.ld, route.tokens, f, dtype, exec, "kernels/ffn backward: q");
-  check_rows(args.dgate_base.data, args.dgate_base.ld, route.tokens, f, dtype, exec, "kernels/ffn backward: dgate_base");
+  check_rows(args.dgate_base.data, args.dgate_base.ld, route.tokens, f, dtype, exec,
+             "kernels/ffn backward: dgate_base");
   check_rows(args.dup_base.data, args.dup_base.ld, route.tokens, f, dtype, exec, "kernels/ffn backward: dup_base");
   if (args.dx_delta.data != nullptr)
     check_rows(args.dx_delta.data, args.dx_delta.ld, route.tokens, d, dtype, exec, "kernels/ffn backward: dx_delta");
@@ -170,29 +183,42 @@ void ffn_backward(const FfnBackward& args, Workspace workspace, const Exec& exec
   // Down projection, as in delta_backward with h for x; its dx is dh, consumed by the activation below.
   backend.weights({&route, args.gates, x.down.scale, b.weighted, b.scaled}, exec);
   backend.shrink_unrounded({&route, down, dy, x.down.bt, d, b.v}, b.scratch, exec);
-  backend.scale_pairs({&route, down, saved.u_down, b.v, b.weighted, x.down.scale, b.u_gate, b.v_down,
-                       args.dgates, false}, exec);
-  if (args.dbt_down != nullptr) backend.outer({&route, down, b.u_gate, dy, d, args.dbt_down, args.grads}, b.scratch, exec);
-  backend.ffn_hidden_backward({&route, {down, b.v_down, x.down.a}, args.gates, args.q, f, saved.a, saved.b, b.h, b.da, b.db,
-                               args.dgate_base, args.dup_base, args.dgates},
+  backend.scale_pairs(
+      {&route, down, saved.u_down, b.v, b.weighted, x.down.scale, b.u_gate, b.v_down, args.dgates, false}, exec);
+  if (args.dbt_down != nullptr)
+    backend.outer({&route, down, b.u_gate, dy, d, args.dbt_down, args.grads}, b.scratch, exec);
+  backend.ffn_hidden_backward({&route,
+                               {down, b.v_down, x.down.a},
+                               args.gates,
+                               args.q,
+                               f,
+                               saved.a,
+                               saved.b,
+                               b.h,
+                               b.da,
+                               b.db,
+                               args.dgate_base,
+                               args.dup_base,
+                               args.dgates},
                               b.scratch, exec);
   if (args.da_down != nullptr)
     backend.outer({&route, down, b.v_down, hidden, f, args.da_down, args.grads}, b.scratch, exec);
 
   // Gate and up projections: upstream da and db, weight s_e alone.
-  const auto input_side = [&](const RaggedExperts& part, const Segments& segments, const PairRows& upstream, const void* u,
-                              void* v, void* da_out, void* dbt_out) {
+  const auto input_side = [&](const RaggedExperts& part, const Segments& segments, const PairRows& upstream,
+                              const void* u, void* v, void* da_out, void* dbt_out) {
     backend.weights({&route, args.gates, part.scale, b.weighted, b.scaled}, exec);
     backend.shrink_unrounded({&route, segments, upstream, part.bt, f, b.v}, b.scratch, exec);
     backend.scale_pairs({&route, segments, u, b.v, b.scaled, part.scale, b.u_gate, v, nullptr, false}, exec);
     if (da_out != nullptr) backend.outer({&route, segments, v, tokens, d, da_out, args.grads}, b.scratch, exec);
-    if (dbt_out != nullptr) backend.outer({&route, segments, b.u_gate, upstream, f, dbt_out, args.grads}, b.scratch, exec);
+    if (dbt_out != nullptr)
+      backend.outer({&route, segments, b.u_gate, upstream, f, dbt_out, args.grads}, b.scratch, exec);
   };
   input_side(x.gate, gate, da, saved.u_gate, b.v_gate, args.da_gate, args.dbt_gate);
   input_side(x.up, up, db, saved.u_up, b.v_up, args.da_up, args.dbt_up);
   if (args.dx_delta.data != nullptr)
-    backend.combine({&route, {{gate, b.v_gate, x.gate.a}, {up, b.v_up, x.up.a}}, 2, nullptr, d, {}, args.dx_delta}, b.scratch,
-                    exec);
+    backend.combine({&route, {{gate, b.v_gate, x.gate.a}, {up, b.v_up, x.up.a}}, 2, nullptr, d, {}, args.dx_delta},
+                    b.scratch, exec);
 }
 
 }  // namespace moraine::kernels

@@ -11,12 +11,12 @@ namespace moraine::kernels {
 ///   y_t = Wd (sum_j g_p h_p) + sum_j g_p s_e Btd_e^T Ad_e h_p
 ///
 /// The three frozen products are the caller's, on T rows, with whatever BLAS is best there: gate_base = X Wg^T and
-/// up_base = X Wu^T before ffn_forward, y = hidden_sum Wd^T + y_delta after it. Rank 0 in all three projections is the public
-/// expert; full-size experts are routed elsewhere (index -1 here).
+/// up_base = X Wu^T before ffn_forward, y = hidden_sum Wd^T + y_delta after it. Rank 0 in all three projections is the
+/// public expert; full-size experts are routed elsewhere (index -1 here).
 ///
-/// Shapes: x [T, d], gate_base, up_base, hidden_sum [T, f], y_delta [T, d], gates [T, k]; gate and up experts d -> f, down
-/// experts f -> d; one dtype throughout, ranks may differ per projection. Source: FlexMoRE (arXiv 2602.08818), router weights
-/// not renormalised; the factored form is our algebra.
+/// Shapes: x [T, d], gate_base, up_base, hidden_sum [T, f], y_delta [T, d], gates [T, k]; gate and up experts d -> f,
+/// down experts f -> d; one dtype throughout, ranks may differ per projection. Source: FlexMoRE (arXiv 2602.08818),
+/// router weights not renormalised; the factored form is our algebra.
 struct FfnExperts {
   RaggedExperts gate, up, down;
 };
@@ -42,12 +42,14 @@ struct FfnForward {
   const FfnSaved* saved = nullptr;  // null in inference
 };
 
-/// Gradients of the factored form. The caller brings q = dY Wd [T, f] and finishes dX = dgate_base Wg + dup_base Wu + dx_delta.
+/// Gradients of the factored form. The caller brings q = dY Wd [T, f] and finishes dX = dgate_base Wg + dup_base Wu +
+/// dx_delta.
 ///
 ///   dg_p = <h_p, q_t> + s_e <u_down, v_down>;   dh_p = g_p (q_t + s_e Ad_e^T v_down),  v_down = Btd_e dy_t
 ///   da_p = dh_p b_p sg (1 + a_p (1 - sg)),  sg = sigmoid(a_p);   db_p = dh_p a_p sg;   dgate_base_t = sum_j da_p, ...
 ///
-/// Shapes as forward; weight gradients in the accumulate type; null outputs are not computed. grads as in DeltaBackward.
+/// Shapes as forward; weight gradients in the accumulate type; null outputs are not computed. grads as in
+/// DeltaBackward.
 struct FfnBackward {
   const FfnExperts* experts = nullptr;
   const Route* route = nullptr;

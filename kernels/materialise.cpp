@@ -13,7 +13,8 @@ namespace moraine::kernels {
 namespace {
 
 // The weight rows play the tokens: row i of A and of Bt belongs to the expert that owns it, one slot, weight 1. Then
-// W_e = outer(Bt rows, A rows), dA = expand(Bt rows, dW) and dBt = shrink(A rows, dW), with dW_e as E slabs of d_out rows.
+// W_e = outer(Bt rows, A rows), dA = expand(Bt rows, dW) and dBt = shrink(A rows, dW), with dW_e as E slabs of d_out
+// rows.
 struct Buffers {
   void *route_storage, *segments, *bt_rows, *product;
   size_t route_bytes;
@@ -40,9 +41,11 @@ struct Call {
   Route route;
   Segments segments;
 
-  Call(const RaggedExperts& x, Workspace workspace, const Exec& exec, const char* who) : backend(backend_for(exec, x.dtype)) {
+  Call(const RaggedExperts& x, Workspace workspace, const Exec& exec, const char* who)
+      : backend(backend_for(exec, x.dtype)) {
     if (exec.device == Device::kCuda)
-      throw core::UserError(fmt::format("{}: runs on the CPU only", who), "form the product with the caller's BLAS on CUDA");
+      throw core::UserError(fmt::format("{}: runs on the CPU only", who),
+                            "form the product with the caller's BLAS on CUDA");
     check_experts(x, exec, who);
     MORAINE_CHECK(!x.dense() || total_rank(x) == 0, "{}: the experts are dense already", who);
     Arena arena(workspace, who);
@@ -74,23 +77,26 @@ void materialise(const RaggedExperts& x, void* weights, Workspace workspace, con
   Call call(x, workspace, exec, "kernels/materialise");
   MORAINE_CHECK(weights != nullptr || x.num_experts == 0, "kernels/materialise: weights missing");
   call.widen_bt(x, exec);
-  call.backend.outer({&call.route, call.segments, call.b.bt_rows, {x.a, x.d_in, 1}, x.d_in, weights, WeightGrads::kOverwrite}, call.b.scratch,
-                     exec);
+  call.backend.outer(
+      {&call.route, call.segments, call.b.bt_rows, {x.a, x.d_in, 1}, x.d_in, weights, WeightGrads::kOverwrite},
+      call.b.scratch, exec);
 }
 
 void materialise_backward(const RaggedExperts& x, const void* dweights, void* da, void* dbt, Workspace workspace,
                           const Exec& exec) {
   Call call(x, workspace, exec, "kernels/materialise backward");
-  MORAINE_CHECK(x.dtype == DType::kF32 || x.dtype == DType::kF64, "kernels/materialise backward: dtype {} is not F32 or F64",
-                core::safetensors_name(x.dtype));
+  MORAINE_CHECK(x.dtype == DType::kF32 || x.dtype == DType::kF64,
+                "kernels/materialise backward: dtype {} is not F32 or F64", core::safetensors_name(x.dtype));
   MORAINE_CHECK(dweights != nullptr || x.num_experts == 0, "kernels/materialise backward: dweights missing");
   if (da != nullptr) {
     call.widen_bt(x, exec);
-    call.backend.combine({&call.route, {{call.segments, call.b.bt_rows, dweights}, {}}, 1, nullptr, x.d_in, {}, {da, x.d_in}},
-                         call.b.scratch, exec);
+    call.backend.combine(
+        {&call.route, {{call.segments, call.b.bt_rows, dweights}, {}}, 1, nullptr, x.d_in, {}, {da, x.d_in}},
+        call.b.scratch, exec);
   }
   if (dbt != nullptr) {
-    call.backend.shrink({&call.route, call.segments, {x.a, x.d_in, 1}, dweights, x.d_in, call.b.product}, call.b.scratch, exec);
+    call.backend.shrink({&call.route, call.segments, {x.a, x.d_in, 1}, dweights, x.d_in, call.b.product},
+                        call.b.scratch, exec);
     const size_t element = call.backend.pair_size, row = static_cast<size_t>(x.d_out) * element;
     const size_t ld = static_cast<size_t>(padded_rank(x.d_out)) * element;
     for (int64_t i = 0; i < total_rank(x); ++i)

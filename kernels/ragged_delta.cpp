@@ -78,8 +78,10 @@ void delta_forward(const DeltaForward& args, Workspace workspace, const Exec& ex
       backend.make_segments(route, device_row_offsets(experts, exec), max_rank(experts), b.segments, exec);
   void* u = args.saved_u != nullptr ? args.saved_u : b.u;
   backend.weights({&route, args.gates, experts.scale, b.weighted, b.scaled}, exec);
-  backend.shrink({&route, segments, {args.x.data, args.x.ld, route.slots}, experts.a, experts.d_in, u}, b.scratch, exec);
-  backend.combine({&route, {{segments, u, experts.bt}, {}}, 1, b.weighted, experts.d_out, args.y0, args.y}, b.scratch, exec);
+  backend.shrink({&route, segments, {args.x.data, args.x.ld, route.slots}, experts.a, experts.d_in, u}, b.scratch,
+                 exec);
+  backend.combine({&route, {{segments, u, experts.bt}, {}}, 1, b.weighted, experts.d_out, args.y0, args.y}, b.scratch,
+                  exec);
 }
 
 void delta_backward(const DeltaBackward& args, Workspace workspace, const Exec& exec) {
@@ -96,7 +98,8 @@ void delta_backward(const DeltaBackward& args, Workspace workspace, const Exec& 
   if (args.dx.data != nullptr)
     check_rows(args.dx.data, args.dx.ld, route.tokens, experts.d_in, experts.dtype, exec, "kernels/delta backward: dx");
   if (args.dx0.data != nullptr)
-    check_rows(args.dx0.data, args.dx0.ld, route.tokens, experts.d_in, experts.dtype, exec, "kernels/delta backward: dx0");
+    check_rows(args.dx0.data, args.dx0.ld, route.tokens, experts.d_in, experts.dtype, exec,
+               "kernels/delta backward: dx0");
   const bool needs_u = args.dgates != nullptr || args.dbt != nullptr;
   MORAINE_CHECK(!needs_u || args.saved_u != nullptr || route.pairs() == 0 || total_rank(experts) == 0,
                 "{}: saved_u of forward is missing", who);
@@ -110,10 +113,11 @@ void delta_backward(const DeltaBackward& args, Workspace workspace, const Exec& 
   backend.weights({&route, args.gates, experts.scale, b.weighted, b.scaled}, exec);
   backend.shrink_unrounded({&route, segments, dy, experts.bt, experts.d_out, b.v}, b.scratch, exec);
   void* scaled_u = args.dbt != nullptr && !experts.dense() ? b.scaled_u : nullptr;
-  backend.scale_pairs({&route, segments, args.saved_u, b.v, b.weighted, experts.scale, scaled_u, b.scaled_v, args.dgates, false},
-                      exec);
+  backend.scale_pairs(
+      {&route, segments, args.saved_u, b.v, b.weighted, experts.scale, scaled_u, b.scaled_v, args.dgates, false}, exec);
   if (args.dx.data != nullptr)
-    backend.combine({&route, {{segments, b.scaled_v, experts.a}, {}}, 1, nullptr, experts.d_in, args.dx0, args.dx}, b.scratch, exec);
+    backend.combine({&route, {{segments, b.scaled_v, experts.a}, {}}, 1, nullptr, experts.d_in, args.dx0, args.dx},
+                    b.scratch, exec);
   if (args.da != nullptr)
     backend.outer({&route, segments, b.scaled_v, x, experts.d_in, args.da, args.grads}, b.scratch, exec);
   if (scaled_u != nullptr)

@@ -60,8 +60,9 @@ struct Call {
   Call(const RankwiseAdapter& x, int64_t tokens, Workspace workspace, const Exec& exec, const char* who)
       : backend(backend_for(exec, x.dtype)), row_offsets{0, x.rank} {
     const float one = 1.0f;
-    check_experts({1, x.d_in, x.d_out, x.dtype, x.a, x.rank == 0 ? &one : x.bt, row_offsets, x.row_offsets_device, &one}, exec,
-                  who);
+    check_experts(
+        {1, x.d_in, x.d_out, x.dtype, x.a, x.rank == 0 ? &one : x.bt, row_offsets, x.row_offsets_device, &one}, exec,
+        who);
     MORAINE_CHECK(x.rank == 0 || x.bt != nullptr, "{}: bt missing", who);
     MORAINE_CHECK(std::isfinite(x.scale), "{}: scale is not finite", who);
     Arena arena(workspace, who);
@@ -74,7 +75,8 @@ struct Call {
     } else {
       std::memset(b.index, 0, static_cast<size_t>(tokens) * sizeof(int32_t));
     }
-    route = route_build(static_cast<const int32_t*>(b.index), tokens, 1, 1, {b.route_storage, b.route_bytes}, unchecked);
+    route =
+        route_build(static_cast<const int32_t*>(b.index), tokens, 1, 1, {b.route_storage, b.route_bytes}, unchecked);
     const int64_t* offsets = exec.device == Device::kCuda ? x.row_offsets_device : row_offsets;
     segments = backend.make_segments(route, offsets, x.rank, b.segments, exec);
   }
@@ -98,7 +100,8 @@ bool list_selected(const F* mask, Selection& s, const Buffers& b) {
   b.token_begin[s.tokens] = count;
   for (int64_t i = 0, begin = 0; i <= s.rank; ++i) begin += std::exchange(b.rank_begin[i], begin);
   for (int64_t t = 0; t < s.tokens; ++t)
-    for (int64_t k = b.token_begin[t]; k < b.token_begin[t + 1]; ++k) b.tokens_of[b.rank_begin[b.ranks[k]]++] = static_cast<int32_t>(t);
+    for (int64_t k = b.token_begin[t]; k < b.token_begin[t + 1]; ++k)
+      b.tokens_of[b.rank_begin[b.ranks[k]]++] = static_cast<int32_t>(t);
   for (int64_t i = s.rank; i > 0; --i) b.rank_begin[i] = b.rank_begin[i - 1];
   b.rank_begin[0] = 0;
   s.token_begin = b.token_begin, s.ranks = b.ranks, s.rank_begin = b.rank_begin, s.tokens_of = b.tokens_of;
@@ -106,10 +109,12 @@ bool list_selected(const F* mask, Selection& s, const Buffers& b) {
 }
 
 // The selection where the backend can leave out what is not selected and that is most of it.
-std::optional<Selection> selection_of(const Backend& backend, const RankwiseAdapter& x, int64_t tokens, const void* mask, const Buffers& b) {
+std::optional<Selection> selection_of(const Backend& backend, const RankwiseAdapter& x, int64_t tokens,
+                                      const void* mask, const Buffers& b) {
   Selection s{tokens, x.rank, padded_rank(x.rank), nullptr, nullptr, nullptr, nullptr};
   if (backend.selected == nullptr || tokens * x.rank == 0) return std::nullopt;
-  const bool few = x.dtype == DType::kF64 ? list_selected(static_cast<const double*>(mask), s, b) : list_selected(static_cast<const float*>(mask), s, b);
+  const bool few = x.dtype == DType::kF64 ? list_selected(static_cast<const double*>(mask), s, b)
+                                          : list_selected(static_cast<const float*>(mask), s, b);
   return few ? std::optional(s) : std::nullopt;
 }
 
@@ -140,12 +145,14 @@ size_t rankwise_workspace(const RankwiseAdapter& adapter, int64_t tokens, const 
   return arena.used();
 }
 
-void rankwise_project(const RankwiseAdapter& x, ConstRows in, int64_t tokens, void* u, Workspace workspace, const Exec& exec) {
+void rankwise_project(const RankwiseAdapter& x, ConstRows in, int64_t tokens, void* u, Workspace workspace,
+                      const Exec& exec) {
   const char* who = "kernels/rankwise project";
   check_rows(in.data, in.ld, tokens, x.d_in, x.dtype, exec, "kernels/rankwise project: x");
   MORAINE_CHECK(u != nullptr || tokens * x.rank == 0, "{}: u missing", who);
   Call call(x, tokens, workspace, exec, who);
-  call.backend.shrink_unrounded({&call.route, call.segments, {in.data, in.ld, 1}, x.a, x.d_in, u}, call.b.scratch, exec);
+  call.backend.shrink_unrounded({&call.route, call.segments, {in.data, in.ld, 1}, x.a, x.d_in, u}, call.b.scratch,
+                                exec);
 }
 
 void rankwise_select(const void* score, int64_t tokens, int64_t rank, int64_t keep, bool by_magnitude, DType dtype,
@@ -170,11 +177,13 @@ void rankwise_forward(const RankwiseForward& args, Workspace workspace, const Ex
   MORAINE_CHECK((args.u != nullptr && args.mask != nullptr) || args.tokens * x.rank == 0, "{}: u or mask missing", who);
   Call call(x, args.tokens, workspace, exec, who);
   const Buffers& b = call.b;
-  call.backend.mask({args.tokens, padded_rank(x.rank), x.scale, args.u, nullptr, args.mask, b.masked_u, nullptr, nullptr}, exec);
+  call.backend.mask(
+      {args.tokens, padded_rank(x.rank), x.scale, args.u, nullptr, args.mask, b.masked_u, nullptr, nullptr}, exec);
   if (const auto selected = selection_of(call.backend, x, args.tokens, args.mask, b)) {
     call.backend.selected->expand({&*selected, b.masked_u, x.bt, x.d_out, args.y0, args.y}, exec);
   } else {
-    call.backend.combine({&call.route, {{call.segments, b.masked_u, x.bt}, {}}, 1, nullptr, x.d_out, args.y0, args.y}, b.scratch, exec);
+    call.backend.combine({&call.route, {{call.segments, b.masked_u, x.bt}, {}}, 1, nullptr, x.d_out, args.y0, args.y},
+                         b.scratch, exec);
   }
 }
 
@@ -198,16 +207,21 @@ void rankwise_backward(const RankwiseBackward& args, Workspace workspace, const 
   } else {  // the gradient of a mask needs v of every rank
     call.backend.shrink_unrounded({&call.route, call.segments, dy, x.bt, x.d_out, b.v}, b.scratch, exec);
   }
-  call.backend.mask({args.tokens, padded_rank(x.rank), x.scale, args.u, b.v, args.mask, b.masked_u, b.masked_v, args.dmask},
-                    exec);
-  const auto expand = [&](const void* values, const void* matrix, int64_t width, const ConstRows& base, const Rows& out) {
+  call.backend.mask(
+      {args.tokens, padded_rank(x.rank), x.scale, args.u, b.v, args.mask, b.masked_u, b.masked_v, args.dmask}, exec);
+  const auto expand = [&](const void* values, const void* matrix, int64_t width, const ConstRows& base,
+                          const Rows& out) {
     if (selected) return call.backend.selected->expand({&*selected, values, matrix, width, base, out}, exec);
-    call.backend.combine({&call.route, {{call.segments, values, matrix}, {}}, 1, nullptr, width, base, out}, b.scratch, exec);
+    call.backend.combine({&call.route, {{call.segments, values, matrix}, {}}, 1, nullptr, width, base, out}, b.scratch,
+                         exec);
   };
   const auto outer = [&](const void* values, const PairRows& rows, int64_t width, void* out) {
-    if (selected) return call.backend.selected->outer({&*selected, values, {rows.data, rows.ld}, width, out, args.accumulate}, b.scratch, exec);
-    call.backend.outer({&call.route, call.segments, values, rows, width, out, args.accumulate ? WeightGrads::kAccumulate : WeightGrads::kOverwrite}, b.scratch,
-                       exec);
+    if (selected)
+      return call.backend.selected->outer({&*selected, values, {rows.data, rows.ld}, width, out, args.accumulate},
+                                          b.scratch, exec);
+    call.backend.outer({&call.route, call.segments, values, rows, width, out,
+                        args.accumulate ? WeightGrads::kAccumulate : WeightGrads::kOverwrite},
+                       b.scratch, exec);
   };
   if (args.dx.data != nullptr) expand(b.masked_v, x.a, x.d_in, args.dx0, args.dx);
   if (args.da != nullptr) outer(b.masked_v, in, x.d_in, args.da);

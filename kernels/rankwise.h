@@ -50,7 +50,8 @@ size_t rankwise_workspace(const RankwiseAdapter& adapter, int64_t tokens, const 
 void rankwise_project(const RankwiseAdapter& adapter, ConstRows x, int64_t tokens, void* u, Workspace workspace,
                       const Exec& exec);
 /// mask[t, i] = 1 for the `keep` largest score[t, i] (|score| with by_magnitude), ties to the lower rank; else 0.
-/// score and mask: rows of padded_rank(R) elements, accumulate type of dtype. Throws UserError unless 0 <= keep <= R, or for a NaN score. CPU only.
+/// score and mask: rows of padded_rank(R) elements, accumulate type of dtype. Throws UserError unless 0 <= keep <= R,
+/// or for a NaN score. CPU only.
 void rankwise_select(const void* score, int64_t tokens, int64_t rank, int64_t keep, bool by_magnitude, DType dtype,
                      void* mask);
 void rankwise_forward(const RankwiseForward& args, Workspace workspace, const Exec& exec);

@@ -32,11 +32,11 @@ size_t route_bytes(int64_t tokens, int64_t slots, int64_t experts, Device device
 
 Route route_build(const int32_t* index, int64_t tokens, int64_t slots, int64_t experts, Workspace storage,
                   const Exec& exec) {
-  MORAINE_CHECK(tokens >= 0 && slots >= 1 && experts >= 0, "kernels/route: bad shape: tokens={} slots={} experts={}", tokens,
-                slots, experts);
+  MORAINE_CHECK(tokens >= 0 && slots >= 1 && experts >= 0, "kernels/route: bad shape: tokens={} slots={} experts={}",
+                tokens, slots, experts);
   MORAINE_CHECK(slots <= kMaxSlots, "kernels/route: more than {} slots per token: {}", kMaxSlots, slots);
-  MORAINE_CHECK(tokens <= std::numeric_limits<int32_t>::max() / slots, "kernels/route: more than 2^31 pairs: {} x {}", tokens,
-                slots);
+  MORAINE_CHECK(tokens <= std::numeric_limits<int32_t>::max() / slots, "kernels/route: more than 2^31 pairs: {} x {}",
+                tokens, slots);
   if (exec.device == Device::kCuda) return cuda_route_build(index, tokens, slots, experts, storage, exec);
 
   Arena arena(storage, "kernels/route");

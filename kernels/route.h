@@ -19,8 +19,8 @@ size_t route_bytes(int64_t tokens, int64_t slots, int64_t experts, Device device
 
 /// Sorts the pairs of index [tokens, slots] by expert. Zero tokens, zero experts (all slots empty) and experts without
 /// tokens are fine.
-/// Throws UserError for an index outside [-1, experts), InternalError for a storage that is too small or more than 2^31 pairs.
-/// Thread-safe; on CUDA enqueues, and waits only if exec.check_inputs is set.
+/// Throws UserError for an index outside [-1, experts), InternalError for a storage that is too small or more than 2^31
+/// pairs. Thread-safe; on CUDA enqueues, and waits only if exec.check_inputs is set.
 Route route_build(const int32_t* index, int64_t tokens, int64_t slots, int64_t experts, Workspace storage,
                   const Exec& exec);
 

@@ -7,8 +7,9 @@ namespace moraine::kernels {
 /// Threads a task may be numbered with; fixes the scratch size.
 int max_task_threads();
 
-/// Calls body(context, task, thread) once for every task in [0, count), over all cores; small work (below about two MFLOP) stays
-/// on the calling thread, since waking a team costs more. Which thread runs a task must not change its result.
+/// Calls body(context, task, thread) once for every task in [0, count), over all cores; small work (below about two
+/// MFLOP) stays on the calling thread, since waking a team costs more. Which thread runs a task must not change its
+/// result.
 void run_tasks(int64_t count, double flops, void (*body)(const void* context, int64_t task, int thread),
                const void* context);
 

@@ -74,10 +74,12 @@ Weights Backbone::weights_plus(const NamedTensors& deltas) const {
   for (const auto& [name, delta] : deltas) {
     const auto at = changed.tensors.find(name);
     if (at == changed.tensors.end() || at->second.sizes() != delta.sizes())
-      throw core::UserError(fmt::format("models: a change of '{}' [{}] does not fit this model", name, fmt::join(delta.sizes(), ", ")),
-                            "use the base model that the change was made for");
+      throw core::UserError(
+          fmt::format("models: a change of '{}' [{}] does not fit this model", name, fmt::join(delta.sizes(), ", ")),
+          "use the base model that the change was made for");
     at::Tensor& weight = at->second;
-    weight = (weight.to(c10::promoteTypes(weight.scalar_type(), at::kFloat)) + delta.detach().to(weight.device())).to(weight.scalar_type());
+    weight = (weight.to(c10::promoteTypes(weight.scalar_type(), at::kFloat)) + delta.detach().to(weight.device()))
+                 .to(weight.scalar_type());
   }
   return changed;
 }

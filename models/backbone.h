@@ -12,9 +12,9 @@
 
 namespace moraine::models {
 
-/// A network whose weights are frozen and whose slots can be taken over. Weights never change; training touches only what
-/// attached slot functions own, or everything after make_trainable(). Not thread-safe while slots change nor for two
-/// forward passes at once; forward passes of distinct backbones that share weights may run concurrently.
+/// A network whose weights are frozen and whose slots can be taken over. Weights never change; training touches only
+/// what attached slot functions own, or everything after make_trainable(). Not thread-safe while slots change nor for
+/// two forward passes at once; forward passes of distinct backbones that share weights may run concurrently.
 class Backbone {
  public:
   virtual ~Backbone() = default;

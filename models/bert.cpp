@@ -26,7 +26,8 @@ Bert::Bert(BertConfig config, Weights weights) : Backbone(std::move(weights)), c
   for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
     const std::string path = fmt::format("{}encoder.layer.{}", config_.prefix(), layer);
     blocks_.emplace_back().first_slot = slots().size();
-    for (const char* part : {"query", "key", "value"}) add_slot({path + ".attention.self." + part, SlotKind::kLinear, d, d});
+    for (const char* part : {"query", "key", "value"})
+      add_slot({path + ".attention.self." + part, SlotKind::kLinear, d, d});
     add_slot({path + ".attention.output.dense", SlotKind::kLinear, d, d});
     add_slot({path + ".intermediate.dense", SlotKind::kLinear, d, h});
     add_slot({path + ".output.dense", SlotKind::kLinear, h, d});
@@ -85,7 +86,8 @@ void Bert::refer_to_weights() {
 }
 
 at::Tensor Bert::normalise(const at::Tensor& x, const Norm& norm) const {
-  return at::layer_norm(x, {config_.hidden_size}, as_type_of(norm.weight, x), as_type_of(norm.bias, x), config_.layer_norm_eps);
+  return at::layer_norm(x, {config_.hidden_size}, as_type_of(norm.weight, x), as_type_of(norm.bias, x),
+                        config_.layer_norm_eps);
 }
 
 at::Tensor Bert::attention(const Block& block, const at::Tensor& x, const at::Tensor& mask) const {
@@ -93,25 +95,32 @@ at::Tensor Bert::attention(const Block& block, const at::Tensor& x, const at::Te
   const auto split = [&](size_t slot) {
     return apply(block.first_slot + slot, x).view({batch, length, heads, config_.hidden_size / heads}).transpose(1, 2);
   };
-  const std::optional<at::Tensor> keys = mask.defined() ? std::optional(mask.view({batch, 1, 1, length}).expand({batch, 1, length, length})) : std::nullopt;
+  const std::optional<at::Tensor> keys =
+      mask.defined() ? std::optional(mask.view({batch, 1, 1, length}).expand({batch, 1, length, length}))
+                     : std::nullopt;
   const at::Tensor y = at::scaled_dot_product_attention(split(kQuery), split(kKey), split(kValue), keys);
   return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch, length, config_.hidden_size}));
 }
 
 at::Tensor Bert::hidden_states(const at::Tensor& tokens, const at::Tensor& mask) {
   MORAINE_CHECK(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "tokens must be [B, T] int64");
-  MORAINE_CHECK(!mask.defined() || (mask.scalar_type() == at::kBool && mask.sizes() == tokens.sizes()), "the mask must be [B, T] bool");
+  MORAINE_CHECK(!mask.defined() || (mask.scalar_type() == at::kBool && mask.sizes() == tokens.sizes()),
+                "the mask must be [B, T] bool");
   const int64_t length = tokens.size(1);
   if (length > config_.max_position_embeddings)
-    throw core::UserError(fmt::format("models: {} tokens are more than the encoder's {} positions", length, config_.max_position_embeddings),
+    throw core::UserError(fmt::format("models: {} tokens are more than the encoder's {} positions", length,
+                                      config_.max_position_embeddings),
                           "cut the text into shorter pieces");
-  const int64_t low = tokens.numel() > 0 ? tokens.min().item<int64_t>() : 0, high = tokens.numel() > 0 ? tokens.max().item<int64_t>() : 0;
+  const int64_t low = tokens.numel() > 0 ? tokens.min().item<int64_t>() : 0,
+                high = tokens.numel() > 0 ? tokens.max().item<int64_t>() : 0;
   if (low < 0 || high >= config_.vocab_size)
-    throw core::UserError(fmt::format("models: token outside the encoder's vocabulary of {}: {}", config_.vocab_size, low < 0 ? low : high),
+    throw core::UserError(fmt::format("models: token outside the encoder's vocabulary of {}: {}", config_.vocab_size,
+                                      low < 0 ? low : high),
                           "the text was prepared with another tokeniser than the encoder's");
   if (length == 0 || (mask.defined() && !mask.any(1).all().item<bool>()))
     throw core::UserError("models: a text without any token cannot be encoded", "leave empty texts out");
-  const at::Tensor embedded = at::embedding(words_, tokens).to(dtype()) + types_[0].to(dtype()) + positions_.slice(0, 0, length).to(dtype());
+  const at::Tensor embedded =
+      at::embedding(words_, tokens).to(dtype()) + types_[0].to(dtype()) + positions_.slice(0, 0, length).to(dtype());
   at::Tensor x = normalise(embedded, embedding_norm_);
   for (const Block& block : blocks_) {
     x = normalise(x + attention(block, x, mask), block.attention);
@@ -133,7 +142,9 @@ at::Tensor Bert::logits(const at::Tensor& tokens, const at::Tensor& mask) {
 
 at::Tensor Bert::embed(const at::Tensor& tokens, const at::Tensor& mask) {
   const at::Tensor states = hidden_states(tokens, mask);
-  const at::Tensor real = (mask.defined() ? mask : at::ones(tokens.sizes(), tokens.options().dtype(at::kBool))).unsqueeze(-1).to(states.scalar_type());
+  const at::Tensor real = (mask.defined() ? mask : at::ones(tokens.sizes(), tokens.options().dtype(at::kBool)))
+                              .unsqueeze(-1)
+                              .to(states.scalar_type());
   const at::Tensor mean = (states * real).sum(1) / real.sum(1);
   return mean / mean.norm(2, {1}, /*keepdim=*/true).clamp_min(1e-12);
 }

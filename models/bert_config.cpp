@@ -27,8 +27,14 @@ constexpr std::array<SizeKey, 7> kSizes = {{{"vocab_size", &BertConfig::vocab_si
                                             {"type_vocab_size", &BertConfig::type_vocab_size}}};
 
 // Dropout is off in evaluation; the others name tokens, labels and how the model was made.
-const std::vector<std::string> kIrrelevant = {"attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout",
-                                              "gradient_checkpointing", "pad_token_id", "id2label", "label2id", "num_labels"};
+const std::vector<std::string> kIrrelevant = {"attention_probs_dropout_prob",
+                                              "hidden_dropout_prob",
+                                              "classifier_dropout",
+                                              "gradient_checkpointing",
+                                              "pad_token_id",
+                                              "id2label",
+                                              "label2id",
+                                              "num_labels"};
 
 }  // namespace
 
@@ -55,7 +61,8 @@ BertConfig BertConfig::from_json(const Json& json, const std::string& origin) {
   read.only("problem_type", "single_label_classification");
   read.refuse_unread(kIrrelevant);
   if (wrong.empty() && c.hidden_size % c.num_heads != 0)
-    wrong.push_back(fmt::format("'num_attention_heads' = {} does not divide 'hidden_size' = {}", c.num_heads, c.hidden_size));
+    wrong.push_back(
+        fmt::format("'num_attention_heads' = {} does not divide 'hidden_size' = {}", c.num_heads, c.hidden_size));
   if (!wrong.empty())
     throw core::UserError(fmt::format("models: {}: cannot build this encoder:\n  {}", origin, fmt::join(wrong, "\n  ")),
                           "use a checkpoint of a supported architecture, or correct these keys");
@@ -81,8 +88,8 @@ Json BertConfig::to_json() const {
 int64_t BertConfig::total_parameters() const {
   const int64_t d = hidden_size, h = intermediate_size, norm = 2 * d;
   const int64_t layer = 4 * (d * d + d) + (d * h + h) + (h * d + d) + 2 * norm;
-  return (vocab_size + max_position_embeddings + type_vocab_size) * d + norm + num_layers * layer + (pooler ? d * d + d : 0) +
-         num_labels * (d + 1);
+  return (vocab_size + max_position_embeddings + type_vocab_size) * d + norm + num_layers * layer +
+         (pooler ? d * d + d : 0) + num_labels * (d + 1);
 }
 
 NamedShapes expected_tensors(const BertConfig& c) {

@@ -16,8 +16,8 @@ struct BertConfig {
   bool pooler = true;      // tanh(W h_CLS + b) behind the last layer
   int64_t num_labels = 0;  // rows of the classifier behind the pooler; 0 = none (BertModel)
 
-  /// Absent keys take the defaults of transformers 4.57. Throws one UserError naming `origin` and every key that is of the
-  /// wrong type, out of range or not implemented (activations but gelu, relative positions, cross attention, ...).
+  /// Absent keys take the defaults of transformers 4.57. Throws one UserError naming `origin` and every key that is of
+  /// the wrong type, out of range or not implemented (activations but gelu, relative positions, cross attention, ...).
   /// num_labels stays 0: the weights say whether there is a classifier.
   static BertConfig from_json(const core::Json& json, const std::string& origin);
   /// A config.json that transformers reads.

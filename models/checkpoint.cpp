@@ -32,7 +32,9 @@ void write_shard(const fs::path& path, const LazyTensor* first, const LazyTensor
 core::TensorView rows_of(const core::TensorView& packed, std::string name, int64_t first, int64_t rows) {
   const int64_t columns = packed.shape[2];
   const auto row_bytes = static_cast<size_t>(columns) * core::size_of(packed.dtype);
-  return {std::move(name), packed.dtype, {rows, columns},
+  return {std::move(name),
+          packed.dtype,
+          {rows, columns},
           packed.data.subspan(static_cast<size_t>(first) * row_bytes, static_cast<size_t>(rows) * row_bytes)};
 }
 
@@ -41,7 +43,7 @@ core::TensorView rows_of(const core::TensorView& packed, std::string name, int64
 void write_checkpoint(const fs::path& directory, const core::Json& config, std::vector<LazyTensor> tensors,
                       int64_t shard_bytes) {
   std::ranges::sort(tensors, {}, &LazyTensor::name);
-  std::vector<size_t> starts = {0};   // of shards
+  std::vector<size_t> starts = {0};  // of shards
   int64_t total = 0, in_shard = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (in_shard > 0 && in_shard + tensors[i].bytes > shard_bytes) {
@@ -62,7 +64,7 @@ void write_checkpoint(const fs::path& directory, const core::Json& config, std::
   if (shards > 1)
     core::write_atomically(directory / kIndex,
                            core::Json{{"metadata", {{"total_size", total}}}, {"weight_map", places}}.dump(2) + "\n");
-  fs::remove(directory / (shards > 1 ? kSingle : kIndex));   // of another checkpoint
+  fs::remove(directory / (shards > 1 ? kSingle : kIndex));  // of another checkpoint
   core::write_atomically(directory / "config.json", config.dump(2) + "\n");
 }
 

@@ -17,7 +17,7 @@ namespace moraine::models {
 struct LazyTensor {
   std::string name;
   int64_t bytes = 0;
-  std::function<at::Tensor()> make;   // on the CPU
+  std::function<at::Tensor()> make;  // on the CPU
 };
 
 inline constexpr int64_t kShardBytes = int64_t{4} << 30;
@@ -30,9 +30,9 @@ void write_checkpoint(const std::filesystem::path& directory, const core::Json& 
                       int64_t shard_bytes = kShardBytes);
 
 /// FlexOlmo's experts under one name per tensor. transformers 5 packs them: mlp.experts.gate_up_proj [E, 2h, d] (gate
-/// rows first) and mlp.experts.down_proj [E, d, h]; views of such tensors are cut into views of single matrices, without
-/// a copy. Other tensors pass unchanged. Throws UserError naming `origin` and the tensor if a packed one has no such
-/// shape. Source: transformers 4.57 and 5, flex_olmo.
+/// rows first) and mlp.experts.down_proj [E, d, h]; views of such tensors are cut into views of single matrices,
+/// without a copy. Other tensors pass unchanged. Throws UserError naming `origin` and the tensor if a packed one has no
+/// such shape. Source: transformers 4.57 and 5, flex_olmo.
 std::vector<core::TensorView> unpack_experts(const std::vector<core::TensorView>& tensors, const std::string& origin);
 
 }  // namespace moraine::models

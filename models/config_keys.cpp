@@ -42,7 +42,8 @@ double ConfigKeys::number(const std::string& key, double absent) {
 
 bool ConfigKeys::boolean(const std::string& key, bool absent) {
   const Json* value = find(key);
-  if (value != nullptr && !value->is_boolean()) wrong(fmt::format("'{}' must be true or false: {}", key, value->dump()));
+  if (value != nullptr && !value->is_boolean())
+    wrong(fmt::format("'{}' must be true or false: {}", key, value->dump()));
   return value != nullptr && value->is_boolean() ? value->get<bool>() : absent;
 }
 

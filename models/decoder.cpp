@@ -143,7 +143,8 @@ void Decoder::extend_rotation(int64_t length) {
   const at::TensorOptions options = embedding_.options().dtype(at::kFloat).requires_grad(false);
   const at::Tensor exponents = at::arange(0, config_.head_dim, 2, options) / static_cast<double>(config_.head_dim);
   const at::Tensor frequencies = at::pow(config_.rope_theta, exponents).reciprocal();
-  const at::Tensor angles = at::outer(at::arange(length, options), scaled_frequencies(frequencies, config_.rope_scaling));
+  const at::Tensor angles =
+      at::outer(at::arange(length, options), scaled_frequencies(frequencies, config_.rope_scaling));
   cos_ = angles.cos();
   sin_ = angles.sin();
 }
@@ -241,9 +242,10 @@ Decoder::Loss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
   loss.count = targets.ge(0).sum().item<int64_t>();
   for (int64_t first = 0; first < rows; first += piece) {
     const int64_t end = std::min(rows, first + piece);
-    const at::Tensor logits = apply(slots().size() - 1, x.slice(0, first, end)), expected = targets.slice(0, first, end);
-    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype() == at::kDouble ? at::kDouble : at::kFloat), expected,
-                                                  {}, at::Reduction::Sum, /*ignore_index=*/-1);
+    const at::Tensor logits = apply(slots().size() - 1, x.slice(0, first, end)),
+                     expected = targets.slice(0, first, end);
+    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype() == at::kDouble ? at::kDouble : at::kFloat),
+                                                  expected, {}, at::Reduction::Sum, /*ignore_index=*/-1);
     loss.sum = loss.sum.defined() ? loss.sum + sum : sum;
     if (count_correct) loss.correct += at::argmax(logits.detach(), -1).eq(expected).sum().item<int64_t>();
   }

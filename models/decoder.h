@@ -20,7 +20,8 @@ namespace moraine::models {
 ///
 /// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A
 /// mixture has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the
-/// start. Sources: transformers 4.57 (llama, mistral, qwen2, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for low-rank experts.
+/// start. Sources: transformers 4.57 (llama, mistral, qwen2, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for
+/// low-rank experts.
 class Decoder final : public Backbone {
  public:
   /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
@@ -38,8 +39,8 @@ class Decoder final : public Backbone {
   Decoder share() const { return on(device()); }
   /// The same on another device: weights are copied there unless they are there already.
   Decoder on(at::Device device) const;
-  /// share() with some weights changed: W + delta, in W's dtype, for every "<weight name>" given; all others are shared.
-  /// Throws UserError on a name that is no weight of this model or a delta of another shape.
+  /// share() with some weights changed: W + delta, in W's dtype, for every "<weight name>" given; all others are
+  /// shared. Throws UserError on a name that is no weight of this model or a delta of another shape.
   Decoder plus(const NamedTensors& deltas) const;
 
   /// tokens [B, T] int64 -> logits [B, T, vocab]. Throws UserError on a token outside the vocabulary.

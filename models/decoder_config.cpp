@@ -67,9 +67,11 @@ void read_rope(ConfigKeys& read, DecoderConfig& c, double absent_theta) {
     std::map<std::string, double> numbers;
     if (type == "linear" || type == "llama3") numbers["factor"] = 0;
     if (type == "llama3")
-      for (const char* name : {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}) numbers[name] = 0;
+      for (const char* name : {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"})
+        numbers[name] = 0;
     if (type != "default" && numbers.empty()) {
-      read.wrong(fmt::format("'{}' = {} is not implemented (only the rotary types default, linear and llama3)", key, rope->dump()));
+      read.wrong(fmt::format("'{}' = {} is not implemented (only the rotary types default, linear and llama3)", key,
+                             rope->dump()));
       continue;
     }
     std::set<std::string> missing;
@@ -79,7 +81,8 @@ void read_rope(ConfigKeys& read, DecoderConfig& c, double absent_theta) {
       if (name == "rope_type" || name == "type") continue;
       const bool known = name == "rope_theta" || numbers.contains(name);
       if (!known || !value.is_number() || value.get<double>() <= 0) {
-        read.wrong(fmt::format("'{}': '{}' = {} is not known for the rotary type {}, or no positive number", key, name, value.dump(), type.dump()));
+        read.wrong(fmt::format("'{}': '{}' = {} is not known for the rotary type {}, or no positive number", key, name,
+                               value.dump(), type.dump()));
       } else if (name == "rope_theta") {
         c.rope_theta = value.get<double>();
       } else {
@@ -115,7 +118,8 @@ void read_window(ConfigKeys& read, DecoderConfig& c) {
   for (int64_t layer = 0; layer < c.num_layers; ++layer)
     expected.push_back(c.window_of(layer) > 0 ? "sliding_attention" : "full_attention");
   if (*types != expected)
-    read.wrong(fmt::format("'layer_types' = {} is not implemented (only what max_window_layers says: {})", types->dump(), expected.dump()));
+    read.wrong(fmt::format("'layer_types' = {} is not implemented (only what max_window_layers says: {})",
+                           types->dump(), expected.dump()));
 }
 
 Family family_of(const Json& json, const std::string& origin) {
@@ -133,14 +137,12 @@ Family family_of(const Json& json, const std::string& origin) {
 
 std::string joined(const std::vector<std::string>& lines) { return fmt::format("\n  {}", fmt::join(lines, "\n  ")); }
 
-void add_linear(NamedShapes& list, const std::string& path, int64_t out, int64_t in,
-                bool bias) {
+void add_linear(NamedShapes& list, const std::string& path, int64_t out, int64_t in, bool bias) {
   list.emplace_back(path + ".weight", Shape{out, in});
   if (bias) list.emplace_back(path + ".bias", Shape{out});
 }
 
-void add_expert(NamedShapes& list, const std::string& path, const DecoderConfig& c,
-                int64_t rank, bool bias) {
+void add_expert(NamedShapes& list, const std::string& path, const DecoderConfig& c, int64_t rank, bool bias) {
   for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
     const bool down = std::string_view(name) == "down_proj";
     const int64_t in = down ? c.intermediate_size : c.hidden_size, out = down ? c.hidden_size : c.intermediate_size;
@@ -214,8 +216,8 @@ std::vector<std::string> DecoderConfig::problems() const {
   require(head_dim % 2 == 0, fmt::format("'head_dim' must be even for rotary embeddings: {}", head_dim));
   if (rope_scaling.type == RopeScaling::Type::kLlama3)
     require(rope_scaling.high_freq_factor > rope_scaling.low_freq_factor,
-            fmt::format("'rope_scaling': high_freq_factor {} must be above low_freq_factor {}", rope_scaling.high_freq_factor,
-                        rope_scaling.low_freq_factor));
+            fmt::format("'rope_scaling': high_freq_factor {} must be above low_freq_factor {}",
+                        rope_scaling.high_freq_factor, rope_scaling.low_freq_factor));
   require(
       num_kv_heads <= 0 || num_heads % num_kv_heads == 0,
       fmt::format("'num_key_value_heads' = {} does not divide 'num_attention_heads' = {}", num_kv_heads, num_heads));
@@ -259,7 +261,8 @@ Json DecoderConfig::to_json() const {
   if (family == Family::kLlama) json["mlp_bias"] = mlp_bias;
   if (family == Family::kMistral || family == Family::kQwen2)
     json["sliding_window"] = sliding_window > 0 ? Json(sliding_window) : Json(nullptr);
-  if (family == Family::kQwen2) json["use_sliding_window"] = sliding_window > 0, json["max_window_layers"] = max_window_layers;
+  if (family == Family::kQwen2)
+    json["use_sliding_window"] = sliding_window > 0, json["max_window_layers"] = max_window_layers;
   if (is_mixture()) {
     json["num_experts"] = num_experts;
     json["num_experts_per_tok"] = num_experts_per_tok;
@@ -300,7 +303,7 @@ std::string layer_path(int64_t layer) { return fmt::format("model.layers.{}", la
 
 NamedShapes expected_tensors(const DecoderConfig& c) {
   NamedShapes list = {{"model.embed_tokens.weight", {c.vocab_size, c.hidden_size}},
-                                                     {"model.norm.weight", {c.hidden_size}}};
+                      {"model.norm.weight", {c.hidden_size}}};
   if (!c.tie_word_embeddings) list.emplace_back("lm_head.weight", Shape{c.vocab_size, c.hidden_size});
   const int64_t d = c.hidden_size, q = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {

@@ -15,9 +15,9 @@ namespace moraine::models {
 struct RopeScaling {
   enum class Type { kNone, kLinear, kLlama3 };
   Type type = Type::kNone;
-  double factor = 1;                                // linear: all frequencies / factor
-  double low_freq_factor = 1, high_freq_factor = 4; // llama3: waves longer than original / low are divided by factor,
-  int64_t original_max_position_embeddings = 8192;  // shorter than original / high are kept, a linear blend between
+  double factor = 1;                                 // linear: all frequencies / factor
+  double low_freq_factor = 1, high_freq_factor = 4;  // llama3: waves longer than original / low are divided by factor,
+  int64_t original_max_position_embeddings = 8192;   // shorter than original / high are kept, a linear blend between
 };
 
 /// Architecture of a decoder, as in a Hugging Face config.json. Unknown model types and options we do not implement are
@@ -32,8 +32,8 @@ struct DecoderConfig {
   RopeScaling rope_scaling;
   bool tie_word_embeddings = false;
   bool attention_bias = false, mlp_bias = false;  // llama only; qwen2 has biases on q, k and v always
-  int64_t sliding_window = 0;                     // mistral, qwen2: a token sees the last so many, itself included; 0 = all
-  int64_t max_window_layers = 0;                  // qwen2: layers below see everything
+  int64_t sliding_window = 0;     // mistral, qwen2: a token sees the last so many, itself included; 0 = all
+  int64_t max_window_layers = 0;  // qwen2: layers below see everything
   core::Json bos_token_id, eos_token_id,
       pad_token_id;  // null, a number or a list; kept for files, nothing computes with them
   // Mixtures.

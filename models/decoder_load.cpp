@@ -26,7 +26,8 @@ Decoder Decoder::from_directory(const std::filesystem::path& directory, std::opt
 Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<core::TensorView>& tensors,
                               const std::string& origin, std::optional<at::ScalarType> dtype,
                               const std::shared_ptr<const void>& owner) {
-  const bool layouts = config.family == DecoderConfig::Family::kFlexOlmo || config.family == DecoderConfig::Family::kOlmo2;
+  const bool layouts =
+      config.family == DecoderConfig::Family::kFlexOlmo || config.family == DecoderConfig::Family::kOlmo2;
   const OwnedViews named = layouts ? hugging_face_layout(tensors, owner, origin) : OwnedViews{tensors, owner};
   return Decoder(config, match_weights(expected_tensors(config), named.tensors, origin, dtype, named.owner));
 }

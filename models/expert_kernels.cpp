@@ -27,8 +27,14 @@ struct ExpertSlabs {
   kernels::FfnExperts view(int64_t d, int64_t h, kernels::DType dtype) const {
     const int64_t experts = scale.numel();
     const auto projection = [&](size_t i, int64_t in, int64_t out) {
-      return kernels::RaggedExperts{experts, in, out, dtype, tensors[2 * i].const_data_ptr(), tensors[2 * i + 1].const_data_ptr(),
-                                    offsets.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * (experts + 1), nullptr,
+      return kernels::RaggedExperts{experts,
+                                    in,
+                                    out,
+                                    dtype,
+                                    tensors[2 * i].const_data_ptr(),
+                                    tensors[2 * i + 1].const_data_ptr(),
+                                    offsets.const_data_ptr<int64_t>() + static_cast<int64_t>(i) * (experts + 1),
+                                    nullptr,
                                     scale.const_data_ptr<float>()};
     };
     return {projection(0, d, h), projection(1, d, h), projection(2, h, d)};
@@ -42,25 +48,32 @@ using torch::autograd::variable_list;
 
 kernels::DType kernel_dtype(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return kernels::DType::kF32;
-    case at::kBFloat16: return kernels::DType::kBF16;
-    case at::kDouble: return kernels::DType::kF64;
-    default: MORAINE_CHECK(false, "ragged_ffn computes in float32, bfloat16 or float64: {}", at::toString(type)); return {};
+    case at::kFloat:
+      return kernels::DType::kF32;
+    case at::kBFloat16:
+      return kernels::DType::kBF16;
+    case at::kDouble:
+      return kernels::DType::kF64;
+    default:
+      MORAINE_CHECK(false, "ragged_ffn computes in float32, bfloat16 or float64: {}", at::toString(type));
+      return {};
   }
 }
 
-at::ScalarType accumulate_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulate_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 at::Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)}, at::kByte); }
 kernels::Workspace workspace(const at::Tensor& storage) {
   return {storage.mutable_data_ptr(), static_cast<size_t>(storage.numel())};
 }
-// Scratch of this thread, kept from call to call and only grown: tens of megabytes of fresh pages cost as much time as the
-// arithmetic of a small layer.
+// Scratch of this thread, kept from call to call and only grown: tens of megabytes of fresh pages cost as much time as
+// the arithmetic of a small layer.
 kernels::Workspace scratch(size_t count) {
   thread_local at::Tensor kept;
   if (!kept.defined() || static_cast<size_t>(kept.numel()) < count) {
-    kept = at::Tensor();   // before the larger one is there
+    kept = at::Tensor();  // before the larger one is there
     kept = bytes(count);
   }
   return {kept.mutable_data_ptr(), count};
@@ -69,7 +82,8 @@ kernels::ConstRows rows_of(const at::Tensor& matrix) { return {matrix.const_data
 kernels::Rows mutable_rows_of(const at::Tensor& matrix) { return {matrix.mutable_data_ptr(), matrix.size(1)}; }
 
 // `parts`: kParts tensors per low-rank expert; `has_parts` [E].
-ExpertSlabs pack(at::TensorList parts, const std::vector<int64_t>& has_parts, int64_t d, int64_t h, at::ScalarType dtype) {
+ExpertSlabs pack(at::TensorList parts, const std::vector<int64_t>& has_parts, int64_t d, int64_t h,
+                 at::ScalarType dtype) {
   const auto experts = static_cast<int64_t>(has_parts.size());
   ExpertSlabs slabs;
   slabs.scale = at::ones({experts}, at::kFloat);
@@ -95,13 +109,16 @@ ExpertSlabs pack(at::TensorList parts, const std::vector<int64_t>& has_parts, in
 }
 
 // pack, or what was packed before. Weights that are trained change with every step and are not kept.
-std::shared_ptr<const ExpertSlabs> packed(const std::vector<at::Tensor>& parts, const std::vector<int64_t>& has_parts, int64_t d, int64_t h,
-                                          at::ScalarType dtype, PackedExperts* kept) {
+std::shared_ptr<const ExpertSlabs> packed(const std::vector<at::Tensor>& parts, const std::vector<int64_t>& has_parts,
+                                          int64_t d, int64_t h, at::ScalarType dtype, PackedExperts* kept) {
   const auto fresh = [&] { return std::make_shared<const ExpertSlabs>(pack(parts, has_parts, d, h, dtype)); };
-  const auto changes = [](const at::Tensor& part) { return part.requires_grad() || part.is_inference(); };  // the latter count no versions
+  const auto changes = [](const at::Tensor& part) {
+    return part.requires_grad() || part.is_inference();
+  };  // the latter count no versions
   if (kept == nullptr || std::any_of(parts.begin(), parts.end(), changes)) return fresh();
   bool same = kept->slabs != nullptr && kept->has_parts == has_parts && kept->slabs->tensors[0].scalar_type() == dtype;
-  for (size_t i = 0; same && i < parts.size(); ++i) same = kept->parts[i].is_same(parts[i]) && kept->versions[i] == parts[i]._version();
+  for (size_t i = 0; same && i < parts.size(); ++i)
+    same = kept->parts[i].is_same(parts[i]) && kept->versions[i] == parts[i]._version();
   if (same) return kept->slabs;
   *kept = {};  // before the new slabs are there
   *kept = {fresh(), parts, {}, has_parts};
@@ -110,7 +127,8 @@ std::shared_ptr<const ExpertSlabs> packed(const std::vector<at::Tensor>& parts, 
 }
 
 kernels::Route route(const at::Tensor& index, int64_t experts, const at::Tensor& storage) {
-  return kernels::route_build(index.const_data_ptr<int32_t>(), index.size(0), index.size(1), experts, workspace(storage), {});
+  return kernels::route_build(index.const_data_ptr<int32_t>(), index.size(0), index.size(1), experts,
+                              workspace(storage), {});
 }
 at::Tensor route_storage(const at::Tensor& index, int64_t experts) {
   return bytes(kernels::route_bytes(index.size(0), index.size(1), experts, kernels::Device::kCpu));
@@ -120,8 +138,9 @@ struct Forward {
   at::Tensor hidden_sum, y_delta;
 };
 
-Forward run_forward(const ExpertSlabs& slabs, const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
-                    const at::Tensor& gates, const at::Tensor& index, const kernels::FfnSaved* saved) {
+Forward run_forward(const ExpertSlabs& slabs, const at::Tensor& x, const at::Tensor& gate_base,
+                    const at::Tensor& up_base, const at::Tensor& gates, const at::Tensor& index,
+                    const kernels::FfnSaved* saved) {
   const kernels::FfnExperts experts = slabs.view(x.size(1), gate_base.size(1), kernel_dtype(x.scalar_type()));
   const at::Tensor storage = route_storage(index, experts.gate.num_experts);
   const kernels::Route routed = route(index, experts.gate.num_experts, storage);
@@ -137,19 +156,30 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
  public:
   enum Input : size_t { kX, kGateBase, kUpBase, kGates, kIndex, kFirstPart };
   // What backward reads, in the order it is saved.
-  enum Saved : size_t { kSavedX, kSavedGates, kSavedIndex, kSavedA, kSavedB, kSavedU, kSavedOffsets = kSavedU + 3, kSavedScale, kSavedSlabs };
+  enum Saved : size_t {
+    kSavedX,
+    kSavedGates,
+    kSavedIndex,
+    kSavedA,
+    kSavedB,
+    kSavedU,
+    kSavedOffsets = kSavedU + 3,
+    kSavedScale,
+    kSavedSlabs
+  };
 
-  static variable_list forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
-                               const at::Tensor& gates, const at::Tensor& index, at::TensorList parts,
-                               const std::vector<int64_t>& has_parts, const std::shared_ptr<const ExpertSlabs>& shared_slabs) {
+  static variable_list forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& gate_base,
+                               const at::Tensor& up_base, const at::Tensor& gates, const at::Tensor& index,
+                               at::TensorList parts, const std::vector<int64_t>& has_parts,
+                               const std::shared_ptr<const ExpertSlabs>& shared_slabs) {
     const int64_t d = x.size(1), h = gate_base.size(1);
     const ExpertSlabs& slabs = *shared_slabs;
     const kernels::FfnSavedSizes sizes =
         kernels::ffn_saved_sizes(slabs.view(d, h, kernel_dtype(x.scalar_type())), index.numel(), kernels::Device::kCpu);
     const at::Tensor a = bytes(sizes.a), b = bytes(sizes.b), u_gate = bytes(sizes.u_gate), u_up = bytes(sizes.u_up),
                      u_down = bytes(sizes.u_down);
-    const kernels::FfnSaved saved{a.mutable_data_ptr(), b.mutable_data_ptr(), u_gate.mutable_data_ptr(), u_up.mutable_data_ptr(),
-                                  u_down.mutable_data_ptr()};
+    const kernels::FfnSaved saved{a.mutable_data_ptr(), b.mutable_data_ptr(), u_gate.mutable_data_ptr(),
+                                  u_up.mutable_data_ptr(), u_down.mutable_data_ptr()};
     const Forward out = run_forward(slabs, x, gate_base, up_base, gates, index, &saved);
     variable_list keep{x, gates, index, a, b, u_gate, u_up, u_down, slabs.offsets, slabs.scale};
     keep.insert(keep.end(), std::begin(slabs.tensors), std::end(slabs.tensors));
@@ -170,7 +200,8 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
     const kernels::FfnExperts experts = slabs.view(x.size(1), q.size(1), kernel_dtype(x.scalar_type()));
     const at::Tensor storage = route_storage(index, experts.gate.num_experts);
     const kernels::Route routed = route(index, experts.gate.num_experts, storage);
-    const kernels::Workspace space = scratch(kernels::ffn_backward_workspace(experts, index.size(0), index.size(1), {}));
+    const kernels::Workspace space =
+        scratch(kernels::ffn_backward_workspace(experts, index.size(0), index.size(1), {}));
 
     // Gradients of whole slabs, of those projections any expert of which is trained.
     at::Tensor grads[kParts];
@@ -180,11 +211,13 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
     const auto grad = [&](size_t i) { return grads[i].defined() ? grads[i].mutable_data_ptr() : nullptr; };
     const at::Tensor dgate_base = at::empty_like(q), dup_base = at::empty_like(q), dgates = at::empty_like(gates);
     const at::Tensor dx = context->needs_input_grad(kX) ? at::empty_like(x) : at::Tensor();
-    const kernels::FfnSaved kept{saved[kSavedA].mutable_data_ptr(), saved[kSavedB].mutable_data_ptr(), saved[kSavedU].mutable_data_ptr(),
-                                 saved[kSavedU + 1].mutable_data_ptr(), saved[kSavedU + 2].mutable_data_ptr()};
+    const kernels::FfnSaved kept{saved[kSavedA].mutable_data_ptr(), saved[kSavedB].mutable_data_ptr(),
+                                 saved[kSavedU].mutable_data_ptr(), saved[kSavedU + 1].mutable_data_ptr(),
+                                 saved[kSavedU + 2].mutable_data_ptr()};
     kernels::ffn_backward({&experts, &routed, gates.const_data_ptr(), rows_of(x), rows_of(dy), rows_of(q), &kept,
-                           mutable_rows_of(dgate_base), mutable_rows_of(dup_base), dx.defined() ? mutable_rows_of(dx) : kernels::Rows{},
-                           dgates.mutable_data_ptr(), grad(0), grad(1), grad(2), grad(3), grad(4), grad(5), kernels::WeightGrads::kChosenOnly},
+                           mutable_rows_of(dgate_base), mutable_rows_of(dup_base),
+                           dx.defined() ? mutable_rows_of(dx) : kernels::Rows{}, dgates.mutable_data_ptr(), grad(0),
+                           grad(1), grad(2), grad(3), grad(4), grad(5), kernels::WeightGrads::kChosenOnly},
                           space, {});
 
     variable_list out{dx, dgate_base, dup_base, dgates, at::Tensor()};
@@ -209,19 +242,22 @@ class RaggedFfn : public torch::autograd::Function<RaggedFfn> {
 }  // namespace
 
 bool ragged_ffn_covers(const at::Tensor& x) {
-  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kDouble);
+  return x.is_cpu() &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kDouble);
 }
 
-std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tensor& gate_base, const at::Tensor& up_base,
-                                             const at::Tensor& gates, const at::Tensor& index,
-                                             const std::vector<const FfnExpert*>& experts, PackedExperts* kept) {
+std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tensor& gate_base,
+                                             const at::Tensor& up_base, const at::Tensor& gates,
+                                             const at::Tensor& index, const std::vector<const FfnExpert*>& experts,
+                                             PackedExperts* kept) {
   MORAINE_CHECK(ragged_ffn_covers(x), "ragged_ffn computes on the CPU in float32, bfloat16 or float64: {} on {}",
                 at::toString(x.scalar_type()), x.device().str());
   MORAINE_CHECK(gate_base.scalar_type() == x.scalar_type() && up_base.scalar_type() == x.scalar_type() &&
                     gates.scalar_type() == accumulate_type(x) && index.scalar_type() == at::kInt,
                 "ragged_ffn: dtypes differ");
-  MORAINE_CHECK(x.dim() == 2 && gate_base.dim() == 2 && gate_base.sizes() == up_base.sizes() && gate_base.size(0) == x.size(0) &&
-                    index.dim() == 2 && index.sizes() == gates.sizes() && index.size(0) == x.size(0),
+  MORAINE_CHECK(x.dim() == 2 && gate_base.dim() == 2 && gate_base.sizes() == up_base.sizes() &&
+                    gate_base.size(0) == x.size(0) && index.dim() == 2 && index.sizes() == gates.sizes() &&
+                    index.size(0) == x.size(0),
                 "ragged_ffn: shapes differ");
   std::vector<at::Tensor> parts;
   std::vector<int64_t> has_parts;
@@ -238,11 +274,13 @@ std::pair<at::Tensor, at::Tensor> ragged_ffn(const at::Tensor& x, const at::Tens
                                                        std::any_of(parts.begin(), parts.end(), wants));
   const auto slabs = packed(parts, has_parts, x.size(1), gate_base.size(1), x.scalar_type(), kept);
   if (!training) {
-    const Forward out = run_forward(*slabs, x.contiguous(), gate_base.contiguous(), up_base.contiguous(), gates.contiguous(), index.contiguous(), nullptr);
+    const Forward out = run_forward(*slabs, x.contiguous(), gate_base.contiguous(), up_base.contiguous(),
+                                    gates.contiguous(), index.contiguous(), nullptr);
     return {out.hidden_sum, out.y_delta};
   }
-  const variable_list out = RaggedFfn::apply(x.contiguous(), gate_base.contiguous(), up_base.contiguous(), gates.contiguous(),
-                                             index.contiguous(), at::TensorList(parts), has_parts, slabs);
+  const variable_list out =
+      RaggedFfn::apply(x.contiguous(), gate_base.contiguous(), up_base.contiguous(), gates.contiguous(),
+                       index.contiguous(), at::TensorList(parts), has_parts, slabs);
   return {out[0], out[1]};
 }
 

@@ -28,7 +28,8 @@ struct MixtureFfn::Routing {
   at::Tensor gates;   // [N, E] in float32 (float64); only selected entries mean anything
   at::Tensor weight;  // the same in x's dtype
   at::Tensor choice;  // [N, k] selected experts; undefined when every token selects all
-  // Per expert the rows that selected it, ascending; of those experts only that ATen computes, and empty for everyone().
+  // Per expert the rows that selected it, ascending; of those experts only that ATen computes, and empty for
+  // everyone().
   std::vector<at::Tensor> tokens;
 
   bool everyone() const { return !choice.defined(); }
@@ -180,10 +181,12 @@ MixtureFfn::Routing MixtureFfn::route(const at::Tensor& x) {
   at::Tensor selected;  // [N, E] bool; undefined = all
   if (options_.top_k < num_experts()) {
     routing.choice = std::get<1>(at::topk(p.detach(), options_.top_k));
-    selected = at::scatter(at::zeros_like(p, p.options().dtype(at::kBool).requires_grad(false)), 1, routing.choice, true);
+    selected =
+        at::scatter(at::zeros_like(p, p.options().dtype(at::kBool).requires_grad(false)), 1, routing.choice, true);
     for (int64_t expert = 0; expert < num_experts(); ++expert) {
       const bool full = expert > 0 && experts_[expert - 1].full();
-      routing.tokens.push_back(routing.by_kernels && !full ? at::Tensor() : at::nonzero(selected.select(1, expert)).squeeze(1));
+      routing.tokens.push_back(routing.by_kernels && !full ? at::Tensor()
+                                                           : at::nonzero(selected.select(1, expert)).squeeze(1));
     }
   }
   routing.gates = p;
@@ -260,7 +263,8 @@ at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const
 
 at::Tensor MixtureFfn::factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
   std::vector<const FfnExpert*> own = {nullptr};  // the public expert, then those of low rank
-  const at::Tensor number = at::full({num_experts()}, -1, at::kInt);  // of an expert among them; full-size ones have none
+  const at::Tensor number =
+      at::full({num_experts()}, -1, at::kInt);  // of an expert among them; full-size ones have none
   number.mutable_data_ptr<int32_t>()[0] = 0;
   RowSum sum(x.size(0), base.down.size(0), x);
   for (int64_t expert = 1; expert < num_experts(); ++expert) {
@@ -273,10 +277,12 @@ at::Tensor MixtureFfn::factored_by_kernels(const at::Tensor& x, const SlotBase& 
               routing.everyone() ? at::Tensor() : routing.tokens[expert]);
     }
   }
-  const at::Tensor index = routing.everyone() ? number.expand({x.size(0), -1})
-                                              : number.index_select(0, routing.choice.flatten()).view_as(routing.choice);
+  const at::Tensor index = routing.everyone()
+                               ? number.expand({x.size(0), -1})
+                               : number.index_select(0, routing.choice.flatten()).view_as(routing.choice);
   const at::Tensor gates = routing.everyone() ? routing.gates : routing.gates.gather(1, routing.choice);
-  const auto [hidden, delta] = ragged_ffn(x, apply_linear(x, base.gate), apply_linear(x, base.up), gates, index, own, &packed_);
+  const auto [hidden, delta] =
+      ragged_ffn(x, apply_linear(x, base.gate), apply_linear(x, base.up), gates, index, own, &packed_);
   const at::Tensor y = apply_linear(hidden, base.down) + delta;
   return own.size() == experts_.size() + 1 ? y : y + sum.take();
 }

@@ -30,9 +30,9 @@ struct FfnExpert {
 enum class MixtureForward { kFactored, kPerExpert };
 
 /// Who computes the factored form. kReference: ATen operators. kAuto: the ragged-rank kernels (models/expert_kernels.h)
-/// where they cover device and dtype (ragged_ffn_covers: the CPU, where they were faster at every rank and number of experts,
-/// bench/mixture.cpp), the reference elsewhere, since the CUDA kernels have not been run on a GPU. Both agree within
-/// rounding; their bits differ.
+/// where they cover device and dtype (ragged_ffn_covers: the CPU, where they were faster at every rank and number of
+/// experts, bench/mixture.cpp), the reference elsewhere, since the CUDA kernels have not been run on a GPU. Both agree
+/// within rounding; their bits differ.
 enum class MixtureKernels { kAuto, kReference };
 
 /// Experts of any rank behind a softmax router on one FFN slot; expert 0 is the slot's frozen base.
@@ -46,9 +46,9 @@ enum class MixtureKernels { kAuto, kReference };
 /// different tensors; bias [E - 1] (expert 0 has none) or undefined; experts: 1 .. E - 1.
 /// dtype: computes in x's (float32, bfloat16, float64); tensors of another dtype (float32 masters) are cast at use.
 /// Contributions are added in a fixed order, so equal input gives equal bits. Gradients flow to whatever requires them.
-/// Throws UserError on a bad top_k or expert shapes that disagree with the base. Not thread-safe (routing statistics, packed weights).
-/// Source: FlexOlmo (arXiv 2507.07024), forward and training router; FlexMoRE (arXiv 2602.08818), "Exact factored
-/// evaluation" (inferred: the algebra is ours). Ties in top-k go to whichever ATen's topk picks.
+/// Throws UserError on a bad top_k or expert shapes that disagree with the base. Not thread-safe (routing statistics,
+/// packed weights). Source: FlexOlmo (arXiv 2507.07024), forward and training router; FlexMoRE (arXiv 2602.08818),
+/// "Exact factored evaluation" (inferred: the algebra is ours). Ties in top-k go to whichever ATen's topk picks.
 class MixtureFfn : public SlotFunction {
  public:
   struct Options {

@@ -70,18 +70,22 @@ at::Tensor Vit::attention(const Block& block, const at::Tensor& x) const {
 }
 
 at::Tensor Vit::trunk(const at::Tensor& images) const {
-  const int64_t channels = config_.num_channels, size = config_.image_size, patch = config_.patch_size, side = size / patch;
+  const int64_t channels = config_.num_channels, size = config_.image_size, patch = config_.patch_size,
+                side = size / patch;
   MORAINE_CHECK(images.dim() == 4, "images must be [B, C, H, W]");
   if (images.size(1) != channels || images.size(2) != size || images.size(3) != size)
-    throw core::UserError(fmt::format("models: the vision transformer takes images of {} x {} x {}, got {} x {} x {}", channels, size, size,
-                                      images.size(1), images.size(2), images.size(3)),
+    throw core::UserError(fmt::format("models: the vision transformer takes images of {} x {} x {}, got {} x {} x {}",
+                                      channels, size, size, images.size(1), images.size(2), images.size(3)),
                           "bring the images to the model's size first");
   const int64_t batch = images.size(0), d = config_.hidden_size;
   // A convolution whose stride is its kernel is one matrix product over flattened patches.
-  const at::Tensor patches = images.to(dtype()).reshape({batch, channels, side, patch, side, patch}).permute({0, 2, 4, 1, 3, 5}).reshape(
-      {batch, side * side, channels * patch * patch});
+  const at::Tensor patches = images.to(dtype())
+                                 .reshape({batch, channels, side, patch, side, patch})
+                                 .permute({0, 2, 4, 1, 3, 5})
+                                 .reshape({batch, side * side, channels * patch * patch});
   const at::Tensor embedded = apply_linear(patches, patch_weight_.reshape({d, -1}), patch_bias_);
-  at::Tensor x = at::cat({as_type_of(cls_, embedded).expand({batch, 1, d}), embedded}, 1) + as_type_of(positions_, embedded);
+  at::Tensor x =
+      at::cat({as_type_of(cls_, embedded).expand({batch, 1, d}), embedded}, 1) + as_type_of(positions_, embedded);
   const char* approximation = config_.hidden_act == "gelu" ? "none" : "tanh";
   for (const Block& block : blocks_) {
     x = x + attention(block, norm(x, block.before_weight, block.before_bias));
@@ -91,7 +95,9 @@ at::Tensor Vit::trunk(const at::Tensor& images) const {
   return x;
 }
 
-at::Tensor Vit::features(const at::Tensor& images) { return norm(trunk(images).select(1, 0), norm_weight_, norm_bias_); }
+at::Tensor Vit::features(const at::Tensor& images) {
+  return norm(trunk(images).select(1, 0), norm_weight_, norm_bias_);
+}
 
 at::Tensor Vit::hidden_states(const at::Tensor& images) { return norm(trunk(images), norm_weight_, norm_bias_); }
 

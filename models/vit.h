@@ -18,8 +18,8 @@ namespace moraine::models {
 /// A vision transformer: patches and a CLS token, learned positions, pre-norm blocks, a last norm.
 ///
 /// Slots: "encoder.layer.N.attention.attention.{query,key,value}", ".attention.output.dense", ".intermediate.dense" and
-/// ".output.dense" of every layer, and "classifier" when there is one. Weights have the names of transformers' ViTModel.
-/// Threads and frozen weights as Backbone. Source: transformers 4.57 (vit); ViT (arXiv 2010.11929).
+/// ".output.dense" of every layer, and "classifier" when there is one. Weights have the names of transformers'
+/// ViTModel. Threads and frozen weights as Backbone. Source: transformers 4.57 (vit); ViT (arXiv 2010.11929).
 class Vit : public Backbone {
  public:
   /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
@@ -28,8 +28,9 @@ class Vit : public Backbone {
   /// left out: no method uses it. Other keys and shapes are checked as match_weights() does; `dtype` as there.
   static Vit from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype);
   /// From named tensors that somebody else loaded, in either layout; `config` is the parsed config.json of that layout.
-  static Vit from_tensors(const core::Json& config, const std::vector<core::TensorView>& tensors, const std::string& origin,
-                          std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner = nullptr);
+  static Vit from_tensors(const core::Json& config, const std::vector<core::TensorView>& tensors,
+                          const std::string& origin, std::optional<at::ScalarType> dtype,
+                          const std::shared_ptr<const void>& owner = nullptr);
   /// Shares this model's weights, frozen; slots start empty.
   Vit share() const { return on(device()); }
   Vit on(at::Device device) const;

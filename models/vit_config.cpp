@@ -17,23 +17,33 @@ using core::Json;
 constexpr std::array kActivations = {"gelu", "gelu_new", "gelu_pytorch_tanh"};
 
 [[noreturn]] void refuse(const std::string& origin, const std::vector<std::string>& problems) {
-  throw core::UserError(fmt::format("models: {}: not a vision transformer that can be built:\n  {}", origin, fmt::join(problems, "\n  ")),
-                        "supported: Hugging Face model type vit, timm's plain vit_* models");
+  throw core::UserError(
+      fmt::format("models: {}: not a vision transformer that can be built:\n  {}", origin, fmt::join(problems, "\n  ")),
+      "supported: Hugging Face model type vit, timm's plain vit_* models");
 }
 
 std::vector<std::string> problems_of(const VitConfig& c) {
   std::vector<std::string> problems;
-  const std::pair<const char*, int64_t> sizes[] = {{"image_size", c.image_size}, {"patch_size", c.patch_size}, {"num_channels", c.num_channels},
-                                                   {"hidden_size", c.hidden_size}, {"intermediate_size", c.intermediate_size},
-                                                   {"num_hidden_layers", c.num_layers}, {"num_attention_heads", c.num_heads}};
+  const std::pair<const char*, int64_t> sizes[] = {{"image_size", c.image_size},
+                                                   {"patch_size", c.patch_size},
+                                                   {"num_channels", c.num_channels},
+                                                   {"hidden_size", c.hidden_size},
+                                                   {"intermediate_size", c.intermediate_size},
+                                                   {"num_hidden_layers", c.num_layers},
+                                                   {"num_attention_heads", c.num_heads}};
   for (const auto& [key, value] : sizes)
     if (value < 1) problems.push_back(fmt::format("'{}' must be positive: {}", key, value));
   if (!problems.empty()) return problems;
-  if (c.image_size % c.patch_size) problems.push_back(fmt::format("'image_size' {} is no multiple of 'patch_size' {}", c.image_size, c.patch_size));
-  if (c.hidden_size % c.num_heads) problems.push_back(fmt::format("'hidden_size' {} is no multiple of 'num_attention_heads' {}", c.hidden_size, c.num_heads));
+  if (c.image_size % c.patch_size)
+    problems.push_back(fmt::format("'image_size' {} is no multiple of 'patch_size' {}", c.image_size, c.patch_size));
+  if (c.hidden_size % c.num_heads)
+    problems.push_back(
+        fmt::format("'hidden_size' {} is no multiple of 'num_attention_heads' {}", c.hidden_size, c.num_heads));
   if (std::find(kActivations.begin(), kActivations.end(), c.hidden_act) == kActivations.end())
-    problems.push_back(fmt::format("'hidden_act' = \"{}\" is not implemented (only {})", c.hidden_act, fmt::join(kActivations, ", ")));
-  if (!(c.layer_norm_eps > 0)) problems.push_back(fmt::format("'layer_norm_eps' must be positive: {}", c.layer_norm_eps));
+    problems.push_back(
+        fmt::format("'hidden_act' = \"{}\" is not implemented (only {})", c.hidden_act, fmt::join(kActivations, ", ")));
+  if (!(c.layer_norm_eps > 0))
+    problems.push_back(fmt::format("'layer_norm_eps' must be positive: {}", c.layer_norm_eps));
   return problems;
 }
 
@@ -81,13 +91,15 @@ VitConfig VitConfig::from_json(const Json& json, const std::string& origin) {
 
 VitConfig VitConfig::from_timm(const Json& json, const NamedShapes& shapes, const std::string& origin) {
   const std::string architecture = json.value("architecture", std::string());
-  if (!architecture.starts_with("vit_")) refuse(origin, {fmt::format("timm's 'architecture' = \"{}\" is not a plain vit_*", architecture)});
+  if (!architecture.starts_with("vit_"))
+    refuse(origin, {fmt::format("timm's 'architecture' = \"{}\" is not a plain vit_*", architecture)});
   const std::string pool = json.value("global_pool", std::string("token"));
   if (pool != "token") refuse(origin, {fmt::format("'global_pool' = \"{}\" is not implemented (only token)", pool)});
   const std::map<std::string, Shape> found(shapes.begin(), shapes.end());
   const auto shape = [&](const std::string& name, size_t dimensions) {
     const auto at = found.find(name);
-    if (at == found.end() || at->second.size() != dimensions) refuse(origin, {fmt::format("the weights have no '{}' of {} dimensions", name, dimensions)});
+    if (at == found.end() || at->second.size() != dimensions)
+      refuse(origin, {fmt::format("the weights have no '{}' of {} dimensions", name, dimensions)});
     return at->second;
   };
   VitConfig c;
@@ -99,23 +111,36 @@ VitConfig VitConfig::from_timm(const Json& json, const NamedShapes& shapes, cons
   for (c.num_layers = 0; found.count(fmt::format("blocks.{}.norm1.weight", c.num_layers));) ++c.num_layers;
   int64_t side = 0;
   while ((side + 1) * (side + 1) <= positions[1] - 1) ++side;
-  if (side * side != positions[1] - 1) refuse(origin, {fmt::format("'pos_embed' has {} places, not a square and one more", positions[1])});
+  if (side * side != positions[1] - 1)
+    refuse(origin, {fmt::format("'pos_embed' has {} places, not a square and one more", positions[1])});
   c.image_size = side * c.patch_size;
   c.num_heads = 0;
   for (const auto& [size, heads] : {std::pair{"tiny", 3}, {"small", 6}, {"base", 12}, {"large", 16}, {"huge", 16}})
     if (architecture.starts_with(fmt::format("vit_{}_", size))) c.num_heads = heads;
   if (const auto arguments = json.find("model_args"); arguments != json.end() && arguments->is_object())
     c.num_heads = arguments->value("num_heads", c.num_heads);
-  if (c.num_heads == 0) refuse(origin, {fmt::format("'{}' does not say its number of heads; add \"model_args\": {{\"num_heads\": N}}", architecture)});
+  if (c.num_heads == 0)
+    refuse(origin, {fmt::format("'{}' does not say its number of heads; add \"model_args\": {{\"num_heads\": N}}",
+                                architecture)});
   if (const auto problems = problems_of(c); !problems.empty()) refuse(origin, problems);
   return c;
 }
 
 Json VitConfig::to_json() const {
-  Json json = {{"architectures", {num_labels > 0 ? "ViTForImageClassification" : "ViTModel"}}, {"model_type", "vit"}, {"image_size", image_size},
-               {"patch_size", patch_size}, {"num_channels", num_channels}, {"hidden_size", hidden_size}, {"intermediate_size", intermediate_size},
-               {"num_hidden_layers", num_layers}, {"num_attention_heads", num_heads}, {"hidden_act", hidden_act}, {"qkv_bias", qkv_bias},
-               {"layer_norm_eps", layer_norm_eps}, {"initializer_range", initializer_range}, {"hidden_dropout_prob", 0.0},
+  Json json = {{"architectures", {num_labels > 0 ? "ViTForImageClassification" : "ViTModel"}},
+               {"model_type", "vit"},
+               {"image_size", image_size},
+               {"patch_size", patch_size},
+               {"num_channels", num_channels},
+               {"hidden_size", hidden_size},
+               {"intermediate_size", intermediate_size},
+               {"num_hidden_layers", num_layers},
+               {"num_attention_heads", num_heads},
+               {"hidden_act", hidden_act},
+               {"qkv_bias", qkv_bias},
+               {"layer_norm_eps", layer_norm_eps},
+               {"initializer_range", initializer_range},
+               {"hidden_dropout_prob", 0.0},
                {"attention_probs_dropout_prob", 0.0}};
   for (int64_t label = 0; label < num_labels; ++label) {
     json["id2label"][std::to_string(label)] = fmt::format("LABEL_{}", label);
@@ -138,10 +163,11 @@ int64_t VitConfig::backbone_parameters() const {
 
 NamedShapes expected_tensors(const VitConfig& c) {
   const int64_t d = c.hidden_size, h = c.intermediate_size;
-  NamedShapes list = {{"embeddings.cls_token", {1, 1, d}},
-                      {"embeddings.position_embeddings", {1, c.num_patches() + 1, d}},
-                      {"embeddings.patch_embeddings.projection.weight", {d, c.num_channels, c.patch_size, c.patch_size}},
-                      {"embeddings.patch_embeddings.projection.bias", {d}}};
+  NamedShapes list = {
+      {"embeddings.cls_token", {1, 1, d}},
+      {"embeddings.position_embeddings", {1, c.num_patches() + 1, d}},
+      {"embeddings.patch_embeddings.projection.weight", {d, c.num_channels, c.patch_size, c.patch_size}},
+      {"embeddings.patch_embeddings.projection.bias", {d}}};
   const auto linear = [&](const std::string& path, int64_t out, int64_t in, bool bias) {
     list.emplace_back(path + ".weight", Shape{out, in});
     if (bias) list.emplace_back(path + ".bias", Shape{out});
@@ -152,7 +178,8 @@ NamedShapes expected_tensors(const VitConfig& c) {
   };
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     const std::string path = fmt::format("encoder.layer.{}", layer);
-    for (const char* part : {"query", "key", "value"}) linear(fmt::format("{}.attention.attention.{}", path, part), d, d, c.qkv_bias);
+    for (const char* part : {"query", "key", "value"})
+      linear(fmt::format("{}.attention.attention.{}", path, part), d, d, c.qkv_bias);
     linear(path + ".attention.output.dense", d, d, true);
     linear(path + ".intermediate.dense", h, d, true);
     linear(path + ".output.dense", d, h, true);

@@ -17,11 +17,12 @@ struct VitConfig {
   double layer_norm_eps = 1e-12, initializer_range = 0.02;
   int64_t num_labels = 0;  // rows of the classifier; 0 = a backbone without one
 
-  /// Hugging Face's config.json. Throws one UserError naming `origin` and every key that is of the wrong type, out of range
-  /// or not implemented. num_labels becomes 0: the weights say whether there is a classifier.
+  /// Hugging Face's config.json. Throws one UserError naming `origin` and every key that is of the wrong type, out of
+  /// range or not implemented. num_labels becomes 0: the weights say whether there is a classifier.
   static VitConfig from_json(const core::Json& json, const std::string& origin);
-  /// timm's config.json ("architecture": "vit_..."), which names no shapes: they are taken from its weights, the number of
-  /// heads from the architecture's name (tiny 3, small 6, base 12, large and huge 16) or model_args.num_heads. Throws UserError.
+  /// timm's config.json ("architecture": "vit_..."), which names no shapes: they are taken from its weights, the number
+  /// of heads from the architecture's name (tiny 3, small 6, base 12, large and huge 16) or model_args.num_heads.
+  /// Throws UserError.
   static VitConfig from_timm(const core::Json& json, const NamedShapes& shapes, const std::string& origin);
   /// A config.json that transformers reads.
   core::Json to_json() const;

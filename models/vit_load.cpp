@@ -23,14 +23,15 @@ std::vector<TensorView> from_hugging_face(const std::vector<TensorView>& tensors
   return out;
 }
 
-// timm's names, and its fused qkv matrices cut into three views of the same bytes. A name that is none of a plain ViT's stays as
-// it is and is reported as left over.
+// timm's names, and its fused qkv matrices cut into three views of the same bytes. A name that is none of a plain ViT's
+// stays as it is and is reported as left over.
 std::vector<TensorView> from_timm(const std::vector<TensorView>& tensors) {
-  constexpr std::pair<const char*, const char*> kNames[] = {{"cls_token", "embeddings.cls_token"},
-                                                            {"pos_embed", "embeddings.position_embeddings"},
-                                                            {"patch_embed.proj.", "embeddings.patch_embeddings.projection."},
-                                                            {"norm.", "layernorm."},
-                                                            {"head.", "classifier."}};
+  constexpr std::pair<const char*, const char*> kNames[] = {
+      {"cls_token", "embeddings.cls_token"},
+      {"pos_embed", "embeddings.position_embeddings"},
+      {"patch_embed.proj.", "embeddings.patch_embeddings.projection."},
+      {"norm.", "layernorm."},
+      {"head.", "classifier."}};
   constexpr std::pair<const char*, const char*> kBlockNames[] = {{"norm1.", "layernorm_before."},
                                                                  {"norm2.", "layernorm_after."},
                                                                  {"attn.proj.", "attention.output.dense."},
@@ -57,7 +58,8 @@ std::vector<TensorView> from_timm(const std::vector<TensorView>& tensors) {
       const std::string suffix = name.substr(9);
       size_t part = 0;
       for (const char* target : {"query", "key", "value"})
-        out.push_back({fmt::format("{}attention.attention.{}.{}", block, target, suffix), view.dtype, shape, view.data.subspan(bytes * part++, bytes)});
+        out.push_back({fmt::format("{}attention.attention.{}.{}", block, target, suffix), view.dtype, shape,
+                       view.data.subspan(bytes * part++, bytes)});
       continue;
     }
     view.name = block + renamed(name, kBlockNames);

@@ -81,7 +81,8 @@ bool is_norm_weight(const std::string& name) {
 
 }  // namespace
 
-std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected, const std::vector<core::TensorView>& tensors,
+std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected,
+                                                   const std::vector<core::TensorView>& tensors,
                                                    const std::string& origin) {
   std::map<std::string_view, const core::TensorView*> found;
   for (const core::TensorView& view : tensors) found.emplace(view.name, &view);
@@ -102,9 +103,9 @@ std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected, 
   return views;
 }
 
-Weights match_weights(const NamedShapes& expected,
-                      const std::vector<core::TensorView>& tensors, const std::string& origin,
-                      std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner) {
+Weights match_weights(const NamedShapes& expected, const std::vector<core::TensorView>& tensors,
+                      const std::string& origin, std::optional<at::ScalarType> dtype,
+                      const std::shared_ptr<const void>& owner) {
   const std::vector<const core::TensorView*> views = match_tensors(expected, tensors, origin);
   Weights weights{{}, dtype ? *dtype : common_dtype(views, origin)};
   for (const core::TensorView* view : views) {
@@ -120,8 +121,7 @@ Weights match_weights(const NamedShapes& expected,
   return weights;
 }
 
-Weights random_weights(const NamedShapes& expected, uint64_t seed, double deviation,
-                       at::ScalarType dtype) {
+Weights random_weights(const NamedShapes& expected, uint64_t seed, double deviation, at::ScalarType dtype) {
   Weights weights{{}, dtype};
   for (const auto& [name, shape] : expected) {
     at::Tensor tensor;

@@ -22,20 +22,20 @@ struct Weights {
 };
 
 /// Picks the `expected` tensors out of a checkpoint. Missing, left-over and mis-shaped keys are listed in one UserError
-/// (of each kind the first twelve and the number of the others) that names `origin`. `dtype` (float32, bfloat16, float64)
-/// converts; nullopt keeps the stored one, which must then be the same for all. The weights borrow the bytes when an
-/// `owner` is given that keeps them alive, else they are copied.
-Weights match_weights(const NamedShapes& expected,
-                      const std::vector<core::TensorView>& tensors, const std::string& origin,
-                      std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner);
+/// (of each kind the first twelve and the number of the others) that names `origin`. `dtype` (float32, bfloat16,
+/// float64) converts; nullopt keeps the stored one, which must then be the same for all. The weights borrow the bytes
+/// when an `owner` is given that keeps them alive, else they are copied.
+Weights match_weights(const NamedShapes& expected, const std::vector<core::TensorView>& tensors,
+                      const std::string& origin, std::optional<at::ScalarType> dtype,
+                      const std::shared_ptr<const void>& owner);
 
 /// The `expected` tensors of a checkpoint, in that order and as stored. Errors as match_weights().
-std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected, const std::vector<core::TensorView>& tensors,
+std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected,
+                                                   const std::vector<core::TensorView>& tensors,
                                                    const std::string& origin);
 
 /// Random weights: normal(0, deviation), weights of modules with "norm" in their name 1, biases 0; each tensor
 /// from `seed` and its name alone.
-Weights random_weights(const NamedShapes& expected, uint64_t seed, double deviation,
-                       at::ScalarType dtype);
+Weights random_weights(const NamedShapes& expected, uint64_t seed, double deviation, at::ScalarType dtype);
 
 }  // namespace moraine::models

@@ -22,8 +22,9 @@ Faults Faults::parse(std::string_view text) {
     if (shaped) std::from_chars(item.data() + colon + 1, item.data() + item.size(), number);
     const std::string kind(item.substr(0, shaped ? at : 0));
     if (number < 1 || (kind != "throw" && kind != "memory" && kind != "nan" && kind != "exit" && kind != "member")) {
-      throw core::UserError(fmt::format("worker: MORAINE_FAULT has an item that cannot be read: '{}'", item),
-                            "write throw@LABEL:N, memory@LABEL:N, nan@LABEL:N, exit@LABEL:N or member@LABEL:N, separated by commas");
+      throw core::UserError(
+          fmt::format("worker: MORAINE_FAULT has an item that cannot be read: '{}'", item),
+          "write throw@LABEL:N, memory@LABEL:N, nan@LABEL:N, exit@LABEL:N or member@LABEL:N, separated by commas");
     }
     faults.faults_.push_back({kind, std::string(item.substr(at + 1, colon - at - 1)), number});
   }

@@ -24,11 +24,13 @@ std::map<std::string, Pair> pairs_of(const core::Safetensors& file, std::vector<
   for (const core::TensorView& tensor : file.tensors()) {
     const bool is_a = tensor.name.ends_with(kA), is_b = tensor.name.ends_with(kB);
     if (!tensor.name.starts_with(kPrefix) || (!is_a && !is_b) || tensor.shape.size() != 2) {
-      problems.push_back(fmt::format("{} [{}] is no factor of a linear module", tensor.name, fmt::join(tensor.shape, ", ")));
+      problems.push_back(
+          fmt::format("{} [{}] is no factor of a linear module", tensor.name, fmt::join(tensor.shape, ", ")));
       continue;
     }
     const size_t length = tensor.name.size() - kPrefix.size() - kA.size();
-    (is_a ? pairs[tensor.name.substr(kPrefix.size(), length)].a : pairs[tensor.name.substr(kPrefix.size(), length)].b) = &tensor;
+    (is_a ? pairs[tensor.name.substr(kPrefix.size(), length)].a : pairs[tensor.name.substr(kPrefix.size(), length)].b) =
+        &tensor;
   }
   return pairs;
 }
@@ -40,9 +42,11 @@ std::vector<models::Slot> slots_of(const std::map<std::string, Pair>& pairs, std
     if (pair.a == nullptr || pair.b == nullptr) {
       problems.push_back(fmt::format("{} has only one of lora_A and lora_B", path));
     } else if (pair.a->shape[0] != pair.b->shape[1]) {
-      problems.push_back(fmt::format("{}: ranks {} of lora_A and {} of lora_B", path, pair.a->shape[0], pair.b->shape[1]));
+      problems.push_back(
+          fmt::format("{}: ranks {} of lora_A and {} of lora_B", path, pair.a->shape[0], pair.b->shape[1]));
     } else {
-      slots.push_back({.path = path, .kind = models::SlotKind::kLinear, .in = pair.a->shape[1], .out = pair.b->shape[0]});
+      slots.push_back(
+          {.path = path, .kind = models::SlotKind::kLinear, .in = pair.a->shape[1], .out = pair.b->shape[0]});
     }
   }
   return slots;
@@ -64,15 +68,17 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
   const core::Json& meta = adapter.meta();
   const bool as_read = meta.contains("peft");
   const auto refuse = [&](const std::string& why) {
-    throw core::UserError(fmt::format("algorithms/adapters: {} (kind '{}') {}", adapter.file().origin(), adapter.kind(), why),
-                          "only adapters made of pairs A and B on an unchanged base have a PEFT form");
+    throw core::UserError(
+        fmt::format("algorithms/adapters: {} (kind '{}') {}", adapter.file().origin(), adapter.kind(), why),
+        "only adapters made of pairs A and B on an unchanged base have a PEFT form");
   };
   if (!as_read && !meta.contains("lora")) refuse("is no LoRA adapter");
   std::vector<core::TensorView> factors;
   std::map<std::string, int> halves;
   for (const core::TensorView& tensor : adapter.file().tensors()) {
-    if (tensor.name.starts_with("m.") || tensor.name.starts_with("v.")) continue;   // a server optimiser's moments
-    if (!tensor.name.ends_with(kA) && !tensor.name.ends_with(kB)) refuse(fmt::format("is more than a LoRA adapter: it holds '{}'", tensor.name));
+    if (tensor.name.starts_with("m.") || tensor.name.starts_with("v.")) continue;  // a server optimiser's moments
+    if (!tensor.name.ends_with(kA) && !tensor.name.ends_with(kB))
+      refuse(fmt::format("is more than a LoRA adapter: it holds '{}'", tensor.name));
     ++halves[tensor.name.substr(0, tensor.name.size() - kA.size())];
     factors.push_back(tensor);
   }
@@ -100,14 +106,16 @@ core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
       if (target == selected.end()) {
         problems.push_back(fmt::format("{} has factors, but target_modules does not select it", path));
       } else if (target->second != pair.a->shape[0]) {
-        problems.push_back(fmt::format("{}: rank {}, the configuration says {}", path, pair.a->shape[0], target->second));
+        problems.push_back(
+            fmt::format("{}: rank {}, the configuration says {}", path, pair.a->shape[0], target->second));
       }
     }
   }
   if (!problems.empty()) {
-    throw core::UserError(fmt::format("algorithms/adapters: {} does not fit its configuration:\n  {}", file.origin(),
-                                      fmt::join(problems, "\n  ")),
-                          "only plain LoRA and rsLoRA on linear modules can be read, with the adapter_config.json they were saved with");
+    throw core::UserError(
+        fmt::format("algorithms/adapters: {} does not fit its configuration:\n  {}", file.origin(),
+                    fmt::join(problems, "\n  ")),
+        "only plain LoRA and rsLoRA on linear modules can be read, with the adapter_config.json they were saved with");
   }
   std::vector<core::TensorView> factors = file.tensors();
   for (core::TensorView& factor : factors) factor.name.erase(0, kPrefix.size());

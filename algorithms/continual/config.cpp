@@ -16,13 +16,29 @@ const core::Schema<ArchitectureConfig>& architecture_schema() {
   using C = ArchitectureConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("image_size", &C::image_size).min(1).unit("pixels").doc("Height and width; images of another size are scaled to it")
-        .field("patch_size", &C::patch_size).min(1).unit("pixels").doc("Side of a patch; tokens grow with its inverse square")
-        .field("num_channels", &C::num_channels).min(1).doc("Channels; grey images are repeated")
-        .field("hidden_size", &C::hidden_size).min(1).doc("Width d")
-        .field("intermediate_size", &C::intermediate_size).min(1).doc("Inner width of the MLP")
-        .field("num_layers", &C::num_layers).min(1).doc("Blocks")
-        .field("num_heads", &C::num_heads).min(1).doc("Attention heads")
+    s.field("image_size", &C::image_size)
+        .min(1)
+        .unit("pixels")
+        .doc("Height and width; images of another size are scaled to it")
+        .field("patch_size", &C::patch_size)
+        .min(1)
+        .unit("pixels")
+        .doc("Side of a patch; tokens grow with its inverse square")
+        .field("num_channels", &C::num_channels)
+        .min(1)
+        .doc("Channels; grey images are repeated")
+        .field("hidden_size", &C::hidden_size)
+        .min(1)
+        .doc("Width d")
+        .field("intermediate_size", &C::intermediate_size)
+        .min(1)
+        .doc("Inner width of the MLP")
+        .field("num_layers", &C::num_layers)
+        .min(1)
+        .doc("Blocks")
+        .field("num_heads", &C::num_heads)
+        .min(1)
+        .doc("Attention heads")
         .check([](const C& c) -> Violation {
           if (c.image_size % c.patch_size) return "image_size must be a multiple of patch_size";
           if (c.hidden_size % c.num_heads) return "hidden_size must be a multiple of num_heads";
@@ -37,14 +53,24 @@ const core::Schema<BackboneConfig>& backbone_schema() {
   using C = BackboneConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("path", &C::path).path().doc("Hugging Face or timm directory of a ViT (config.json + safetensors); exclusive with architecture")
-        .optional_object("architecture", &C::architecture, architecture_schema()).doc("Shapes of a ViT built from the seed")
-        .field("data_path", &C::data_path).path().doc("Prepared images such a ViT is trained on, with their labels; empty = random weights. Must be other images than the stream's")
-        .optional_object("train", &C::train, train_schema()).doc("Training of that ViT; belongs to data_path")
+    s.field("path", &C::path)
+        .path()
+        .doc("Hugging Face or timm directory of a ViT (config.json + safetensors); exclusive with architecture")
+        .optional_object("architecture", &C::architecture, architecture_schema())
+        .doc("Shapes of a ViT built from the seed")
+        .field("data_path", &C::data_path)
+        .path()
+        .doc(
+            "Prepared images such a ViT is trained on, with their labels; empty = random weights. Must be other images "
+            "than the stream's")
+        .optional_object("train", &C::train, train_schema())
+        .doc("Training of that ViT; belongs to data_path")
         .check([](const C& c) -> Violation {
           if (c.path.empty() == !c.architecture) return "give exactly one of path and architecture";
-          if (!c.path.empty() && (c.train || !c.data_path.empty())) return "train and data_path go with architecture: a model that is loaded is not trained first";
-          if (c.data_path.empty() == c.train.has_value()) return "train and data_path belong together: give both, or neither for random weights";
+          if (!c.path.empty() && (c.train || !c.data_path.empty()))
+            return "train and data_path go with architecture: a model that is loaded is not trained first";
+          if (c.data_path.empty() == c.train.has_value())
+            return "train and data_path belong together: give both, or neither for random weights";
           return std::nullopt;
         });
     return s;
@@ -56,9 +82,15 @@ const core::Schema<ImagesConfig>& images_schema() {
   using C = ImagesConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("path", &C::path).required().path().doc("Prepared HDF5 file (scripts/fetch_images, scripts/prepare_images.py)")
-        .field("mean", &C::mean).doc("Subtracted from pixels in [0, 1]")
-        .field("deviation", &C::deviation).above(0).doc("Pixels are divided by it");
+    s.field("path", &C::path)
+        .required()
+        .path()
+        .doc("Prepared HDF5 file (scripts/fetch_images, scripts/prepare_images.py)")
+        .field("mean", &C::mean)
+        .doc("Subtracted from pixels in [0, 1]")
+        .field("deviation", &C::deviation)
+        .above(0)
+        .doc("Pixels are divided by it");
     return s;
   }();
   return schema;
@@ -77,13 +109,29 @@ const core::Schema<StreamConfig>& stream_schema() {
   using C = StreamConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.list("tasks", &C::tasks, task_schema()).doc("Explicit tasks; empty = base_classes and increment")
-        .field("base_classes", &C::base_classes).min(0).doc("B{m}: classes of the first task; 0 = increment")
-        .field("increment", &C::increment).min(1).doc("Inc{n}: new classes per task; the last task takes what is left")
-        .field("leave_out", &C::leave_out).min(0).doc("Labels that are in no task")
-        .field("train_per_class", &C::train_per_class).min(0).unit("images").doc("Training images of each class; 0 = all")
-        .field("test_per_class", &C::test_per_class).min(0).unit("images").doc("Test images of each class; 0 = all")
-        .field("validation_per_class", &C::validation_per_class).min(0).unit("images").doc("Training images of each class that are held back, for evaluation.split: validation");
+    s.list("tasks", &C::tasks, task_schema())
+        .doc("Explicit tasks; empty = base_classes and increment")
+        .field("base_classes", &C::base_classes)
+        .min(0)
+        .doc("B{m}: classes of the first task; 0 = increment")
+        .field("increment", &C::increment)
+        .min(1)
+        .doc("Inc{n}: new classes per task; the last task takes what is left")
+        .field("leave_out", &C::leave_out)
+        .min(0)
+        .doc("Labels that are in no task")
+        .field("train_per_class", &C::train_per_class)
+        .min(0)
+        .unit("images")
+        .doc("Training images of each class; 0 = all")
+        .field("test_per_class", &C::test_per_class)
+        .min(0)
+        .unit("images")
+        .doc("Test images of each class; 0 = all")
+        .field("validation_per_class", &C::validation_per_class)
+        .min(0)
+        .unit("images")
+        .doc("Training images of each class that are held back, for evaluation.split: validation");
     return s;
   }();
   return schema;
@@ -93,9 +141,15 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
   using C = EvaluationConfig;
   static const auto schema = [] {
     core::Schema<C> s;
-    s.field("batch_size", &C::batch_size).min(1).unit("images").doc("Images per forward pass")
-        .field("split", &C::split).choices({"test", "validation"}).doc("Which images the accuracies are about; use validation while choosing settings")
-        .field("ahead", &C::ahead).doc("Also evaluate tasks before they are trained, task-incrementally; forward transfer needs it");
+    s.field("batch_size", &C::batch_size)
+        .min(1)
+        .unit("images")
+        .doc("Images per forward pass")
+        .field("split", &C::split)
+        .choices({"test", "validation"})
+        .doc("Which images the accuracies are about; use validation while choosing settings")
+        .field("ahead", &C::ahead)
+        .doc("Also evaluate tasks before they are trained, task-incrementally; forward transfer needs it");
     return s;
   }();
   return schema;
@@ -110,12 +164,15 @@ Violation twice(const char* key, const std::vector<T>& values) {
 }
 
 Violation cross_check(const ContinualConfig& c) {
-  for (const auto& problem : {twice("orders", c.orders), twice("seeds", c.seeds), twice("methods", c.methods), twice("metrics", c.metrics)})
+  for (const auto& problem :
+       {twice("orders", c.orders), twice("seeds", c.seeds), twice("methods", c.methods), twice("metrics", c.metrics)})
     if (problem) return problem;
   if (c.orders.empty()) return "orders must not be empty; -1 is the order of the labels";
   if (c.methods.empty()) return "methods must not be empty";
-  if (c.evaluation.split == "validation" && c.stream.validation_per_class == 0) return "evaluation.split: validation needs stream.validation_per_class";
-  for (const TrainConfig* train : {&c.train, c.lora_train ? &*c.lora_train : &c.train, c.model.train ? &*c.model.train : &c.train})
+  if (c.evaluation.split == "validation" && c.stream.validation_per_class == 0)
+    return "evaluation.split: validation needs stream.validation_per_class";
+  for (const TrainConfig* train :
+       {&c.train, c.lora_train ? &*c.lora_train : &c.train, c.model.train ? &*c.model.train : &c.train})
     if (train->dtype != "float32") return "vision transformers train in float32: set dtype: float32";
   return std::nullopt;
 }
@@ -133,17 +190,33 @@ const core::Schema<ContinualConfig>& continual_schema() {
   static const auto schema = [] {
     core::Schema<C> s;
     add_run_fields(s);
-    s.object("model", &C::model, backbone_schema()).doc("The frozen backbone all methods start from")
-        .object("images", &C::images, images_schema()).doc("The labelled images")
-        .object("stream", &C::stream, stream_schema()).doc("How they are cut into tasks")
-        .field("orders", &C::orders).min(-1).max(4294967295.0).doc("Class orders, each a run of its own: a seed as in iCaRL (1993), or -1 for the order of the labels")
-        .field("seeds", &C::seeds).min(0).doc("Seeds of initial values and data order, each a run of its own; empty = the run's seed")
-        .field("methods", &C::methods).choices(learner_names()).doc("Methods compared in this run, on the same streams and backbone")
-        .object("train", &C::train, train_schema()).doc("Training on one task; joint training takes as many steps per task it sees")
-        .object("lora", &C::lora, adapters::lora_schema()).doc("Adapter of the seq_lora methods")
-        .optional_object("lora_train", &C::lora_train, train_schema()).doc("Training of the seq_lora methods on one task; absent = train")
-        .object("evaluation", &C::evaluation, evaluation_schema()).doc("What is measured")
-        .field("metrics", &C::metrics).choices(metric_names()).doc("Metrics in the tables, each named by its convention; empty = the canonical ones")
+    s.object("model", &C::model, backbone_schema())
+        .doc("The frozen backbone all methods start from")
+        .object("images", &C::images, images_schema())
+        .doc("The labelled images")
+        .object("stream", &C::stream, stream_schema())
+        .doc("How they are cut into tasks")
+        .field("orders", &C::orders)
+        .min(-1)
+        .max(4294967295.0)
+        .doc("Class orders, each a run of its own: a seed as in iCaRL (1993), or -1 for the order of the labels")
+        .field("seeds", &C::seeds)
+        .min(0)
+        .doc("Seeds of initial values and data order, each a run of its own; empty = the run's seed")
+        .field("methods", &C::methods)
+        .choices(learner_names())
+        .doc("Methods compared in this run, on the same streams and backbone")
+        .object("train", &C::train, train_schema())
+        .doc("Training on one task; joint training takes as many steps per task it sees")
+        .object("lora", &C::lora, adapters::lora_schema())
+        .doc("Adapter of the seq_lora methods")
+        .optional_object("lora_train", &C::lora_train, train_schema())
+        .doc("Training of the seq_lora methods on one task; absent = train")
+        .object("evaluation", &C::evaluation, evaluation_schema())
+        .doc("What is measured")
+        .field("metrics", &C::metrics)
+        .choices(metric_names())
+        .doc("Metrics in the tables, each named by its convention; empty = the canonical ones")
         .check(cross_check);
     return s;
   }();

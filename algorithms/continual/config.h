@@ -20,8 +20,8 @@ struct ArchitectureConfig {
   int64_t hidden_size = 64, intermediate_size = 128, num_layers = 3, num_heads = 4;
 };
 
-/// The frozen backbone all learners start from: a directory, or shapes, or shapes trained on a data set that shares no class
-/// with the stream.
+/// The frozen backbone all learners start from: a directory, or shapes, or shapes trained on a data set that shares no
+/// class with the stream.
 struct BackboneConfig {
   std::string path;                                // Hugging Face or timm directory; exclusive with `architecture`
   std::optional<ArchitectureConfig> architecture;  // without `train`: random weights, a control
@@ -30,8 +30,8 @@ struct BackboneConfig {
 };
 
 struct ImagesConfig {
-  std::string path;                      // prepared HDF5 file
-  double mean = 0.5, deviation = 0.5;    // of pixels in [0, 1]; a loaded backbone wants what it was trained with
+  std::string path;                    // prepared HDF5 file
+  double mean = 0.5, deviation = 0.5;  // of pixels in [0, 1]; a loaded backbone wants what it was trained with
 };
 
 struct TaskConfig {
@@ -54,14 +54,14 @@ struct ContinualConfig : RunConfig {
   BackboneConfig model;
   ImagesConfig images;
   StreamConfig stream;
-  std::vector<int64_t> orders = {-1};     // class orders: -1 = as labels stand, else a seed
-  std::vector<int64_t> seeds;             // of initial values and data order; empty = the run's seed
+  std::vector<int64_t> orders = {-1};  // class orders: -1 = as labels stand, else a seed
+  std::vector<int64_t> seeds;          // of initial values and data order; empty = the run's seed
   std::vector<std::string> methods = {"finetune", "joint", "seq_lora", "simplecil"};
   TrainConfig train;                      // of one task; joint training takes `steps` per task it sees
   adapters::LoraConfig lora;              // seq_lora
   std::optional<TrainConfig> lora_train;  // of one task of seq_lora; absent = train
   EvaluationConfig evaluation;
-  std::vector<std::string> metrics;       // empty = the canonical ones that the cells give
+  std::vector<std::string> metrics;  // empty = the canonical ones that the cells give
 
   std::vector<int64_t> all_seeds() const { return seeds.empty() ? std::vector<int64_t>{seed} : seeds; }
   const TrainConfig& lora_training() const { return lora_train ? *lora_train : train; }

@@ -29,44 +29,60 @@ std::string identity_of(const models::Vit& vit) {
   std::string text = vit.config().to_json().dump();
   const models::NamedTensors weights(vit.weights().begin(), vit.weights().end());
   std::vector<at::Tensor> keep;
-  for (const auto& view : models::views_of(weights, keep)) text += fmt::format("\n{} {}", view.name, core::sha256(view.data));
+  for (const auto& view : models::views_of(weights, keep))
+    text += fmt::format("\n{} {}", view.name, core::sha256(view.data));
   return "dir:" + core::sha256(text);
 }
 
 core::Json to_json(const StreamFacts& stream) {
   core::Json tasks = core::Json::array();
-  for (const auto& task : stream.tasks) tasks.push_back({{"classes", task.classes}, {"train", task.train}, {"test", task.test}});
+  for (const auto& task : stream.tasks)
+    tasks.push_back({{"classes", task.classes}, {"train", task.train}, {"test", task.test}});
   return {{"order", stream.order}, {"hash", stream.hash}, {"tasks", tasks}};
 }
 
 StreamFacts stream_from_json(const core::Json& json) {
   StreamFacts stream{json.at("order").get<int64_t>(), json.at("hash").get<std::string>(), {}};
   for (const auto& task : json.at("tasks"))
-    stream.tasks.push_back({task.at("classes").get<std::vector<int64_t>>(), task.at("train").get<int64_t>(), task.at("test").get<int64_t>()});
+    stream.tasks.push_back({task.at("classes").get<std::vector<int64_t>>(), task.at("train").get<int64_t>(),
+                            task.at("test").get<int64_t>()});
   return stream;
 }
 
 }  // namespace
 
-Continual::Continual(ContinualConfig config) : config_(std::move(config)), architecture_(config_.model.architecture ? vit_config(*config_.model.architecture) : probe(config_.model).config()) {}
+Continual::Continual(ContinualConfig config)
+    : config_(std::move(config)),
+      architecture_(config_.model.architecture ? vit_config(*config_.model.architecture)
+                                               : probe(config_.model).config()) {}
 
 Continual::Continual(ContinualConfig config, const core::Json& inputs)
-    : config_(std::move(config)), architecture_(models::VitConfig::from_json(inputs.at("architecture"), "recorded inputs")),
-      class_names_(inputs.at("class_names").get<std::vector<std::string>>()), fingerprint_(inputs.at("fingerprint").get<std::string>()),
-      backbone_fingerprint_(inputs.at("backbone_fingerprint").get<std::string>()), backbone_id_(inputs.at("backbone").get<std::string>()) {
+    : config_(std::move(config)),
+      architecture_(models::VitConfig::from_json(inputs.at("architecture"), "recorded inputs")),
+      class_names_(inputs.at("class_names").get<std::vector<std::string>>()),
+      fingerprint_(inputs.at("fingerprint").get<std::string>()),
+      backbone_fingerprint_(inputs.at("backbone_fingerprint").get<std::string>()),
+      backbone_id_(inputs.at("backbone").get<std::string>()) {
   for (const auto& stream : inputs.at("streams")) streams_.push_back(stream_from_json(stream));
 }
 
 core::Json Continual::inputs() const {
   core::Json streams = core::Json::array();
   for (const auto& stream : streams_) streams.push_back(to_json(stream));
-  return {{"architecture", architecture_.to_json()}, {"streams", streams}, {"class_names", class_names_}, {"fingerprint", fingerprint_},
-          {"backbone_fingerprint", backbone_fingerprint_}, {"backbone", backbone_id_}};
+  return {{"architecture", architecture_.to_json()},
+          {"streams", streams},
+          {"class_names", class_names_},
+          {"fingerprint", fingerprint_},
+          {"backbone_fingerprint", backbone_fingerprint_},
+          {"backbone", backbone_id_}};
 }
 
 CellsOffered Continual::offered(Setting setting) const {
-  const auto uses = [&](const char* name) { return std::find(config_.methods.begin(), config_.methods.end(), name) != config_.methods.end(); };
-  const bool heads = std::any_of(config_.methods.begin(), config_.methods.end(), [](const auto& name) { return !find_learner(name).accumulates(); });
+  const auto uses = [&](const char* name) {
+    return std::find(config_.methods.begin(), config_.methods.end(), name) != config_.methods.end();
+  };
+  const bool heads = std::any_of(config_.methods.begin(), config_.methods.end(),
+                                 [](const auto& name) { return !find_learner(name).accumulates(); });
   CellsOffered cells;
   cells.tasks = streams_.empty() ? 0 : static_cast<int64_t>(streams_.front().tasks.size());
   cells.ahead = setting == Setting::kTaskIncremental && config_.evaluation.ahead && heads;
@@ -87,7 +103,8 @@ void Continual::open_inputs() {
     const auto dataset = data::ImageDataset::open(config_.images.path);
     fingerprint_ = dataset.info().fingerprint;
     class_names_ = dataset.info().class_names;
-    const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels, architecture_.image_size, at::kCPU);
+    const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels,
+                           architecture_.image_size, at::kCPU);
     if (const auto problem = data::problem_of(config_.stream_spec(-1), dataset.info().num_classes())) {
       problems.add("stream", "stream", *problem, "every class stands in one task or in leave_out");
       return;
@@ -96,7 +113,9 @@ void Continual::open_inputs() {
     for (const int64_t order : config_.orders) {
       const auto stream = data::TaskStream::make(dataset, config_.stream_spec(order));
       StreamFacts facts{order, stream.hash, {}};
-      for (const auto& task : stream.tasks) facts.tasks.push_back({task.classes, static_cast<int64_t>(task.train.size()), static_cast<int64_t>(task.test.size())});
+      for (const auto& task : stream.tasks)
+        facts.tasks.push_back(
+            {task.classes, static_cast<int64_t>(task.train.size()), static_cast<int64_t>(task.test.size())});
       streams_.push_back(std::move(facts));
     }
   });
@@ -104,13 +123,17 @@ void Continual::open_inputs() {
     attempt("model.data_path", [&] {
       const auto dataset = data::ImageDataset::open(config_.model.data_path);
       backbone_fingerprint_ = dataset.info().fingerprint;
-      const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels, architecture_.image_size, at::kCPU);
+      const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels,
+                             architecture_.image_size, at::kCPU);
       if (backbone_fingerprint_ == fingerprint_)
-        problems.add("model.data_path", "model.data_path", "holds the images of the stream: the backbone would know the labels of tasks to come", "train it on another data set");
+        problems.add("model.data_path", "model.data_path",
+                     "holds the images of the stream: the backbone would know the labels of tasks to come",
+                     "train it on another data set");
     });
   attempt("lora", [&] {
     for (const auto& name : config_.methods)
-      if (find_learner(name).kind() == "train_lora") (void)adapters::lora_targets(config_.lora, probe(config_.model).slots());
+      if (find_learner(name).kind() == "train_lora")
+        (void)adapters::lora_targets(config_.lora, probe(config_.model).slots());
   });
   if (!streams_.empty())
     for (size_t i = 0; i < config_.metrics.size(); ++i) {
@@ -120,12 +143,16 @@ void Continual::open_inputs() {
       const bool ahead = info.needs == Needs::kAll || info.needs == Needs::kNext || info.needs == Needs::kNextBefore;
       std::string hint = "leave the metric out";
       if (ahead && !config_.evaluation.ahead) hint = "set evaluation.ahead: true, or leave the metric out";
-      if (ahead && config_.evaluation.ahead && config_.methods == std::vector<std::string>{"simplecil"}) hint = "simplecil has no prototype of a class to come: add another method, or leave the metric out";
+      if (ahead && config_.evaluation.ahead && config_.methods == std::vector<std::string>{"simplecil"})
+        hint = "simplecil has no prototype of a class to come: add another method, or leave the metric out";
       if (info.needs == Needs::kJoint) hint = "add joint to methods, or leave the metric out";
-      problems.add(fmt::format("metrics.{}", i), fmt::format("metrics.{}", i), fmt::format("{} cannot be had from this stream: {}", info.name, *reason), hint);
+      problems.add(fmt::format("metrics.{}", i), fmt::format("metrics.{}", i),
+                   fmt::format("{} cannot be had from this stream: {}", info.name, *reason), hint);
     }
   if (!config_.model.path.empty()) attempt("model.path", [&] { backbone_id_ = identity_of(probe(config_.model)); });
-  if (config_.model.architecture && !config_.model.train) backbone_id_ = fmt::format("random:{}", core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone"));
+  if (config_.model.architecture && !config_.model.train)
+    backbone_id_ =
+        fmt::format("random:{}", core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone"));
   problems.throw_if_any(config_.name);
 }
 
@@ -138,9 +165,13 @@ ParameterTable Continual::parameters() const {
     const Learner& learner = find_learner(name);
     const int64_t trained = learner.trained_parameters(config_, base);
     const int64_t row = learner.accumulates() ? width : width + 1;
-    table.rows.push_back({name, trained, 100.0 * static_cast<double>(trained) / static_cast<double>(backbone), row, trained});
+    table.rows.push_back(
+        {name, trained, 100.0 * static_cast<double>(trained) / static_cast<double>(backbone), row, trained});
   }
-  table.notes = {fmt::format("backbone: {} parameters, {} tokens of width {}; numbers sent: without the head, which grows with the classes seen", backbone, architecture_.num_patches() + 1, width)};
+  table.notes = {
+      fmt::format("backbone: {} parameters, {} tokens of width {}; numbers sent: without the head, which grows with "
+                  "the classes seen",
+                  backbone, architecture_.num_patches() + 1, width)};
   return table;
 }
 
@@ -176,7 +207,8 @@ void Continual::publish(const RunState& state, const std::filesystem::path& run_
 }
 
 MethodEntry method_entry() {
-  return {"continual", "methods that learn classes task by task, compared on the same streams",
+  return {"continual",
+          "methods that learn classes task by task, compared on the same streams",
           [](const core::ConfigNode& root, core::Problems& problems) {
             ContinualConfig config;
             continual_schema().parse(root, "", config, problems);
@@ -190,7 +222,8 @@ MethodEntry method_entry() {
           [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {
             return std::make_unique<Continual>(continual_schema().from_json(values), inputs);
           },
-          [] { return continual_schema().json_schema(); }, [] { return continual_schema().markdown(); }};
+          [] { return continual_schema().json_schema(); },
+          [] { return continual_schema().markdown(); }};
 }
 
 }  // namespace moraine::algorithms::continual

@@ -18,12 +18,14 @@ namespace moraine::algorithms::continual {
 /// Stands for a cell without an accuracy in the artefact of all matrices; RUN/metrics.h5 has NaN there.
 constexpr double kNotEvaluated = -1;
 
-/// Continual learning: several learners on the same class-incremental streams and the same frozen backbone, for every class
-/// order and seed of the recipe. After each task the model is evaluated on the test images of every task, class-incrementally
-/// (all classes seen compete) and task-incrementally (the task's own classes compete), out of the same scores.
+/// Continual learning: several learners on the same class-incremental streams and the same frozen backbone, for every
+/// class order and seed of the recipe. After each task the model is evaluated on the test images of every task,
+/// class-incrementally (all classes seen compete) and task-incrementally (the task's own classes compete), out of the
+/// same scores.
 ///
-/// A chained learner's unit of task i needs that of task i - 1; evaluations after task i are leaves, so they run on other workers
-/// while task i + 1 trains. Seeds: the run's `seed` makes the backbone and draws images; `seeds` draw initial values and data order.
+/// A chained learner's unit of task i needs that of task i - 1; evaluations after task i are leaves, so they run on
+/// other workers while task i + 1 trains. Seeds: the run's `seed` makes the backbone and draws images; `seeds` draw
+/// initial values and data order.
 class Continual final : public Method {
  public:
   explicit Continual(ContinualConfig config);
@@ -51,7 +53,7 @@ class Continual final : public Method {
     std::string name() const;
   };
   struct Stages {
-    std::optional<std::string> backbone;   // "dir:<hash>", "random:<seed>" or an artefact id
+    std::optional<std::string> backbone;  // "dir:<hash>", "random:<seed>" or an artefact id
     std::vector<Track> tracks;
     std::optional<std::string> matrices;
   };
@@ -60,9 +62,11 @@ class Continual final : public Method {
   // plan.cpp
   Stages walk(PlanBuilder& plan) const;
   void walk_track(Track& track, const Stages& stages, PlanBuilder& plan) const;
-  Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs, double cost, const Stages& stages) const;
+  Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
+                 double cost, const Stages& stages) const;
   double evaluation_cost(const Track& track, int64_t after) const;
-  Unit evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state, const Stages& stages) const;
+  Unit evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state,
+                       const Stages& stages) const;
   AccuracyMatrix matrix_of(const Track& track, Setting setting, const Stages& stages, const RunState& state) const;
   CellsOffered offered(Setting setting) const;
 
@@ -71,7 +75,8 @@ class Continual final : public Method {
   core::ArtefactPtr evaluate(const Unit& unit, const LearnerSite& site) const;
   core::ArtefactPtr collect(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<const models::Vit> load_backbone(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<const ImageSource> load_images(const std::string& path, const std::string& fingerprint, WorkerContext& context) const;
+  std::shared_ptr<const ImageSource> load_images(const std::string& path, const std::string& fingerprint,
+                                                 WorkerContext& context) const;
   LearnerSite site_of(const Unit& unit, WorkerContext& context) const;
 
   // summary.cpp
@@ -80,7 +85,7 @@ class Continual final : public Method {
 
   ContinualConfig config_;
   models::VitConfig architecture_;
-  std::vector<StreamFacts> streams_;   // by position in config_.orders
+  std::vector<StreamFacts> streams_;  // by position in config_.orders
   std::vector<std::string> class_names_;
   std::string fingerprint_, backbone_fingerprint_, backbone_id_;
 };

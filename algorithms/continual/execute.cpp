@@ -1,5 +1,5 @@
-// What a worker does for a continual run: trains the backbone, runs learners' units, evaluates. The matrices are put together on
-// the coordinator.
+// What a worker does for a continual run: trains the backbone, runs learners' units, evaluates. The matrices are put
+// together on the coordinator.
 #include <algorithm>
 
 #include <ATen/TensorOperators.h>
@@ -20,11 +20,12 @@
 namespace moraine::algorithms::continual {
 namespace {
 
-// How many of the images whose true class stands at `truth[row]` of the candidates score highest there. NaN never wins a place, so a
-// broken model is an error and no silent zero.
+// How many of the images whose true class stands at `truth[row]` of the candidates score highest there. NaN never wins
+// a place, so a broken model is an error and no silent zero.
 int64_t hits(const at::Tensor& scores, const std::vector<int64_t>& candidates, const std::vector<int64_t>& truth) {
   std::vector<int64_t> columns = candidates;
-  const at::Tensor index = at::from_blob(columns.data(), {static_cast<int64_t>(columns.size())}, at::kLong).to(scores.device());
+  const at::Tensor index =
+      at::from_blob(columns.data(), {static_cast<int64_t>(columns.size())}, at::kLong).to(scores.device());
   const at::Tensor best = at::argmax(at::index_select(scores, 1, index), 1).cpu();
   const int64_t* chosen = best.const_data_ptr<int64_t>();
   int64_t correct = 0;
@@ -41,12 +42,15 @@ std::vector<int64_t> positions(const std::vector<int64_t>& labels, const std::ve
 
 }  // namespace
 
-std::shared_ptr<const ImageSource> Continual::load_images(const std::string& path, const std::string& fingerprint, WorkerContext& context) const {
+std::shared_ptr<const ImageSource> Continual::load_images(const std::string& path, const std::string& fingerprint,
+                                                          WorkerContext& context) const {
   const auto make = [&]() -> std::shared_ptr<void> {
     auto dataset = data::ImageDataset::open(path);
     if (dataset.info().fingerprint != fingerprint)
-      throw core::UserError(fmt::format("algorithms/continual: {} changed since the run was planned", path), "every worker must see the same prepared file; start again after copying it");
-    return std::make_shared<ImageSource>(std::move(dataset), config_.images.mean, config_.images.deviation, architecture_.num_channels, architecture_.image_size, context.device());
+      throw core::UserError(fmt::format("algorithms/continual: {} changed since the run was planned", path),
+                            "every worker must see the same prepared file; start again after copying it");
+    return std::make_shared<ImageSource>(std::move(dataset), config_.images.mean, config_.images.deviation,
+                                         architecture_.num_channels, architecture_.image_size, context.device());
   };
   return std::static_pointer_cast<const ImageSource>(context.cached("images/" + fingerprint, make));
 }
@@ -54,24 +58,38 @@ std::shared_ptr<const ImageSource> Continual::load_images(const std::string& pat
 std::shared_ptr<const models::Vit> Continual::load_backbone(const Unit& unit, WorkerContext& context) const {
   const auto id = unit.spec.at("backbone").get<std::string>();
   const auto make = [&]() -> std::shared_ptr<void> {
-    if (id.starts_with("random:")) return std::make_shared<models::Vit>(models::Vit::from_config(architecture_, std::stoull(id.substr(7)), at::kFloat).on(context.device()));
+    if (id.starts_with("random:"))
+      return std::make_shared<models::Vit>(
+          models::Vit::from_config(architecture_, std::stoull(id.substr(7)), at::kFloat).on(context.device()));
     if (id.starts_with("dir:")) {
       if (id != backbone_id_)
-        throw core::UserError(fmt::format("algorithms/continual: the backbone in {} differs from the coordinator's", config_.model.path), "every worker must use a byte-identical backbone");
-      return std::make_shared<models::Vit>(models::Vit::from_directory(config_.model.path, at::kFloat).backbone().on(context.device()));
+        throw core::UserError(
+            fmt::format("algorithms/continual: the backbone in {} differs from the coordinator's", config_.model.path),
+            "every worker must use a byte-identical backbone");
+      return std::make_shared<models::Vit>(
+          models::Vit::from_directory(config_.model.path, at::kFloat).backbone().on(context.device()));
     }
     const auto artefact = context.artefact(id);
-    return std::make_shared<models::Vit>(models::Vit::from_tensors(artefact->meta().at("config"), artefact->file().tensors(), artefact->file().origin(), at::kFloat, artefact).on(context.device()));
+    return std::make_shared<models::Vit>(models::Vit::from_tensors(artefact->meta().at("config"),
+                                                                   artefact->file().tensors(),
+                                                                   artefact->file().origin(), at::kFloat, artefact)
+                                             .on(context.device()));
   };
   return std::static_pointer_cast<const models::Vit>(context.cached("backbone/" + id, make));
 }
 
 LearnerSite Continual::site_of(const Unit& unit, WorkerContext& context) const {
-  const auto images = load_images(config_.images.path, unit.spec.at("images").at("fingerprint").get<std::string>(), context);
-  const int64_t order = unit.spec.contains("stream") ? unit.spec.at("stream").at("order").get<int64_t>() : config_.orders.front();
-  const auto make = [&]() -> std::shared_ptr<void> { return std::make_shared<data::TaskStream>(data::TaskStream::make(images->dataset(), config_.stream_spec(order))); };
-  const auto stream = std::static_pointer_cast<const data::TaskStream>(context.cached(fmt::format("stream/{}/{}", order, unit.spec.at("images").at("fingerprint").get<std::string>()), make));
-  MORAINE_CHECK(!unit.spec.contains("stream") || stream->hash == unit.spec.at("stream").at("hash"), "order {} makes another stream here than where it was planned", order);
+  const auto images =
+      load_images(config_.images.path, unit.spec.at("images").at("fingerprint").get<std::string>(), context);
+  const int64_t order =
+      unit.spec.contains("stream") ? unit.spec.at("stream").at("order").get<int64_t>() : config_.orders.front();
+  const auto make = [&]() -> std::shared_ptr<void> {
+    return std::make_shared<data::TaskStream>(data::TaskStream::make(images->dataset(), config_.stream_spec(order)));
+  };
+  const auto stream = std::static_pointer_cast<const data::TaskStream>(context.cached(
+      fmt::format("stream/{}/{}", order, unit.spec.at("images").at("fingerprint").get<std::string>()), make));
+  MORAINE_CHECK(!unit.spec.contains("stream") || stream->hash == unit.spec.at("stream").at("hash"),
+                "order {} makes another stream here than where it was planned", order);
   return {config_, context, load_backbone(unit, context), images, stream};
 }
 
@@ -95,15 +113,18 @@ core::ArtefactPtr Continual::train_backbone(const Unit& unit, WorkerContext& con
   job.loss = [&, batch_size = job.config.batch_size](int64_t step, int64_t first, int64_t count) {
     const auto batch = batch_of(rows, seed, step * batch_size + first, count);
     std::vector<int64_t> labels = images->labels("train", batch);
-    const at::Tensor expected = at::from_blob(labels.data(), {count}, at::kLong).to(context.device(), /*non_blocking=*/false, /*copy=*/true);
-    return TrainJob::MicroLoss{at::cross_entropy_loss(vit.logits(images->batch("train", batch)), expected, {}, at::Reduction::Sum), count};
+    const at::Tensor expected =
+        at::from_blob(labels.data(), {count}, at::kLong).to(context.device(), /*non_blocking=*/false, /*copy=*/true);
+    return TrainJob::MicroLoss{
+        at::cross_entropy_loss(vit.logits(images->batch("train", batch)), expected, {}, at::Reduction::Sum), count};
   };
   const TrainOutcome outcome = context.train(std::move(job));
   const models::Vit backbone = vit.backbone();
   models::NamedTensors weights;
   for (const auto& [name, weight] : backbone.weights()) weights.emplace_back(name, weight.cpu());
   std::vector<at::Tensor> keep;
-  return core::Artefact::create("backbone", {{"config", backbone.config().to_json()}, {"curve", curve_json(outcome)}}, models::views_of(weights, keep));
+  return core::Artefact::create("backbone", {{"config", backbone.config().to_json()}, {"curve", curve_json(outcome)}},
+                                models::views_of(weights, keep));
 }
 
 core::ArtefactPtr Continual::evaluate(const Unit& unit, const LearnerSite& site) const {
@@ -133,19 +154,23 @@ core::ArtefactPtr Continual::evaluate(const Unit& unit, const LearnerSite& site)
       const auto rows = std::span(task.test).subspan(first, std::min(batch, task.test.size() - first));
       const at::Tensor scores = classifier->scores(site.images->batch(site.stream->evaluated_split, rows), labels);
       if (!scores.isfinite().all().item<bool>())
-        throw core::NumericError(fmt::format("algorithms/continual: {} gives scores that are not finite", unit.label), "look at the training curve of this run; lower train.learning_rate");
+        throw core::NumericError(fmt::format("algorithms/continual: {} gives scores that are not finite", unit.label),
+                                 "look at the training curve of this run; lower train.learning_rate");
       const auto truth = positions(labels, site.images->labels(site.stream->evaluated_split, rows));
       among_own += hits(scores, own, truth);
       among_all += hits(scores, all, truth);
     }
-    result.push_back({{"images", task.test.size()}, {"class_incremental", was_seen ? core::Json(among_all) : core::Json(nullptr)}, {"task_incremental", among_own}});
+    result.push_back({{"images", task.test.size()},
+                      {"class_incremental", was_seen ? core::Json(among_all) : core::Json(nullptr)},
+                      {"task_incremental", among_own}});
     site.context.progress(static_cast<double>(j + 1), static_cast<double>(last + 1));
   }
   return core::Artefact::create("evaluation", {{"after", after}, {"result", result}}, {});
 }
 
 core::ArtefactPtr Continual::collect(const Unit& unit, WorkerContext& context) const {
-  // Row 0 is before the first task, row i + 1 after task i; kNotEvaluated where there is no accuracy: artefacts hold no NaN.
+  // Row 0 is before the first task, row i + 1 after task i; kNotEvaluated where there is no accuracy: artefacts hold no
+  // NaN.
   std::vector<std::vector<double>> keep;
   std::vector<core::TensorView> views;
   for (const auto& track : unit.spec.at("tracks")) {
@@ -158,10 +183,13 @@ core::ArtefactPtr Continual::collect(const Unit& unit, WorkerContext& context) c
         const auto artefact = context.artefact(unit.inputs.at(rows[i].get<size_t>()));
         const core::Json& result = artefact->meta().at("result");
         for (size_t j = 0; j < result.size(); ++j)
-          if (!result[j].at(key).is_null()) values[i * tasks + j] = 100.0 * result[j].at(key).get<double>() / result[j].at("images").get<double>();
+          if (!result[j].at(key).is_null())
+            values[i * tasks + j] = 100.0 * result[j].at(key).get<double>() / result[j].at("images").get<double>();
       }
-      views.push_back({fmt::format("{}/{}", track.at("name").get<std::string>(), key), core::DType::kF64,
-                       {static_cast<int64_t>(tasks + 1), static_cast<int64_t>(tasks)}, std::as_bytes(std::span(values))});
+      views.push_back({fmt::format("{}/{}", track.at("name").get<std::string>(), key),
+                       core::DType::kF64,
+                       {static_cast<int64_t>(tasks + 1), static_cast<int64_t>(tasks)},
+                       std::as_bytes(std::span(values))});
     }
   }
   return core::Artefact::create("accuracy_matrices", core::Json::object(), views);

@@ -27,7 +27,8 @@ std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, i
   for (int64_t place = first; place < first + count;) {
     const int64_t epoch = place / size;
     const data::Permutation order(size, core::derive_seed(seed, fmt::format("shuffle/epoch{}", epoch)));
-    for (; place < first + count && place / size == epoch; ++place) out.push_back(rows[static_cast<size_t>(order(place % size))]);
+    for (; place < first + count && place / size == epoch; ++place)
+      out.push_back(rows[static_cast<size_t>(order(place % size))]);
   }
   return out;
 }
@@ -40,7 +41,8 @@ Head Head::read(const core::Artefact& artefact, at::Device device) {
   return head;
 }
 
-std::pair<at::Tensor, at::Tensor> Head::rows(std::span<const int64_t> wanted, uint64_t seed, int64_t width, at::Device device) const {
+std::pair<at::Tensor, at::Tensor> Head::rows(std::span<const int64_t> wanted, uint64_t seed, int64_t width,
+                                             at::Device device) const {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> weights, biases;
   for (const int64_t label : wanted) {
@@ -76,13 +78,18 @@ void Head::set(std::span<const int64_t> trained, const at::Tensor& weight_rows, 
   bias = at::cat(biases);
 }
 
-core::Json training_spec(const TrainConfig& train, const StreamFacts& stream, int64_t first_task, int64_t last_task, bool local_logits, int64_t seed) {
+core::Json training_spec(const TrainConfig& train, const StreamFacts& stream, int64_t first_task, int64_t last_task,
+                         bool local_logits, int64_t seed) {
   core::Json tasks = core::Json::array();
   for (int64_t task = first_task; task <= last_task; ++task) tasks.push_back(task);
   const auto& own = stream.tasks[static_cast<size_t>(last_task)].classes;
-  return {{"stream", {{"order", stream.order}, {"hash", stream.hash}}}, {"tasks", tasks}, {"logits", local_logits ? own : stream.classes_until(last_task)},
-          {"train", train_identity(train)}, {"log_every", train.log_every},
-          {"seed", core::derive_seed(static_cast<uint64_t>(seed), fmt::format("continual/task{}", last_task))}, {"head_seed", head_seed(seed)}};
+  return {{"stream", {{"order", stream.order}, {"hash", stream.hash}}},
+          {"tasks", tasks},
+          {"logits", local_logits ? own : stream.classes_until(last_task)},
+          {"train", train_identity(train)},
+          {"log_every", train.log_every},
+          {"seed", core::derive_seed(static_cast<uint64_t>(seed), fmt::format("continual/task{}", last_task))},
+          {"head_seed", head_seed(seed)}};
 }
 
 double trained_images(const TrainConfig& train) { return static_cast<double>(train.steps * train.batch_size); }
@@ -93,8 +100,9 @@ TrainConfig scaled_training(const TrainConfig& train, const core::Json& spec) {
   return scaled;
 }
 
-core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site, const TrainConfig& train,
-                                 models::NamedTensors parameters, Head head, const std::function<at::Tensor(const at::Tensor&)>& features,
+core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
+                                 const TrainConfig& train, models::NamedTensors parameters, Head head,
+                                 const std::function<at::Tensor(const at::Tensor&)>& features,
                                  const std::function<models::NamedTensors()>& state) {
   const auto logits = unit.spec.at("logits").get<std::vector<int64_t>>();
   const auto seed = unit.spec.at("seed").get<uint64_t>();
@@ -105,7 +113,8 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
     const auto& own = site.stream->tasks[static_cast<size_t>(task)].train;
     rows.insert(rows.end(), own.begin(), own.end());
   }
-  auto [weight, bias] = head.rows(logits, unit.spec.at("head_seed").get<uint64_t>(), site.base->config().hidden_size, site.images->device());
+  auto [weight, bias] = head.rows(logits, unit.spec.at("head_seed").get<uint64_t>(), site.base->config().hidden_size,
+                                  site.images->device());
   weight.set_requires_grad(true);
   bias.set_requires_grad(true);
   parameters.emplace_back("head.bias", bias);
@@ -117,7 +126,8 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
     const auto batch = batch_of(rows, seed, step * batch_size + first, count);
     std::vector<int64_t> targets = site.images->labels("train", batch);
     for (int64_t& label : targets) label = target_of.at(label);
-    const at::Tensor expected = at::from_blob(targets.data(), {count}, at::kLong).to(site.images->device(), /*non_blocking=*/false, /*copy=*/true);
+    const at::Tensor expected = at::from_blob(targets.data(), {count}, at::kLong)
+                                    .to(site.images->device(), /*non_blocking=*/false, /*copy=*/true);
     const at::Tensor scores = at::linear(features(site.images->batch("train", batch)), weight, bias);
     return TrainJob::MicroLoss{at::cross_entropy_loss(scores, expected, {}, at::Reduction::Sum), count};
   };
@@ -128,7 +138,8 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
   tensors.emplace_back("head.weight", head.weight);
   for (auto& [name, tensor] : tensors) tensor = tensor.detach().cpu();
   std::vector<at::Tensor> keep;
-  return core::Artefact::create(kind, {{"classes", head.labels}, {"curve", curve_json(outcome)}}, models::views_of(tensors, keep));
+  return core::Artefact::create(kind, {{"classes", head.labels}, {"curve", curve_json(outcome)}},
+                                models::views_of(tensors, keep));
 }
 
 at::Tensor HeadClassifier::scores(const at::Tensor& images, std::span<const int64_t> labels) {

@@ -10,11 +10,18 @@
 
 namespace moraine::algorithms::continual {
 
-ImageSource::ImageSource(data::ImageDataset dataset, double mean, double deviation, int64_t channels, int64_t size, at::Device device)
-    : dataset_(std::move(dataset)), mean_(mean), deviation_(deviation), channels_(channels), size_(size), device_(device) {
+ImageSource::ImageSource(data::ImageDataset dataset, double mean, double deviation, int64_t channels, int64_t size,
+                         at::Device device)
+    : dataset_(std::move(dataset)),
+      mean_(mean),
+      deviation_(deviation),
+      channels_(channels),
+      size_(size),
+      device_(device) {
   const int64_t own = dataset_.info().channels;
   if (own != channels_ && own != 1)
-    throw core::UserError(fmt::format("algorithms/continual: {} has images of {} channels, the backbone takes {}", dataset_.path().string(), own, channels_),
+    throw core::UserError(fmt::format("algorithms/continual: {} has images of {} channels, the backbone takes {}",
+                                      dataset_.path().string(), own, channels_),
                           "use a backbone with as many channels; only grey images can be repeated");
 }
 
@@ -26,7 +33,7 @@ at::Tensor ImageSource::batch(const std::string& split, std::span<const int64_t>
   if (info.height != size_ || info.width != size_)
     images = at::_upsample_bilinear2d_aa(images, {size_, size_}, /*align_corners=*/false);
   if (info.channels != channels_) images = images.expand({count, channels_, size_, size_});
-  return images.to(device_, /*non_blocking=*/false, /*copy=*/true);   // the pixels above are gone when this returns
+  return images.to(device_, /*non_blocking=*/false, /*copy=*/true);  // the pixels above are gone when this returns
 }
 
 std::vector<int64_t> ImageSource::labels(const std::string& split, std::span<const int64_t> rows) const {

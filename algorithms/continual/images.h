@@ -14,9 +14,10 @@ namespace moraine::algorithms::continual {
 /// (bilinear, anti-aliased when shrinking). Thread-safe.
 class ImageSource {
  public:
-  ImageSource(data::ImageDataset dataset, double mean, double deviation, int64_t channels, int64_t size, at::Device device);
-  /// [rows, channels, size, size] float32 on the device. Throws UserError if the images have other channels than one or the
-  /// backbone's.
+  ImageSource(data::ImageDataset dataset, double mean, double deviation, int64_t channels, int64_t size,
+              at::Device device);
+  /// [rows, channels, size, size] float32 on the device. Throws UserError if the images have other channels than one or
+  /// the backbone's.
   at::Tensor batch(const std::string& split, std::span<const int64_t> rows) const;
   /// Labels of the rows, on the host.
   std::vector<int64_t> labels(const std::string& split, std::span<const int64_t> rows) const;

@@ -14,7 +14,8 @@ const std::vector<const Learner*>& learners() {
   static const Joint joint;
   static const SeqLora seq_lora("seq_lora", false), seq_lora_local("seq_lora_local", true);
   static const SimpleCil simplecil;
-  static const std::vector<const Learner*> all = {&joint, &finetune, &finetune_local, &seq_lora, &seq_lora_local, &simplecil};
+  static const std::vector<const Learner*> all = {&joint,    &finetune,       &finetune_local,
+                                                  &seq_lora, &seq_lora_local, &simplecil};
   return all;
 }
 

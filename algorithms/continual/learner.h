@@ -22,7 +22,7 @@ struct ContinualConfig;
 struct StreamFacts {
   struct Task {
     std::vector<int64_t> classes;
-    int64_t train = 0, test = 0;   // images
+    int64_t train = 0, test = 0;  // images
   };
   int64_t order = -1;
   std::string hash;
@@ -33,17 +33,17 @@ struct StreamFacts {
 
 /// One unit a learner asks for; the method adds backbone, threads and the like.
 struct UnitRequest {
-  std::string label;               // "task3": the run's name is put in front
-  core::Json spec;                 // what determines the result beside backbone, data and inputs
+  std::string label;  // "task3": the run's name is put in front
+  core::Json spec;    // what determines the result beside backbone, data and inputs
   std::vector<std::string> inputs;
-  double images = 0;               // forward and backward passes, for the predicted cost
+  double images = 0;  // forward and backward passes, for the predicted cost
 };
 
 /// What a learner has on a worker. The stream is null for units that belong to no order.
 struct LearnerSite {
   const ContinualConfig& config;
   WorkerContext& context;
-  std::shared_ptr<const models::Vit> base;   // frozen, without classifier
+  std::shared_ptr<const models::Vit> base;  // frozen, without classifier
   std::shared_ptr<const ImageSource> images;
   std::shared_ptr<const data::TaskStream> stream;
 };
@@ -57,13 +57,13 @@ class Classifier {
   virtual at::Tensor scores(const at::Tensor& images, std::span<const int64_t> labels) = 0;
 };
 
-/// A continual method: which units make its state after each task, how a worker runs them, and what the state predicts. The
-/// state after a task is a list of artefacts. Pure and thread-safe.
+/// A continual method: which units make its state after each task, how a worker runs them, and what the state predicts.
+/// The state after a task is a list of artefacts. Pure and thread-safe.
 class Learner {
  public:
   virtual ~Learner() = default;
-  virtual std::string name() const = 0;    // in recipes
-  virtual std::string title() const = 0;   // one line, for tables' notes
+  virtual std::string name() const = 0;   // in recipes
+  virtual std::string title() const = 0;  // one line, for tables' notes
   /// Kind of its units and its state. Learners that share one share unit results where everything else is equal.
   virtual std::string kind() const = 0;
   /// Whether units() of a task waits for the state after the task before it.
@@ -71,8 +71,8 @@ class Learner {
   /// Whether the state after a task keeps the artefacts of the tasks before it.
   virtual bool accumulates() const { return false; }
   /// Units of `task`, with `before` the state after the previous task (empty before the first, or when not chained()).
-  virtual std::vector<UnitRequest> units(const ContinualConfig& config, const StreamFacts& stream, int64_t task, int64_t seed,
-                                         const std::vector<std::string>& before) const = 0;
+  virtual std::vector<UnitRequest> units(const ContinualConfig& config, const StreamFacts& stream, int64_t task,
+                                         int64_t seed, const std::vector<std::string>& before) const = 0;
   virtual core::ArtefactPtr execute(const Unit& unit, const LearnerSite& site) const = 0;
   /// What a state predicts; `head_seed` draws the rows of classes that were never trained.
   virtual std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, uint64_t head_seed,

@@ -19,12 +19,12 @@ struct AccuracyMatrix {
 
 /// Which cells of a matrix a metric reads.
 enum class Needs {
-  kSeen,       // on and below the diagonal
-  kTwoTasks,   // the same, and a second task
-  kNext,       // r[j-1][j] too
-  kNextBefore, // r[j-1][j] and before[j]
-  kAll,        // every cell
-  kJoint,      // the joint model's diagonal
+  kSeen,        // on and below the diagonal
+  kTwoTasks,    // the same, and a second task
+  kNext,        // r[j-1][j] too
+  kNextBefore,  // r[j-1][j] and before[j]
+  kAll,         // every cell
+  kJoint,       // the joint model's diagonal
 };
 
 /// One metric under the convention that names it; "forgetting" alone means four things in the literature.
@@ -33,11 +33,11 @@ struct MetricInfo {
   const char* label;    // for tables
   const char* formula;  // and who uses it
   Needs needs;
-  bool canonical;       // reported when a recipe does not choose
+  bool canonical;  // reported when a recipe does not choose
 };
 
-/// All metrics, canonical ones first. Source of every formula: the papers and code bases named in `formula`. In double, without
-/// rounding (PyCIL and PILOT round to two decimals before they subtract).
+/// All metrics, canonical ones first. Source of every formula: the papers and code bases named in `formula`. In double,
+/// without rounding (PyCIL and PILOT round to two decimals before they subtract).
 const std::vector<MetricInfo>& metric_table();
 /// Throws UserError with the nearest name.
 const MetricInfo& find_metric(const std::string& name);

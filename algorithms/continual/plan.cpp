@@ -1,5 +1,6 @@
-// What a continual run wants done: one pure walk per learner, order and seed. A chain of training units (or a fan-out, when the
-// learner is not chained), each followed by one evaluation unit, which nothing waits for but the matrices at the end.
+// What a continual run wants done: one pure walk per learner, order and seed. A chain of training units (or a fan-out,
+// when the learner is not chained), each followed by one evaluation unit, which nothing waits for but the matrices at
+// the end.
 #include <algorithm>
 
 #include "algorithms/continual/continual.h"
@@ -14,17 +15,21 @@ constexpr int kResultVersion = 1;
 
 }  // namespace
 
-std::string Continual::Track::name() const { return fmt::format("{}/order{}/seed{}", learner->name(), stream->order, seed); }
+std::string Continual::Track::name() const {
+  return fmt::format("{}/order{}/seed{}", learner->name(), stream->order, seed);
+}
 
-Unit Continual::make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
-                          double cost, const Stages& stages) const {
+Unit Continual::make_unit(const std::string& kind, const std::string& label, core::Json spec,
+                          std::vector<std::string> inputs, double cost, const Stages& stages) const {
   spec["method"] = "continual";
   spec["version"] = kResultVersion;
   spec.update(compute_identity(config_.workers));
-  spec["images"] = {{"fingerprint", fingerprint_}, {"mean", config_.images.mean}, {"deviation", config_.images.deviation}};
+  spec["images"] = {
+      {"fingerprint", fingerprint_}, {"mean", config_.images.mean}, {"deviation", config_.images.deviation}};
   if (stages.backbone) {
     spec["backbone"] = *stages.backbone;
-    if (stages.backbone->find(':') == std::string::npos) inputs.push_back(*stages.backbone);   // execute() finds it by id
+    if (stages.backbone->find(':') == std::string::npos)
+      inputs.push_back(*stages.backbone);  // execute() finds it by id
   }
   return {kind, label, std::move(spec), std::move(inputs), Place::kWorker, cost};
 }
@@ -32,25 +37,34 @@ Unit Continual::make_unit(const std::string& kind, const std::string& label, cor
 double Continual::evaluation_cost(const Track& track, int64_t after) const {
   const auto last = config_.evaluation.ahead ? static_cast<int64_t>(track.stream->tasks.size()) - 1 : after;
   double images = 0;
-  for (int64_t task = 0; task <= last; ++task) images += static_cast<double>(track.stream->tasks[static_cast<size_t>(task)].test);
+  for (int64_t task = 0; task <= last; ++task)
+    images += static_cast<double>(track.stream->tasks[static_cast<size_t>(task)].test);
   return 2 * static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1)) * images;
 }
 
-Unit Continual::evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state, const Stages& stages) const {
+Unit Continual::evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state,
+                                const Stages& stages) const {
   // Before the first task every learner with a head is the backbone with initial head rows: one unit serves them all.
   const bool initial = after < 0;
-  core::Json spec = {{"state", initial ? learner_of_kind("train_weights").kind() : track.learner->kind()}, {"parts", state.size()}, {"after", after},
-                     {"stream", {{"order", track.stream->order}, {"hash", track.stream->hash}}}, {"ahead", config_.evaluation.ahead},
+  core::Json spec = {{"state", initial ? learner_of_kind("train_weights").kind() : track.learner->kind()},
+                     {"parts", state.size()},
+                     {"after", after},
+                     {"stream", {{"order", track.stream->order}, {"hash", track.stream->hash}}},
+                     {"ahead", config_.evaluation.ahead},
                      {"batch_size", config_.evaluation.batch_size}};
   if (!track.learner->accumulates()) spec["head_seed"] = head_seed(track.seed);
   if (track.learner->kind() == "train_lora" && !initial) spec["lora"] = adapters::lora_schema().to_json(config_.lora);
-  return make_unit("evaluate", fmt::format("test/{}/{}", track.name(), initial ? "before" : fmt::format("after{}", after)), std::move(spec), state, evaluation_cost(track, after), stages);
+  return make_unit("evaluate",
+                   fmt::format("test/{}/{}", track.name(), initial ? "before" : fmt::format("after{}", after)),
+                   std::move(spec), state, evaluation_cost(track, after), stages);
 }
 
 void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan) const {
-  const double parameters = static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
+  const double parameters =
+      static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
   const auto tasks = static_cast<int64_t>(track.stream->tasks.size());
-  if (config_.evaluation.ahead && !track.learner->accumulates()) track.initial = plan.need(evaluation_unit(track, -1, {}, stages));
+  if (config_.evaluation.ahead && !track.learner->accumulates())
+    track.initial = plan.need(evaluation_unit(track, -1, {}, stages));
   std::vector<std::string> before;
   track.evaluated.resize(static_cast<size_t>(tasks));
   for (int64_t task = 0; task < tasks; ++task) {
@@ -58,9 +72,13 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
     bool complete = true;
     for (auto& request : track.learner->units(config_, *track.stream, task, track.seed, before)) {
       request.spec["fresh"] = request.inputs.empty();
-      const std::string label = track.learner->accumulates() ? fmt::format("train/{}/{}", track.learner->name(), request.label) : fmt::format("train/{}/{}", track.name(), request.label);
-      Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs), 6 * parameters * request.images, stages);
-      if (track.learner->chained()) unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
+      const std::string label = track.learner->accumulates()
+                                    ? fmt::format("train/{}/{}", track.learner->name(), request.label)
+                                    : fmt::format("train/{}/{}", track.name(), request.label);
+      Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs),
+                            6 * parameters * request.images, stages);
+      if (track.learner->chained())
+        unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
       const auto id = plan.need(std::move(unit));
       if (id) after.push_back(*id);
       complete &= id.has_value();
@@ -69,7 +87,7 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
       track.evaluated[static_cast<size_t>(task)] = plan.need(evaluation_unit(track, task, after, stages));
       track.states.push_back(after);
     } else if (track.learner->chained()) {
-      return;   // the next task starts from this one
+      return;  // the next task starts from this one
     }
     if (track.learner->chained() || track.learner->accumulates()) before = std::move(after);
   }
@@ -81,10 +99,16 @@ Continual::Stages Continual::walk(PlanBuilder& plan) const {
     stages.backbone = backbone_id_;
   } else {
     const TrainConfig& train = *config_.model.train;
-    const double parameters = static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
-    core::Json spec = {{"architecture", architecture_.to_json()}, {"data", backbone_fingerprint_}, {"train", train_identity(train)}, {"log_every", train.log_every},
+    const double parameters =
+        static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
+    core::Json spec = {{"architecture", architecture_.to_json()},
+                       {"data", backbone_fingerprint_},
+                       {"train", train_identity(train)},
+                       {"log_every", train.log_every},
                        {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone")}};
-    stages.backbone = plan.need(make_unit("train_backbone", "train/backbone", std::move(spec), {}, 6 * parameters * static_cast<double>(train.steps * train.batch_size), stages));
+    stages.backbone =
+        plan.need(make_unit("train_backbone", "train/backbone", std::move(spec), {},
+                            6 * parameters * static_cast<double>(train.steps * train.batch_size), stages));
     if (!stages.backbone) return stages;
   }
   std::vector<std::string> evaluations;
@@ -109,7 +133,9 @@ Continual::Stages Continual::walk(PlanBuilder& plan) const {
       }
   }
   if (!complete) return stages;
-  Unit unit{"matrices", "matrices", {{"method", "continual"}, {"version", kResultVersion}, {"tracks", entries}}, evaluations, Place::kCoordinator, 1e6};
+  Unit unit{
+      "matrices",  "matrices",          {{"method", "continual"}, {"version", kResultVersion}, {"tracks", entries}},
+      evaluations, Place::kCoordinator, 1e6};
   stages.matrices = plan.need(std::move(unit));
   return stages;
 }
@@ -120,7 +146,8 @@ Plan Continual::plan(const RunState& state) const {
   return builder.finish();
 }
 
-AccuracyMatrix Continual::matrix_of(const Track& track, Setting setting, const Stages& stages, const RunState& state) const {
+AccuracyMatrix Continual::matrix_of(const Track& track, Setting setting, const Stages& stages,
+                                    const RunState& state) const {
   const auto tasks = track.stream->tasks.size();
   const char* key = setting == Setting::kClassIncremental ? "class_incremental" : "task_incremental";
   const auto row = [&](const std::optional<std::string>& id) {
@@ -129,7 +156,8 @@ AccuracyMatrix Continual::matrix_of(const Track& track, Setting setting, const S
     const auto artefact = state.artefact(*id);
     const core::Json& result = artefact->meta().at("result");
     for (size_t j = 0; j < result.size(); ++j)
-      if (!result[j].at(key).is_null()) cells[j] = 100.0 * result[j].at(key).get<double>() / result[j].at("images").get<double>();
+      if (!result[j].at(key).is_null())
+        cells[j] = 100.0 * result[j].at(key).get<double>() / result[j].at("images").get<double>();
     return cells;
   };
   AccuracyMatrix matrix;

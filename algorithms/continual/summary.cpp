@@ -30,8 +30,9 @@ Json deviation_of(const Values& values) {
 Json text_of(const Values& values) {
   if (values.empty()) return nullptr;
   const Json deviation = deviation_of(values);
-  const double mean = std::abs(mean_of(values)) < 0.05 ? 0 : mean_of(values);   // no "-0.0"
-  return deviation.is_null() ? fmt::format("{:.1f}", mean) : fmt::format("{:.1f} ± {:.1f}", mean, deviation.get<double>());
+  const double mean = std::abs(mean_of(values)) < 0.05 ? 0 : mean_of(values);  // no "-0.0"
+  return deviation.is_null() ? fmt::format("{:.1f}", mean)
+                             : fmt::format("{:.1f} ± {:.1f}", mean, deviation.get<double>());
 }
 
 Json column(const std::string& key, const std::string& label) { return {{"key", key}, {"label", label}}; }
@@ -47,7 +48,11 @@ Json percent_column(const std::string& key, const std::string& label, const char
 core::Json Continual::summary(const RunState& state) const {
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
-  Json out = {{"tables", Json::array()}, {"curves", Json::array()}, {"heatmaps", Json::array()}, {"headline", ""}, {"hash", stages.matrices.value_or("")}};
+  Json out = {{"tables", Json::array()},
+              {"curves", Json::array()},
+              {"heatmaps", Json::array()},
+              {"headline", ""},
+              {"hash", stages.matrices.value_or("")}};
   add_tables(out, stages, state);
   add_pictures(out, stages, state);
   return out;
@@ -64,7 +69,8 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
     for (const Setting setting : {kClass, kTask}) {
       matrix[setting] = matrix_of(track, setting, stages, state);
       for (const auto& info : metric_table())
-        if (const auto value = metric(info.name, matrix[setting])) values[track.learner->name()][setting][info.name].push_back(*value);
+        if (const auto value = metric(info.name, matrix[setting]))
+          values[track.learner->name()][setting][info.name].push_back(*value);
     }
     const auto cell = [&](Setting setting, const char* name) {
       const auto value = metric(name, matrix[setting]);
@@ -72,12 +78,19 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
     };
     if (cell(kClass, "last_pooled").is_null()) continue;
     ++finished[track.learner->name()];
-    runs.push_back({{"method", track.learner->name()}, {"order", std::to_string(track.stream->order)}, {"seed", track.seed}, {"average", cell(kClass, "average_pooled")}, {"last", cell(kClass, "last_pooled")},
-                    {"forgetting", cell(kClass, "forgetting_chaudhry")}, {"task_last", cell(kTask, "last_taskmean")}});
+    runs.push_back({{"method", track.learner->name()},
+                    {"order", std::to_string(track.stream->order)},
+                    {"seed", track.seed},
+                    {"average", cell(kClass, "average_pooled")},
+                    {"last", cell(kClass, "last_pooled")},
+                    {"forgetting", cell(kClass, "forgetting_chaudhry")},
+                    {"task_last", cell(kTask, "last_taskmean")}});
   }
   if (finished.empty()) return;
 
-  const auto of = [&](const std::string& method, Setting setting, const char* name) -> const Values& { return values[method][setting][name]; };
+  const auto of = [&](const std::string& method, Setting setting, const char* name) -> const Values& {
+    return values[method][setting][name];
+  };
   Json rows = Json::array();
   std::vector<const Learner*> present;
   for (const Learner* learner : learners())
@@ -96,17 +109,31 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
     put("task_last", kTask, "last_taskmean");
     rows.push_back(std::move(row));
   }
-  Json notes = {"± is the sample standard deviation over orders and seeds; forgetting as Chaudhry (negative = gain); task mean: the image's task is given"};
-  if (config_.evaluation.split == "validation") notes.push_back("validation images, for choosing settings: not a result");
-  out["tables"].push_back({{"title", "Accuracy, %"}, {"highlight", true}, {"best_in", "column"}, {"rows", rows}, {"notes", notes},
-                           {"columns", {column("method", "method"), column("runs", "runs"), percent_column("average", "class-IL average, pooled", "higher"), percent_column("average_spread", "±", nullptr),
-                                        percent_column("last", "class-IL last, pooled", "higher"), percent_column("last_spread", "±", nullptr),
-                                        percent_column("forgetting", "class-IL forgetting", "lower"), percent_column("forgetting_spread", "±", nullptr),
-                                        percent_column("task_last", "task-IL last, task mean", "higher"), percent_column("task_last_spread", "±", nullptr)}}});
+  Json notes = {
+      "± is the sample standard deviation over orders and seeds; forgetting as Chaudhry (negative = gain); task mean: "
+      "the image's task is given"};
+  if (config_.evaluation.split == "validation")
+    notes.push_back("validation images, for choosing settings: not a result");
+  out["tables"].push_back(
+      {{"title", "Accuracy, %"},
+       {"highlight", true},
+       {"best_in", "column"},
+       {"rows", rows},
+       {"notes", notes},
+       {"columns",
+        {column("method", "method"), column("runs", "runs"),
+         percent_column("average", "class-IL average, pooled", "higher"),
+         percent_column("average_spread", "±", nullptr), percent_column("last", "class-IL last, pooled", "higher"),
+         percent_column("last_spread", "±", nullptr), percent_column("forgetting", "class-IL forgetting", "lower"),
+         percent_column("forgetting_spread", "±", nullptr),
+         percent_column("task_last", "task-IL last, task mean", "higher"),
+         percent_column("task_last_spread", "±", nullptr)}}});
 
   // Every metric asked for, by setting.
-  for (const auto& [setting, title] : {std::pair{kClass, "Class-incremental metrics, %"}, {kTask, "Task-incremental metrics, %"}}) {
-    Json columns = {column("metric", "metric"), column("convention", "convention")}, lines = Json::array(), missing = Json::array();
+  for (const auto& [setting, title] :
+       {std::pair{kClass, "Class-incremental metrics, %"}, {kTask, "Task-incremental metrics, %"}}) {
+    Json columns = {column("metric", "metric"), column("convention", "convention")}, lines = Json::array(),
+         missing = Json::array();
     for (const Learner* learner : present) columns.push_back(column(learner->name(), learner->name()));
     for (const auto& info : metric_table()) {
       const bool chosen = std::find(config_.metrics.begin(), config_.metrics.end(), info.name) != config_.metrics.end();
@@ -119,13 +146,19 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
       for (const Learner* learner : present) line[learner->name()] = text_of(of(learner->name(), setting, info.name));
       lines.push_back(std::move(line));
     }
-    if (!lines.empty()) out["tables"].push_back({{"title", title}, {"columns", columns}, {"rows", lines}, {"notes", missing}});
+    if (!lines.empty())
+      out["tables"].push_back({{"title", title}, {"columns", columns}, {"rows", lines}, {"notes", missing}});
   }
   if (runs.size() > present.size())
-    out["tables"].push_back({{"title", "Every run, %"}, {"rows", runs}, {"best_in", "column"},
-                             {"columns", {column("method", "method"), column("order", "order"), column("seed", "seed"), percent_column("average", "class-IL average, pooled", nullptr),
-                                          percent_column("last", "class-IL last, pooled", nullptr), percent_column("forgetting", "class-IL forgetting", nullptr),
-                                          percent_column("task_last", "task-IL last, task mean", nullptr)}}});
+    out["tables"].push_back({{"title", "Every run, %"},
+                             {"rows", runs},
+                             {"best_in", "column"},
+                             {"columns",
+                              {column("method", "method"), column("order", "order"), column("seed", "seed"),
+                               percent_column("average", "class-IL average, pooled", nullptr),
+                               percent_column("last", "class-IL last, pooled", nullptr),
+                               percent_column("forgetting", "class-IL forgetting", nullptr),
+                               percent_column("task_last", "task-IL last, task mean", nullptr)}}});
 
   // What a method costs: numbers that change, bytes that are kept for the model after the last task.
   Json costs = Json::array();
@@ -138,28 +171,45 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
         bytes += static_cast<int64_t>(artefact->bytes().size());
         for (const auto& view : artefact->file().tensors()) numbers += view.numel();
       }
-      costs.push_back({{"method", learner->name()}, {"what", learner->title()}, {"numbers", numbers}, {"share", 100.0 * static_cast<double>(numbers) / static_cast<double>(architecture_.backbone_parameters())},
-                       {"bytes", bytes}, {"passes", 1}});
+      costs.push_back(
+          {{"method", learner->name()},
+           {"what", learner->title()},
+           {"numbers", numbers},
+           {"share", 100.0 * static_cast<double>(numbers) / static_cast<double>(architecture_.backbone_parameters())},
+           {"bytes", bytes},
+           {"passes", 1}});
       break;
     }
   if (!costs.empty())
-    out["tables"].push_back({{"title", "What is kept after the last task"}, {"rows", costs},
-                             {"columns", {column("method", "method"), column("what", "what"), column("numbers", "numbers"), {{"key", "share"}, {"label", "% of the backbone"}, {"digits", 1}},
-                                          column("bytes", "bytes"), column("passes", "forward passes per image")}},
+    out["tables"].push_back({{"title", "What is kept after the last task"},
+                             {"rows", costs},
+                             {"columns",
+                              {column("method", "method"),
+                               column("what", "what"),
+                               column("numbers", "numbers"),
+                               {{"key", "share"}, {"label", "% of the backbone"}, {"digits", 1}},
+                               column("bytes", "bytes"),
+                               column("passes", "forward passes per image")}},
                              {"notes", {fmt::format("backbone: {} parameters", architecture_.backbone_parameters())}}});
 
   const auto best = std::max_element(present.begin(), present.end(), [&](const Learner* a, const Learner* b) {
-    const auto score = [&](const Learner* learner) { return learner->name() == "joint" ? -1.0 : mean_of(of(learner->name(), kClass, "last_pooled")); };
+    const auto score = [&](const Learner* learner) {
+      return learner->name() == "joint" ? -1.0 : mean_of(of(learner->name(), kClass, "last_pooled"));
+    };
     return score(a) < score(b);
   });
   if ((*best)->name() != "joint" && present.size() > 1)
-    out["headline"] = fmt::format("{} keeps most: {:.1f} % over all classes after the last task{}.", (*best)->name(), mean_of(of((*best)->name(), kClass, "last_pooled")),
-                                  finished.count("joint") ? fmt::format(", joint training {:.1f} %", mean_of(of("joint", kClass, "last_pooled"))) : "");
+    out["headline"] = fmt::format(
+        "{} keeps most: {:.1f} % over all classes after the last task{}.", (*best)->name(),
+        mean_of(of((*best)->name(), kClass, "last_pooled")),
+        finished.count("joint") ? fmt::format(", joint training {:.1f} %", mean_of(of("joint", kClass, "last_pooled")))
+                                : "");
 }
 
 void Continual::add_pictures(Json& out, const Stages& stages, const RunState& state) const {
   Json accuracy = Json::array(), training = Json::array();
-  if (stages.backbone && backbone_id_.empty()) training.push_back({{"name", "backbone"}, {"points", state.artefact(*stages.backbone)->meta().at("curve")}});
+  if (stages.backbone && backbone_id_.empty())
+    training.push_back({{"name", "backbone"}, {"points", state.artefact(*stages.backbone)->meta().at("curve")}});
   for (const Learner* learner : learners()) {
     std::vector<const Track*> tracks;
     for (const auto& track : stages.tracks)
@@ -171,7 +221,9 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
     for (size_t i = 0; i < tasks; ++i) {
       Values pooled;
       for (const Track* track : tracks)
-        if (const auto value = pooled_accuracy(matrix_of(*track, Setting::kClassIncremental, stages, state), static_cast<int64_t>(i))) pooled.push_back(*value);
+        if (const auto value =
+                pooled_accuracy(matrix_of(*track, Setting::kClassIncremental, stages, state), static_cast<int64_t>(i)))
+          pooled.push_back(*value);
       if (!pooled.empty()) points.push_back({i + 1, mean_of(pooled)});
     }
     if (!points.empty()) accuracy.push_back({{"name", learner->name()}, {"points", points}});
@@ -187,7 +239,8 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
       }
     if (!losses.empty()) training.push_back({{"name", learner->name()}, {"points", losses}});
 
-    for (const auto& [setting, title] : {std::pair{Setting::kClassIncremental, "class-incremental"}, {Setting::kTaskIncremental, "task-incremental"}}) {
+    for (const auto& [setting, title] : {std::pair{Setting::kClassIncremental, "class-incremental"},
+                                         {Setting::kTaskIncremental, "task-incremental"}}) {
       Json names = Json::array(), columns = Json::array(), cells = Json::array();
       bool any = false;
       std::vector<AccuracyMatrix> matrices;
@@ -205,18 +258,35 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
         cells.push_back(std::move(line));
       };
       for (size_t j = 0; j < tasks; ++j) columns.push_back(fmt::format("task {}", j + 1));
-      if (setting == Setting::kTaskIncremental && config_.evaluation.ahead) add_row("before", [](const AccuracyMatrix& m) { return m.before; });
-      for (size_t i = 0; i < tasks; ++i) add_row(fmt::format("after task {}", i + 1), [i](const AccuracyMatrix& m) { return m.r[i]; });
+      if (setting == Setting::kTaskIncremental && config_.evaluation.ahead)
+        add_row("before", [](const AccuracyMatrix& m) { return m.before; });
+      for (size_t i = 0; i < tasks; ++i)
+        add_row(fmt::format("after task {}", i + 1), [i](const AccuracyMatrix& m) { return m.r[i]; });
       if (any)
-        out["heatmaps"].push_back({{"title", fmt::format("{}: accuracy, {}, %", learner->name(), title)}, {"row_label", "model"}, {"column_label", "test images of"}, {"rows", names},
-                                   {"columns", columns}, {"values", cells}, {"digits", 0}, {"notes", {fmt::format("mean over {} runs", tracks.size())}}});
+        out["heatmaps"].push_back({{"title", fmt::format("{}: accuracy, {}, %", learner->name(), title)},
+                                   {"row_label", "model"},
+                                   {"column_label", "test images of"},
+                                   {"rows", names},
+                                   {"columns", columns},
+                                   {"values", cells},
+                                   {"digits", 0},
+                                   {"notes", {fmt::format("mean over {} runs", tracks.size())}}});
     }
   }
   if (!accuracy.empty())
-    out["curves"].push_back({{"title", "Class-incremental accuracy over all classes seen"}, {"x_label", "tasks trained"}, {"y_label", "% of test images, pooled"}, {"series", accuracy},
-                             {"notes", {fmt::format("mean over {} orders x {} seeds", config_.orders.size(), config_.all_seeds().size())}}});
+    out["curves"].push_back(
+        {{"title", "Class-incremental accuracy over all classes seen"},
+         {"x_label", "tasks trained"},
+         {"y_label", "% of test images, pooled"},
+         {"series", accuracy},
+         {"notes",
+          {fmt::format("mean over {} orders x {} seeds", config_.orders.size(), config_.all_seeds().size())}}});
   if (!training.empty())
-    out["curves"].push_back({{"title", "Training loss"}, {"x_label", "step, tasks one after the other"}, {"y_label", "nats per image"}, {"series", training}, {"notes", {"chained methods, first order and seed"}}});
+    out["curves"].push_back({{"title", "Training loss"},
+                             {"x_label", "step, tasks one after the other"},
+                             {"y_label", "nats per image"},
+                             {"series", training},
+                             {"notes", {"chained methods, first order and seed"}}});
 }
 
 }  // namespace moraine::algorithms::continual

@@ -6,7 +6,8 @@
 
 namespace moraine::algorithms::federated {
 
-ClientData::ClientData(const std::string& client, std::vector<Part> parts, uint64_t seed) : parts_(std::move(parts)), seed_(seed) {
+ClientData::ClientData(const std::string& client, std::vector<Part> parts, uint64_t seed)
+    : parts_(std::move(parts)), seed_(seed) {
   for (const auto& part : parts_) total_ += part.count;
   if (total_ == 0)
     throw core::UserError(fmt::format("algorithms/federated: {} has no training sequence", client),

@@ -13,8 +13,8 @@ namespace moraine::algorithms::federated {
 class ClientData {
  public:
   struct Part {
-    std::shared_ptr<data::TextDataset> dataset;   // training split
-    uint64_t order = 0;                           // key of the domain's shuffled order
+    std::shared_ptr<data::TextDataset> dataset;  // training split
+    uint64_t order = 0;                          // key of the domain's shuffled order
     int64_t first = 0, count = 0;
   };
   /// Throws UserError if the client has no sequence.

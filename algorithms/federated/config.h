@@ -13,10 +13,11 @@ namespace moraine::algorithms::federated {
 
 /// The frozen model that all clients have.
 struct ModelConfig {
-  std::string path;                    // Hugging Face directory of a decoder
+  std::string path;  // Hugging Face directory of a decoder
 };
 
-/// One prepared text file; clients share its training sequences out among themselves, its test text is what is measured.
+/// One prepared text file; clients share its training sequences out among themselves, its test text is what is
+/// measured.
 struct DomainConfig {
   std::string name;
   std::string path;
@@ -25,35 +26,35 @@ struct DomainConfig {
 /// Who holds which training sequences, and who takes part in a round.
 struct ClientsConfig {
   int64_t count = 10;
-  std::string partition = "domain";    // domain | dirichlet | iid
-  double alpha = 0.5;                  // dirichlet: smaller = more skewed
-  int64_t per_round = 0;               // sampled clients; 0 = all
-  std::string weighting = "samples";   // samples | uniform
-  std::vector<int64_t> ranks;          // per client, repeated as needed; empty = lora.rank for all
-  int64_t min_per_round = 0;           // a round goes on with at least this many usable contributions; 0 = all of them
+  std::string partition = "domain";   // domain | dirichlet | iid
+  double alpha = 0.5;                 // dirichlet: smaller = more skewed
+  int64_t per_round = 0;              // sampled clients; 0 = all
+  std::string weighting = "samples";  // samples | uniform
+  std::vector<int64_t> ranks;         // per client, repeated as needed; empty = lora.rank for all
+  int64_t min_per_round = 0;          // a round goes on with at least this many usable contributions; 0 = all of them
 };
 
-/// What the server does with an averaged change. Source: "Adaptive Federated Optimization" (Reddi et al. 2021) by way of
-/// OpenFedLLM's defaults.
+/// What the server does with an averaged change. Source: "Adaptive Federated Optimization" (Reddi et al. 2021) by way
+/// of OpenFedLLM's defaults.
 struct ServerConfig {
-  std::string optimizer = "fedavg";    // fedavg | fedavgm | fedadam
-  double learning_rate = 1e-3;         // fedadam: eta
+  std::string optimizer = "fedavg";  // fedavg | fedavgm | fedadam
+  double learning_rate = 1e-3;       // fedadam: eta
   double beta1 = 0.9, beta2 = 0.99;
-  double tau = 1e-3;                   // fedadam: added to the root; v starts at tau^2
+  double tau = 1e-3;  // fedadam: added to the root; v starts at tau^2
 };
 
 /// HetLoRA only: how ranks shrink.
 struct PruningConfig {
-  double gamma = 0.99;                 // the tail starts at floor(gamma * rank)
-  double lambda = 1e-3;                // weight of the tail's norm in the local loss
+  double gamma = 0.99;   // the tail starts at floor(gamma * rank)
+  double lambda = 1e-3;  // weight of the tail's norm in the local loss
   int64_t min_rank = 1;
 };
 
 struct EvaluationConfig {
-  int64_t sequences = 128;             // per domain; 0 = all
+  int64_t sequences = 128;  // per domain; 0 = all
   int64_t batch_size = 16;
-  int64_t every = 1;                   // rounds
-  std::string split = "test";          // test | validation
+  int64_t every = 1;           // rounds
+  std::string split = "test";  // test | validation
 };
 
 struct FederatedConfig : RunConfig {
@@ -64,10 +65,10 @@ struct FederatedConfig : RunConfig {
   ClientsConfig clients;
   int64_t rounds = 5;
   adapters::LoraConfig lora;
-  TrainConfig train;                   // of one client in one round
+  TrainConfig train;  // of one client in one round
   ServerConfig server;
   PruningConfig pruning;
-  std::vector<std::string> comparisons;   // centralised | alone
+  std::vector<std::string> comparisons;  // centralised | alone
   EvaluationConfig evaluation;
 };
 

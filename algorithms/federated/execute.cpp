@@ -22,7 +22,8 @@ namespace {
 
 using core::Json;
 
-core::ArtefactPtr write(const std::string& kind, Json meta, std::initializer_list<std::reference_wrapper<const Factors>> groups) {
+core::ArtefactPtr write(const std::string& kind, Json meta,
+                        std::initializer_list<std::reference_wrapper<const Factors>> groups) {
   models::NamedTensors tensors;
   for (const Factors& group : groups)
     for (const auto& [name, tensor] : group) tensors.emplace_back(name, tensor.detach().cpu());
@@ -78,8 +79,8 @@ models::Decoder Federated::global_model(const Unit& unit, WorkerContext& context
 }
 
 Factors Federated::first_factors(const models::Backbone& model) const {
-  return live(adapters::LoraAdapter::create(lora(server_rank()), model.slots(),
-                                            core::derive_seed(static_cast<uint64_t>(config_.seed), "adapter"), at::kCPU));
+  return live(adapters::LoraAdapter::create(
+      lora(server_rank()), model.slots(), core::derive_seed(static_cast<uint64_t>(config_.seed), "adapter"), at::kCPU));
 }
 
 Factors Federated::global_factors(const Unit& unit, WorkerContext& context, const models::Backbone& model) const {
@@ -87,7 +88,8 @@ Factors Federated::global_factors(const Unit& unit, WorkerContext& context, cons
   Factors factors = first_factors(model);
   if (unit.inputs.empty()) return factors;
   const auto state = context.artefact(unit.inputs.back());
-  factors = cut(factors, state->meta().at("rank").get<int64_t>());   // what was not sent has the seed's values at that rank
+  factors =
+      cut(factors, state->meta().at("rank").get<int64_t>());  // what was not sent has the seed's values at that rank
   for (auto& [name, tensor] : read(state, ".lora_")) factors[name] = tensor;
   return factors;
 }
@@ -96,7 +98,8 @@ void Federated::set_factors(const adapters::LoraAdapter& adapter, const Factors&
   const at::NoGradGuard no_grad;
   for (const auto& [name, parameter] : adapter.parameters()) {
     const auto found = factors.find(name);
-    MORAINE_CHECK(found != factors.end() && found->second.sizes() == parameter.sizes(), "factor '{}' does not fit", name);
+    MORAINE_CHECK(found != factors.end() && found->second.sizes() == parameter.sizes(), "factor '{}' does not fit",
+                  name);
     parameter.copy_(found->second);
   }
 }
@@ -105,7 +108,8 @@ core::ArtefactPtr Federated::update(const Unit& unit, WorkerContext& context) co
   const auto refuse = [&](const core::Error& error) {
     if (!unit.spec.at("tolerant").get<bool>()) throw;
     core::log::warn("client left out of the round: unit={} reason={}", unit.label, error.what());
-    return write("update", {{"client", unit.spec.at("client")}, {"round", unit.spec.at("round")}, {"refused", error.what()}}, {});
+    return write("update",
+                 {{"client", unit.spec.at("client")}, {"round", unit.spec.at("round")}, {"refused", error.what()}}, {});
   };
   try {
     return train_client(unit, context);
@@ -127,8 +131,8 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, WorkerContext& conte
 
   std::vector<ClientData::Part> parts;
   for (const auto& [name, share] : spec.at("shares").items())
-    parts.push_back({cached_dataset(domain(name).path, spec.at("data").at(name), context), core::derive_seed(seed, "partition/order/" + name),
-                     share.at("first"), share.at("count")});
+    parts.push_back({cached_dataset(domain(name).path, spec.at("data").at(name), context),
+                     core::derive_seed(seed, "partition/order/" + name), share.at("first"), share.at("count")});
   const ClientData data(client, std::move(parts), core::derive_seed(seed, "client/" + client));
 
   models::Decoder model = global_model(unit, context);
@@ -150,7 +154,8 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, WorkerContext& conte
   const PruningConfig pruning = config_.pruning;
   job.loss = [&](int64_t step, int64_t first, int64_t count) {
     std::vector<int64_t> rows = data.rows((offset + step) * train.batch_size + first, count);
-    const at::Tensor batch = at::from_blob(rows.data(), {count, config_.seq_len + 1}, at::kLong).to(context.device(), /*non_blocking=*/false, /*copy=*/true);
+    const at::Tensor batch = at::from_blob(rows.data(), {count, config_.seq_len + 1}, at::kLong)
+                                 .to(context.device(), /*non_blocking=*/false, /*copy=*/true);
     auto loss = model.loss(batch);
     if (const at::Tensor penalty = federation_->penalty(factors, pruning); penalty.defined())
       loss.sum = loss.sum + penalty * static_cast<double>(loss.count);
@@ -164,8 +169,14 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, WorkerContext& conte
     if (federation_->trains(factor_of(name))) sent[name] = tensor.detach();
   const int64_t next_rank = federation_->rank_after(before, factors, rank, pruning);
   sent = cut(sent, next_rank);
-  return write("update", {{"client", client}, {"round", round}, {"samples", data.sequences()}, {"rank", next_rank}, {"base", spec.at("base")},
-                          {"lora", adapters::lora_schema().to_json(lora(next_rank))}, {"curve", curve_json(outcome)}},
+  return write("update",
+               {{"client", client},
+                {"round", round},
+                {"samples", data.sequences()},
+                {"rank", next_rank},
+                {"base", spec.at("base")},
+                {"lora", adapters::lora_schema().to_json(lora(next_rank))},
+                {"curve", curve_json(outcome)}},
                {sent});
 }
 
@@ -184,23 +195,28 @@ core::ArtefactPtr Federated::aggregate(const Unit& unit, WorkerContext& context)
     const Json& meta = artefact->meta();
     const auto client = meta.value("client", std::string());
     if (client != expected[i] || !seen.insert(client).second)
-      throw core::UserError(fmt::format("algorithms/federated: the contribution of {} in round {} says it is from '{}'", expected[i], spec.at("round").get<int64_t>() + 1, client),
+      throw core::UserError(fmt::format("algorithms/federated: the contribution of {} in round {} says it is from '{}'",
+                                        expected[i], spec.at("round").get<int64_t>() + 1, client),
                             "a client's worker answered for another client: check that all sites run this recipe");
     if (meta.contains("refused")) {
       refused.push_back({{"client", client}, {"reason", meta.at("refused")}});
       continue;
     }
     if (meta.value("base", Json()) != spec.at("base"))
-      throw core::UserError(fmt::format("algorithms/federated: {} trained against another base model", client), "every site must use a byte-identical model");
+      throw core::UserError(fmt::format("algorithms/federated: {} trained against another base model", client),
+                            "every site must use a byte-identical model");
     const double weight = config_.clients.weighting == "uniform" ? 1.0 : meta.at("samples").get<double>();
     total += weight;
     round.contributions.push_back({client, weight, meta.at("rank").get<int64_t>(), std::move(artefact)});
   }
-  const auto needed = config_.clients.min_per_round ? static_cast<size_t>(config_.clients.min_per_round) : expected.size();
+  const auto needed =
+      config_.clients.min_per_round ? static_cast<size_t>(config_.clients.min_per_round) : expected.size();
   if (round.contributions.size() < needed)
-    throw core::NumericError(fmt::format("algorithms/federated: round {} has {} usable contributions of {}, needs {}; first: {}", spec.at("round").get<int64_t>() + 1,
-                                         round.contributions.size(), expected.size(), needed, refused.empty() ? "" : refused[0].dump()),
-                             "look at the refused clients' data, lower train.learning_rate or clients.min_per_round");
+    throw core::NumericError(
+        fmt::format("algorithms/federated: round {} has {} usable contributions of {}, needs {}; first: {}",
+                    spec.at("round").get<int64_t>() + 1, round.contributions.size(), expected.size(), needed,
+                    refused.empty() ? "" : refused[0].dump()),
+        "look at the refused clients' data, lower train.learning_rate or clients.min_per_round");
   for (auto& contribution : round.contributions) contribution.weight /= total;
 
   const auto base = load_base(context, spec.at("base"));
@@ -216,8 +232,13 @@ core::ArtefactPtr Federated::aggregate(const Unit& unit, WorkerContext& context)
   const GlobalState next = federation_->aggregate(round);
   std::vector<double> weights;
   for (const auto& contribution : round.contributions) weights.push_back(contribution.weight);
-  return write("adapter", {{"round", spec.at("round")}, {"rank", server_rank()}, {"base", spec.at("base")}, {"refused", refused},
-                           {"lora", adapters::lora_schema().to_json(lora(server_rank()))}, {"weights", weights}},
+  return write("adapter",
+               {{"round", spec.at("round")},
+                {"rank", server_rank()},
+                {"base", spec.at("base")},
+                {"refused", refused},
+                {"lora", adapters::lora_schema().to_json(lora(server_rank()))},
+                {"weights", weights}},
                {next.factors, next.base_change, next.server});
 }
 
@@ -228,8 +249,11 @@ core::ArtefactPtr Federated::broadcast(const Unit& unit, WorkerContext& context)
   for (auto& [name, tensor] : read(state, ".lora_"))
     if (!name.starts_with("m.") && !name.starts_with("v.")) factors[name] = tensor;
   factors = cut(factors, rank);
-  return write("adapter", {{"round", state->meta().at("round")}, {"rank", rank}, {"base", state->meta().at("base")},
-                           {"lora", adapters::lora_schema().to_json(lora(rank))}},
+  return write("adapter",
+               {{"round", state->meta().at("round")},
+                {"rank", rank},
+                {"base", state->meta().at("base")},
+                {"lora", adapters::lora_schema().to_json(lora(rank))}},
                {factors});
 }
 
@@ -238,15 +262,17 @@ core::ArtefactPtr Federated::evaluate_unit(const Unit& unit, WorkerContext& cont
   models::Decoder model = global_model(unit, context);
   if (!unit.inputs.empty()) {
     const auto state = context.artefact(unit.inputs.back());
-    const bool adapted = !read(state, ".lora_").empty();   // FLoRA's global model has no adapter of its own
+    const bool adapted = !read(state, ".lora_").empty();  // FLoRA's global model has no adapter of its own
     if (adapted) {
-      const auto adapter = adapters::LoraAdapter::create(lora(state->meta().at("rank").get<int64_t>()), model.slots(), 0, context.device());
+      const auto adapter = adapters::LoraAdapter::create(lora(state->meta().at("rank").get<int64_t>()), model.slots(),
+                                                         0, context.device());
       set_factors(adapter, global_factors(unit, context, model));
       adapter.attach(model);
     }
   }
   const auto data = cached_dataset(domain(spec.at("data").at("name")).path, spec.at("data"), context);
-  const Evaluation result = evaluate(model, *data, spec.at("sequences").get<int64_t>(), spec.at("batch_size").get<int64_t>(), context);
+  const Evaluation result =
+      evaluate(model, *data, spec.at("sequences").get<int64_t>(), spec.at("batch_size").get<int64_t>(), context);
   return core::Artefact::create("evaluation", {{"result", result.to_json()}}, {});
 }
 

@@ -21,16 +21,26 @@ models::DecoderConfig architecture_of(const ModelConfig& model) {
 }  // namespace
 
 Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config)
-    : method_(std::move(method)), federation_(std::move(federation)), config_(std::move(config)), architecture_(architecture_of(config_.model)) {}
+    : method_(std::move(method)),
+      federation_(std::move(federation)),
+      config_(std::move(config)),
+      architecture_(architecture_of(config_.model)) {}
 
-Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config, const core::Json& inputs)
-    : method_(std::move(method)), federation_(std::move(federation)), config_(std::move(config)),
+Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config,
+                     const core::Json& inputs)
+    : method_(std::move(method)),
+      federation_(std::move(federation)),
+      config_(std::move(config)),
       architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
       fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
-      sequences_(inputs.at("sequences").get<std::map<std::string, int64_t>>()), model_id_(inputs.at("model").get<std::string>()) {}
+      sequences_(inputs.at("sequences").get<std::map<std::string, int64_t>>()),
+      model_id_(inputs.at("model").get<std::string>()) {}
 
 core::Json Federated::inputs() const {
-  return {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"sequences", sequences_}, {"model", model_id_}};
+  return {{"architecture", architecture_.to_json()},
+          {"fingerprints", fingerprints_},
+          {"sequences", sequences_},
+          {"model", model_id_}};
 }
 
 void Federated::open_inputs() {
@@ -44,14 +54,19 @@ void Federated::open_inputs() {
         fingerprints_[d.name] = dataset.info().fingerprint;
         if (split == std::string("train")) sequences_[d.name] = dataset.num_sequences();
         if (dataset.info().vocab_size > architecture_.vocab_size)
-          problems.add(key, key, fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size, architecture_.vocab_size), "use the model's own tokeniser");
+          problems.add(key, key,
+                       fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size,
+                                   architecture_.vocab_size),
+                       "use the model's own tokeniser");
       }
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
   }
   if (config_.seq_len > architecture_.max_position_embeddings)
-    problems.add("seq_len", "seq_len", fmt::format("{} is more than the model's {} positions", config_.seq_len, architecture_.max_position_embeddings));
+    problems.add("seq_len", "seq_len",
+                 fmt::format("{} is more than the model's {} positions", config_.seq_len,
+                             architecture_.max_position_embeddings));
   if (problems.empty()) {
     std::string empty;
     int64_t count = 0;
@@ -60,7 +75,9 @@ void Federated::open_inputs() {
         if (++count <= 5) empty += (empty.empty() ? "" : ", ") + client.name;
       }
     if (count > 0)
-      problems.add("clients", "clients", fmt::format("{} of {} clients have no data: {}{}", count, config_.clients.count, empty, count > 5 ? ", ..." : ""),
+      problems.add("clients", "clients",
+                   fmt::format("{} of {} clients have no data: {}{}", count, config_.clients.count, empty,
+                               count > 5 ? ", ..." : ""),
                    "fewer clients, a larger clients.alpha, another seed, or more text");
   }
   if (problems.empty()) {
@@ -72,7 +89,8 @@ void Federated::open_inputs() {
   problems.throw_if_any(config_.name);
 }
 
-void Federated::write_adapter(const RunState& state, const std::string& id, const std::filesystem::path& directory) const {
+void Federated::write_adapter(const RunState& state, const std::string& id,
+                              const std::filesystem::path& directory) const {
   const at::NoGradGuard no_grad;
   const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
   const auto adapter = adapters::LoraAdapter::create(lora(server_rank()), base.slots(), 0, at::kCPU);
@@ -83,7 +101,8 @@ void Federated::write_adapter(const RunState& state, const std::string& id, cons
   adapter.save(directory, config_.model.path);
 }
 
-void Federated::write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds, const std::filesystem::path& directory) const {
+void Federated::write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds,
+                                   const std::filesystem::path& directory) const {
   const at::NoGradGuard no_grad;
   const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
   std::map<std::string, at::Tensor> deltas;
@@ -100,7 +119,7 @@ void Federated::write_merged_model(const RunState& state, const std::vector<Roun
         add(slot, models::copy_of(*artefact->file().find(slot + ".base_B")), models::copy_of(view), 1);
       }
   }
-  if (!federation_->starts_fresh()) {   // the adapter of the last round sits on top
+  if (!federation_->starts_fresh()) {  // the adapter of the last round sits on top
     Factors factors = first_factors(base);
     for (const auto& view : state.artefact(rounds.back().state)->file().tensors())
       if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
@@ -130,12 +149,17 @@ void Federated::export_as(const RunState& state, const ExportRequest& request) c
   if (stages.rounds.empty())
     throw core::UserError("algorithms/federated: no round is complete yet", "finish the run, then export");
   if (!request.what.empty() || !request.experts.empty())
-    throw core::UserError(fmt::format("algorithms/federated: {} has one result, the global model", method_), "leave out the names of results and experts");
+    throw core::UserError(fmt::format("algorithms/federated: {} has one result, the global model", method_),
+                          "leave out the names of results and experts");
   if (request.format == "hf") return write_merged_model(state, stages.rounds, request.directory);
   if (request.format != "peft")
-    throw core::UserError(fmt::format("algorithms/federated: {} has no form '{}'", method_, request.format), "--to hf: the merged model; --to peft: the adapter");
+    throw core::UserError(fmt::format("algorithms/federated: {} has no form '{}'", method_, request.format),
+                          "--to hf: the merged model; --to peft: the adapter");
   if (federation_->changes_base())
-    throw core::UserError(fmt::format("algorithms/federated: {} changes the base model every round: its result is no single adapter", method_), "--to hf writes the merged model");
+    throw core::UserError(
+        fmt::format("algorithms/federated: {} changes the base model every round: its result is no single adapter",
+                    method_),
+        "--to hf writes the merged model");
   write_adapter(state, stages.rounds.back().state, request.directory);
 }
 
@@ -144,8 +168,10 @@ ParameterTable Federated::parameters() const {
   const auto targets = adapters::lora_targets(lora(config_.lora.rank), model.slots());
   const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
   ParameterTable table;
-  table.columns = {"rank", "adapter parameters", "% of the model", "up per client and round, numbers", "down per client and round, numbers"};
-  std::vector<int64_t> ranks = config_.clients.ranks.empty() ? std::vector<int64_t>{config_.lora.rank} : config_.clients.ranks;
+  table.columns = {"rank", "adapter parameters", "% of the model", "up per client and round, numbers",
+                   "down per client and round, numbers"};
+  std::vector<int64_t> ranks =
+      config_.clients.ranks.empty() ? std::vector<int64_t>{config_.lora.rank} : config_.clients.ranks;
   int64_t sum_of_ranks = 0;
   for (int64_t k = 0; k < sampled; ++k) sum_of_ranks += ranks[static_cast<size_t>(k) % ranks.size()];
   std::sort(ranks.begin(), ranks.end());
@@ -158,13 +184,17 @@ ParameterTable Federated::parameters() const {
       up += traffic.up;
       down += traffic.down;
     }
-    table.rows.push_back({rank, count, 100.0 * static_cast<double>(count) / static_cast<double>(architecture_.total_parameters()), up, down});
+    table.rows.push_back({rank, count,
+                          100.0 * static_cast<double>(count) / static_cast<double>(architecture_.total_parameters()),
+                          up, down});
   }
-  table.notes = {fmt::format("{} adapted matrices, {} clients per round, sum of their ranks {}; a number is 4 bytes", targets.size(), sampled, sum_of_ranks)};
+  table.notes = {fmt::format("{} adapted matrices, {} clients per round, sum of their ranks {}; a number is 4 bytes",
+                             targets.size(), sampled, sum_of_ranks)};
   return table;
 }
 
-ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems, const char* name, std::unique_ptr<Federation> federation) {
+ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems, const char* name,
+                          std::unique_ptr<Federation> federation) {
   FederatedConfig config;
   federated_schema().parse(root, "", config, problems);
   ParsedRecipe recipe;
@@ -173,11 +203,15 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
   recipe.values = federated_schema().to_json(config);
   const auto origin = [&](const char* key) { return root.find(key) ? root.find(key)->origin : root.origin; };
   if (!federation->mixed_ranks() && !config.clients.ranks.empty())
-    problems.add(origin("clients"), "clients.ranks", fmt::format("{} needs one rank for all clients", name), "use flora or hetlora for clients of different ranks");
+    problems.add(origin("clients"), "clients.ranks", fmt::format("{} needs one rank for all clients", name),
+                 "use flora or hetlora for clients of different ranks");
   if (!federation->server_optimizers() && config.server.optimizer != "fedavg")
-    problems.add(origin("server"), "server.optimizer", fmt::format("{} forms an exact mean: {} would undo it", name, config.server.optimizer), "server.optimizer: fedavg");
+    problems.add(origin("server"), "server.optimizer",
+                 fmt::format("{} forms an exact mean: {} would undo it", name, config.server.optimizer),
+                 "server.optimizer: fedavg");
   if (!config.lora.rank_pattern.empty() || !config.lora.alpha_pattern.empty())
-    problems.add(origin("lora"), "lora.rank_pattern", "ranks per module are not federated", "one lora.rank, and clients.ranks for clients of different ranks");
+    problems.add(origin("lora"), "lora.rank_pattern", "ranks per module are not federated",
+                 "one lora.rank, and clients.ranks for clients of different ranks");
   if (problems.empty()) recipe.method = std::make_unique<Federated>(name, std::move(federation), std::move(config));
   return recipe;
 }

@@ -35,9 +35,11 @@ at::Tensor Round::average(const std::string& name) const {
   for (const auto& contribution : contributions) {
     const core::TensorView& view = find(contribution, name);
     if (view.shape != first.shape || view.dtype != core::DType::kF32)
-      throw core::UserError(fmt::format("algorithms/federated: '{}' of {} is {} [{}], of {} float32 [{}]", name, contribution.client,
-                                        core::safetensors_name(view.dtype), fmt::join(view.shape, ", "), contributions.front().client, fmt::join(first.shape, ", ")),
-                            "all clients of this method send factors of one shape");
+      throw core::UserError(
+          fmt::format("algorithms/federated: '{}' of {} is {} [{}], of {} float32 [{}]", name, contribution.client,
+                      core::safetensors_name(view.dtype), fmt::join(view.shape, ", "), contributions.front().client,
+                      fmt::join(first.shape, ", ")),
+          "all clients of this method send factors of one shape");
     parts.push_back(view.data);
     weights.push_back(contribution.weight);
   }
@@ -56,7 +58,9 @@ bool Federation::trains(std::string_view) const { return true; }
 
 at::Tensor Federation::penalty(const Factors&, const PruningConfig&) const { return {}; }
 
-int64_t Federation::rank_after(const Factors&, const Factors&, int64_t rank, const PruningConfig&) const { return rank; }
+int64_t Federation::rank_after(const Factors&, const Factors&, int64_t rank, const PruningConfig&) const {
+  return rank;
+}
 
 GlobalState Federation::aggregate(const Round& round) const {
   GlobalState next;
@@ -71,8 +75,8 @@ Federation::Traffic Federation::traffic(int64_t in, int64_t out, int64_t rank, i
   return {numbers, numbers};
 }
 
-at::Tensor server_step(const ServerConfig& config, const std::string& name, const at::Tensor& x, const at::Tensor& average,
-                       const Factors& before, Factors& moments) {
+at::Tensor server_step(const ServerConfig& config, const std::string& name, const at::Tensor& x,
+                       const at::Tensor& average, const Factors& before, Factors& moments) {
   if (config.optimizer == "fedavg") return average;
   const at::Tensor from = x.to(at::kDouble), change = average.to(at::kDouble) - from;
   const auto moment = [&](const std::string& kind, const at::Tensor& start) {
@@ -88,7 +92,8 @@ at::Tensor server_step(const ServerConfig& config, const std::string& name, cons
   }
   MORAINE_CHECK(config.optimizer == "fedadam", "no server optimiser '{}'", config.optimizer);
   const at::Tensor m = config.beta1 * moment("m.", at::zeros_like(change)) + (1 - config.beta1) * change;
-  const at::Tensor v = config.beta2 * moment("v.", at::full_like(change, config.tau * config.tau)) + (1 - config.beta2) * change * change;
+  const at::Tensor v = config.beta2 * moment("v.", at::full_like(change, config.tau * config.tau)) +
+                       (1 - config.beta2) * change * change;
   moments[m_name] = m;
   moments[v_name] = v;
   return (from + config.learning_rate * m / (v.sqrt() + config.tau)).to(at::kFloat);

@@ -13,13 +13,14 @@
 
 namespace moraine::algorithms::federated {
 
-/// LoRA factors by name, "<slot path>.lora_A.weight" [r, in] and "<slot path>.lora_B.weight" [out, r], float32 on the CPU.
+/// LoRA factors by name, "<slot path>.lora_A.weight" [r, in] and "<slot path>.lora_B.weight" [out, r], float32 on the
+/// CPU.
 using Factors = std::map<std::string, at::Tensor>;
 
 /// What one client sent in one round.
 struct Contribution {
   std::string client;
-  double weight = 0;                   // p_k; the weights of a round sum to one
+  double weight = 0;  // p_k; the weights of a round sum to one
   int64_t rank = 0;
   core::ArtefactPtr artefact;
 
@@ -29,17 +30,17 @@ struct Contribution {
 
 /// The global model after a round.
 struct GlobalState {
-  Factors factors;                     // the global adapter: what clients start from
-  Factors base_change;                 // "<slot path>.base_A", ".base_B": W0 becomes W0 + base_B base_A, once and for all
-  Factors server;                      // the server optimiser's moments, never sent
+  Factors factors;      // the global adapter: what clients start from
+  Factors base_change;  // "<slot path>.base_A", ".base_B": W0 becomes W0 + base_B base_A, once and for all
+  Factors server;       // the server optimiser's moments, never sent
 };
 
 /// One aggregation: what came in, in the order of the clients' names, and what it starts from.
 struct Round {
   std::vector<Contribution> contributions;
-  Factors global;                      // before the round; from the seed in the first one
-  Factors server;                      // moments before the round; empty in the first one
-  double scale = 1;                    // s of y = W0 x + s B A x, the same for all ranks
+  Factors global;    // before the round; from the seed in the first one
+  Factors server;    // moments before the round; empty in the first one
+  double scale = 1;  // s of y = W0 x + s B A x, the same for all ranks
   ServerConfig optimizer;
 
   /// sum_k p_k x_k of one factor; reads one contribution after the other, holds one sum.
@@ -53,7 +54,8 @@ struct Round {
 class Federation {
  public:
   virtual ~Federation() = default;
-  /// Whether a factor ("lora_A.weight" or "lora_B.weight") is trained and sent; the others keep their values from the seed.
+  /// Whether a factor ("lora_A.weight" or "lora_B.weight") is trained and sent; the others keep their values from the
+  /// seed.
   virtual bool trains(std::string_view factor) const;
   /// Clients start every round from fresh factors instead of the global ones.
   virtual bool starts_fresh() const { return false; }
@@ -66,11 +68,12 @@ class Federation {
   /// Added to a client's mean loss; undefined = nothing. `factors` are the adapter's live tensors.
   virtual at::Tensor penalty(const Factors& factors, const PruningConfig& config) const;
   /// The rank a client sends and goes on with, from its factors before and after training.
-  virtual int64_t rank_after(const Factors& before, const Factors& after, int64_t rank, const PruningConfig& config) const;
+  virtual int64_t rank_after(const Factors& before, const Factors& after, int64_t rank,
+                             const PruningConfig& config) const;
   /// The next global state. Throws core::Error if it cannot be formed.
   virtual GlobalState aggregate(const Round& round) const;
-  /// Bytes of one adapted [out, in] matrix that a client sends and receives per round, in numbers: the paper's count, for a
-  /// client of rank r, R the sum of the ranks of a round.
+  /// Bytes of one adapted [out, in] matrix that a client sends and receives per round, in numbers: the paper's count,
+  /// for a client of rank r, R the sum of the ranks of a round.
   struct Traffic {
     int64_t up = 0, down = 0;
   };
@@ -82,8 +85,8 @@ class Federation {
 ///   fedavgm  v <- b1 v + (1 - b1) D, in the first round v = D;  x + v
 ///   fedadam  m <- b1 m + (1 - b1) D;  v <- b2 v + (1 - b2) D^2, v starts at tau^2;  x + eta m / (sqrt(v) + tau)
 /// In double, rounded to float32 once.
-at::Tensor server_step(const ServerConfig& config, const std::string& name, const at::Tensor& x, const at::Tensor& average,
-                       const Factors& before, Factors& moments);
+at::Tensor server_step(const ServerConfig& config, const std::string& name, const at::Tensor& x,
+                       const at::Tensor& average, const Factors& before, Factors& moments);
 
 /// The first `rank` directions: rows of A, columns of B.
 Factors cut(const Factors& factors, int64_t rank);

@@ -20,7 +20,10 @@ std::vector<Share> split(int64_t total, const std::vector<double>& weights) {
   int64_t first = 0;
   for (size_t k = 0; k < weights.size(); ++k) {
     passed += weights[k];
-    const int64_t end = k + 1 == weights.size() ? total : std::min(total, static_cast<int64_t>(std::llround(static_cast<double>(total) * passed / sum)));
+    const int64_t end =
+        k + 1 == weights.size()
+            ? total
+            : std::min(total, static_cast<int64_t>(std::llround(static_cast<double>(total) * passed / sum)));
     shares.push_back({first, end - first});
     first = end;
   }
@@ -45,7 +48,8 @@ std::vector<double> weights_of_domain(size_t domain, size_t domains, const Clien
 }  // namespace
 
 int64_t Client::sequences() const {
-  return std::accumulate(shares.begin(), shares.end(), int64_t{0}, [](int64_t sum, const auto& share) { return sum + share.second.count; });
+  return std::accumulate(shares.begin(), shares.end(), int64_t{0},
+                         [](int64_t sum, const auto& share) { return sum + share.second.count; });
 }
 
 core::Json Client::to_json() const {
@@ -54,7 +58,8 @@ core::Json Client::to_json() const {
   return json;
 }
 
-std::vector<Client> partition(const std::vector<std::pair<std::string, int64_t>>& sequences, const ClientsConfig& config, uint64_t seed) {
+std::vector<Client> partition(const std::vector<std::pair<std::string, int64_t>>& sequences,
+                              const ClientsConfig& config, uint64_t seed) {
   const auto digits = fmt::formatted_size("{}", config.count);
   std::vector<Client> clients(static_cast<size_t>(config.count));
   for (size_t k = 0; k < clients.size(); ++k) {
@@ -70,13 +75,16 @@ std::vector<Client> partition(const std::vector<std::pair<std::string, int64_t>>
   return clients;
 }
 
-std::vector<size_t> sample_clients(const std::vector<Client>& clients, int64_t per_round, int64_t round, uint64_t seed) {
+std::vector<size_t> sample_clients(const std::vector<Client>& clients, int64_t per_round, int64_t round,
+                                   uint64_t seed) {
   std::vector<size_t> chosen(clients.size());
   std::iota(chosen.begin(), chosen.end(), size_t{0});
   if (per_round == 0 || per_round >= static_cast<int64_t>(clients.size())) return chosen;
   std::vector<uint64_t> lots;
-  for (const auto& client : clients) lots.push_back(core::derive_seed(seed, fmt::format("sample/{}/{}", round, client.name)));
-  std::sort(chosen.begin(), chosen.end(), [&](size_t a, size_t b) { return lots[a] != lots[b] ? lots[a] < lots[b] : a < b; });
+  for (const auto& client : clients)
+    lots.push_back(core::derive_seed(seed, fmt::format("sample/{}/{}", round, client.name)));
+  std::sort(chosen.begin(), chosen.end(),
+            [&](size_t a, size_t b) { return lots[a] != lots[b] ? lots[a] < lots[b] : a < b; });
   chosen.resize(static_cast<size_t>(per_round));
   std::sort(chosen.begin(), chosen.end());
   return chosen;

@@ -9,11 +9,12 @@
 namespace moraine::algorithms::federated {
 namespace {
 
-constexpr size_t kBlock = 4096;   // doubles: 32 KiB of sums and 16 KiB of one part fit the first-level cache
+constexpr size_t kBlock = 4096;  // doubles: 32 KiB of sums and 16 KiB of one part fit the first-level cache
 
 }  // namespace
 
-void weighted_sum(std::span<const std::span<const std::byte>> parts, std::span<const double> weights, std::span<float> out) {
+void weighted_sum(std::span<const std::span<const std::byte>> parts, std::span<const double> weights,
+                  std::span<float> out) {
   MORAINE_CHECK_EQ(parts.size(), weights.size());
   for (const auto& part : parts) MORAINE_CHECK_EQ(part.size(), out.size_bytes());
   std::array<double, kBlock> sums;

@@ -37,6 +37,9 @@ class FedExLora final : public federated::Federation {
 
 }  // namespace
 
-MethodEntry method_entry() { return federated::method_entry_of<FedExLora>("rounds of LoRA, A and B averaged apart and the exact residual added to the base"); }
+MethodEntry method_entry() {
+  return federated::method_entry_of<FedExLora>(
+      "rounds of LoRA, A and B averaged apart and the exact residual added to the base");
+}
 
 }  // namespace moraine::algorithms::fedex_lora

@@ -12,6 +12,8 @@ class FedIt final : public federated::Federation {
 
 }  // namespace
 
-MethodEntry method_entry() { return federated::method_entry_of<FedIt>("rounds of LoRA, A and B averaged apart (FedAvg, FedAvgM, FedAdam)"); }
+MethodEntry method_entry() {
+  return federated::method_entry_of<FedIt>("rounds of LoRA, A and B averaged apart (FedAvg, FedAvgM, FedAdam)");
+}
 
 }  // namespace moraine::algorithms::fedit

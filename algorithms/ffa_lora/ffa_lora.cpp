@@ -13,6 +13,8 @@ class FfaLora final : public federated::Federation {
 
 }  // namespace
 
-MethodEntry method_entry() { return federated::method_entry_of<FfaLora>("rounds of LoRA with one frozen random A; only B travels"); }
+MethodEntry method_entry() {
+  return federated::method_entry_of<FfaLora>("rounds of LoRA with one frozen random A; only B travels");
+}
 
 }  // namespace moraine::algorithms::ffa_lora

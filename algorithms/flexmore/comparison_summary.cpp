@@ -20,7 +20,9 @@ Json bits_column(const std::string& key, const std::string& label) {
 }  // namespace
 
 void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Json& out) const {
-  const auto evaluation = [&](const std::string& id) { return Evaluation::from_json(state.artefact(id)->meta().at("result")); };
+  const auto evaluation = [&](const std::string& id) {
+    return Evaluation::from_json(state.artefact(id)->meta().at("result"));
+  };
   const auto bits = [&](const std::string& id) { return Json(evaluation(id).bits_per_byte()); };
   const auto tested = [&](const std::string& method, const std::string& name) -> Json {
     const auto tests = s.tests.find(method);
@@ -28,16 +30,21 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
   };
 
   if (!s.scaled.empty()) {
-    Json columns = {{{"key", "domain"}, {"label", "domain"}}, bits_column("0", "0 (public model)")}, rows = Json::array();
-    for (const double scale : kScales) columns.push_back(bits_column(fmt::format("{}", scale), fmt::format("{}", scale)));
+    Json columns = {{{"key", "domain"}, {"label", "domain"}}, bits_column("0", "0 (public model)")},
+         rows = Json::array();
+    for (const double scale : kScales)
+      columns.push_back(bits_column(fmt::format("{}", scale), fmt::format("{}", scale)));
     columns.push_back(bits_column("1", "1 (as trained)"));
     for (const auto& [name, scores] : s.scaled) {
       Json row = {{"domain", name}, {"0", tested("base", name)}, {"1", tested("expert", name)}};
       for (const auto& [scale, id] : scores) row[fmt::format("{}", scale)] = bits(id);
       rows.push_back(row);
     }
-    out["tables"].push_back({{"title", "Own expert with a share of its full-size change, bits per byte"}, {"columns", columns}, {"rows", rows},
-                             {"notes", {"W_0 + share (W_e - W_0); share 0 is the public model without the mixture layer"}}});
+    out["tables"].push_back(
+        {{"title", "Own expert with a share of its full-size change, bits per byte"},
+         {"columns", columns},
+         {"rows", rows},
+         {"notes", {"W_0 + share (W_e - W_0); share 0 is the public model without the mixture layer"}}});
   }
 
   if (!s.random_subspace.empty()) {
@@ -45,14 +52,25 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
     for (const auto& [name, scores] : s.random_subspace)
       for (const auto& [rank, id] : scores) {
         const bool swept = s.sweep.count(name) && s.sweep.at(name).count(rank);
-        rows.push_back({{"domain", name}, {"rank", rank}, {"base", tested("base", name)}, {"random", bits(id)},
-                        {"phlora", swept ? bits(s.sweep.at(name).at(rank)) : tested("low_rank_expert", name)}, {"full", tested("expert", name)}});
+        rows.push_back({{"domain", name},
+                        {"rank", rank},
+                        {"base", tested("base", name)},
+                        {"random", bits(id)},
+                        {"phlora", swept ? bits(s.sweep.at(name).at(rank)) : tested("low_rank_expert", name)},
+                        {"full", tested("expert", name)}});
       }
     out["tables"].push_back({{"title", "Own expert at a rank: random subspace against PHLoRA, bits per byte"},
-                             {"columns", {{{"key", "domain"}, {"label", "domain"}}, {{"key", "rank"}, {"label", "rank"}}, bits_column("base", "public model"),
-                                          bits_column("random", "random subspace"), bits_column("phlora", "PHLoRA"), bits_column("full", "full-size")}},
+                             {"columns",
+                              {{{"key", "domain"}, {"label", "domain"}},
+                               {{"key", "rank"}, {"label", "rank"}},
+                               bits_column("base", "public model"),
+                               bits_column("random", "random subspace"),
+                               bits_column("phlora", "PHLoRA"),
+                               bits_column("full", "full-size")}},
                              {"rows", rows},
-                             {"notes", {"random subspace: the change's part in that many random directions of the input, the same for every rank of one domain"}}});
+                             {"notes",
+                              {"random subspace: the change's part in that many random directions of the input, the "
+                               "same for every rank of one domain"}}});
   }
 
   if (!s.cross.empty()) {
@@ -62,34 +80,47 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
     values.push_back(line);
     for (const auto& [name, scores] : s.cross) {
       line = Json::array();
-      for (const auto& text : evaluated_domains()) line.push_back(scores.count(text) ? bits(scores.at(text)) : Json(nullptr));
+      for (const auto& text : evaluated_domains())
+        line.push_back(scores.count(text) ? bits(scores.at(text)) : Json(nullptr));
       rows.push_back(name);
       values.push_back(line);
     }
-    out["heatmaps"].push_back({{"title", "Each expert on every domain, bits per byte"}, {"row_label", "expert"}, {"column_label", "text"}, {"rows", rows},
-                               {"columns", evaluated_domains()}, {"values", values}, {"digits", 3}, {"notes", {"full-size experts beside the public one"}}});
+    out["heatmaps"].push_back({{"title", "Each expert on every domain, bits per byte"},
+                               {"row_label", "expert"},
+                               {"column_label", "text"},
+                               {"rows", rows},
+                               {"columns", evaluated_domains()},
+                               {"values", values},
+                               {"digits", 3},
+                               {"notes", {"full-size experts beside the public one"}}});
   }
 
   if (!s.sweep.empty()) summarize_sweep(s, state, out);
 }
 
 void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out) const {
-  const auto evaluation = [&](const std::string& id) { return Evaluation::from_json(state.artefact(id)->meta().at("result")); };
-  const auto d = static_cast<double>(architecture_.hidden_size), h = static_cast<double>(architecture_.intermediate_size);
+  const auto evaluation = [&](const std::string& id) {
+    return Evaluation::from_json(state.artefact(id)->meta().at("result"));
+  };
+  const auto d = static_cast<double>(architecture_.hidden_size),
+             h = static_cast<double>(architecture_.intermediate_size);
   const int64_t cap = std::min(architecture_.hidden_size, architecture_.intermediate_size);
   const double break_even = d * h / (d + h);
-  Json series = Json::array(), score_columns = {{{"key", "rank"}, {"label", "rank"}}, {{"key", "share"}, {"label", "% of a full-size expert"}, {"digits", 1}}};
+  Json series = Json::array(),
+       score_columns = {{{"key", "rank"}, {"label", "rank"}},
+                        {{"key", "share"}, {"label", "% of a full-size expert"}, {"digits", 1}}};
   Json slopes = Json::array();
   std::map<int64_t, Json> score_rows;
-  constexpr int64_t kFull = std::numeric_limits<int64_t>::max();   // sorts behind every rank
+  constexpr int64_t kFull = std::numeric_limits<int64_t>::max();  // sorts behind every rank
   for (const auto& [name, scores] : s.sweep) {
     const auto tests = s.tests.find("expert");
-    if (scores.size() != config_.ranks.candidates.size() || tests == s.tests.end() || !tests->second.count(name)) continue;
+    if (scores.size() != config_.ranks.candidates.size() || tests == s.tests.end() || !tests->second.count(name))
+      continue;
     const Evaluation full = evaluation(tests->second.at(name));
     const int64_t largest = scores.rbegin()->first;
     Json points = Json::array();
-    // As the paper's analysis codes it: every rank, and full-size one doubling above the largest. Ours: what is cheaper than
-    // full size, and full size once, at the rank from which a cut is the same function.
+    // As the paper's analysis codes it: every rank, and full-size one doubling above the largest. Ours: what is cheaper
+    // than full size, and full size once, at the rank from which a cut is the same function.
     std::vector<std::pair<double, double>> coded, cheaper, coded_accuracy;
     for (const auto& [rank, id] : scores) {
       const Evaluation e = evaluation(id);
@@ -120,30 +151,57 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
     const auto best = std::min_element(scores.begin(), scores.end(), [&](const auto& a, const auto& b) {
       return evaluation(a.second).bits_per_byte() < evaluation(b.second).bits_per_byte();
     });
-    const bool cheap = static_cast<double>(best->first) < break_even;   // above, a cut costs more than what it is a cut of
-    row["best"] = cheap && evaluation(best->second).bits_per_byte() <= full.bits_per_byte() ? Json(best->first) : Json("full");
+    const bool cheap =
+        static_cast<double>(best->first) < break_even;  // above, a cut costs more than what it is a cut of
+    row["best"] =
+        cheap && evaluation(best->second).bits_per_byte() <= full.bits_per_byte() ? Json(best->first) : Json("full");
     slopes.push_back(row);
   }
   if (slopes.empty()) return;
   Json rows = Json::array();
   for (auto& [rank, row] : score_rows) {
     row["rank"] = rank == kFull ? Json("full") : Json(rank);
-    row["share"] = rank == kFull ? 100.0 : 100.0 * static_cast<double>(architecture_.low_rank_parameters(rank)) / static_cast<double>(architecture_.ffn_parameters());
+    row["share"] = rank == kFull ? 100.0
+                                 : 100.0 * static_cast<double>(architecture_.low_rank_parameters(rank)) /
+                                       static_cast<double>(architecture_.ffn_parameters());
     rows.push_back(row);
   }
-  out["tables"].push_back({{"title", "Rank sweep: own expert cut to a rank, bits per byte"}, {"columns", score_columns}, {"rows", rows}, {"best_in", "column"},
-                           {"notes", {fmt::format("a cut is cheaper than the full-size expert below rank {:.1f} = d h / (d + h), and the same function from rank {} = min(d, h) on, so no larger rank is measured", break_even, cap)}}});
-  const auto number = [](const char* key, const char* label, int digits) { return Json{{"key", key}, {"label", label}, {"digits", digits}}; };
+  out["tables"].push_back(
+      {{"title", "Rank sweep: own expert cut to a rank, bits per byte"},
+       {"columns", score_columns},
+       {"rows", rows},
+       {"best_in", "column"},
+       {"notes",
+        {fmt::format("a cut is cheaper than the full-size expert below rank {:.1f} = d h / (d + h), and the same "
+                     "function from rank {} = min(d, h) on, so no larger rank is measured",
+                     break_even, cap)}}});
+  const auto number = [](const char* key, const char* label, int digits) {
+    return Json{{"key", key}, {"label", label}, {"digits", digits}};
+  };
   out["tables"].push_back({{"title", "Rank sweep: regression of the score on log2(rank)"},
-                           {"columns", {{{"key", "domain"}, {"label", "domain"}}, number("coded", "bits per byte per doubling, all ranks", 4), number("coded_r2", "R2", 3),
-                                        number("cheaper", "bits per byte per doubling, ranks below break-even and full once", 4), number("cheaper_r2", "R2", 3),
-                                        number("accuracy", "accuracy points per doubling, all ranks", 3), number("accuracy_r2", "R2", 3),
-                                        number("cap", "largest possible rank minus full-size, bits per byte", 5), {{"key", "best"}, {"label", "best below break-even, or full"}}}},
+                           {"columns",
+                            {{{"key", "domain"}, {"label", "domain"}},
+                             number("coded", "bits per byte per doubling, all ranks", 4),
+                             number("coded_r2", "R2", 3),
+                             number("cheaper", "bits per byte per doubling, ranks below break-even and full once", 4),
+                             number("cheaper_r2", "R2", 3),
+                             number("accuracy", "accuracy points per doubling, all ranks", 3),
+                             number("accuracy_r2", "R2", 3),
+                             number("cap", "largest possible rank minus full-size, bits per byte", 5),
+                             {{"key", "best"}, {"label", "best below break-even, or full"}}}},
                            {"rows", slopes},
-                           {"notes", {"all ranks: as FlexMoRE's analysis, full-size coded as one doubling above the largest rank; below break-even: one function counts once",
-                                      "scores on the text the tables are about, for one seed: a slope says how this domain's score moves, not which rank to choose"}}});
-  out["curves"].push_back({{"title", "Rank sweep: score against rank"}, {"x_label", "rank"}, {"y_label", "bits per byte"}, {"log_x", true}, {"log_y", false},
-                           {"series", series}, {"notes", Json::array()}});
+                           {"notes",
+                            {"all ranks: as FlexMoRE's analysis, full-size coded as one doubling above the largest "
+                             "rank; below break-even: one function counts once",
+                             "scores on the text the tables are about, for one seed: a slope says how this domain's "
+                             "score moves, not which rank to choose"}}});
+  out["curves"].push_back({{"title", "Rank sweep: score against rank"},
+                           {"x_label", "rank"},
+                           {"y_label", "bits per byte"},
+                           {"log_x", true},
+                           {"log_y", false},
+                           {"series", series},
+                           {"notes", Json::array()}});
 }
 
 }  // namespace moraine::algorithms::flexmore

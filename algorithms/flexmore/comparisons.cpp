@@ -30,16 +30,19 @@ constexpr int64_t kLogProbabilitiesAtOnce = int64_t{1} << 26;
 }  // namespace
 
 at::Tensor posterior_weights(const at::Tensor& log_likelihood, int64_t top) {
-  MORAINE_CHECK(log_likelihood.dim() == 3 && top >= 1 && top <= log_likelihood.size(0), "posterior weights of [E, B, T], top in 1..E");
+  MORAINE_CHECK(log_likelihood.dim() == 3 && top >= 1 && top <= log_likelihood.size(0),
+                "posterior weights of [E, B, T], top in 1..E");
   const at::Tensor running = log_likelihood.to(at::kDouble).cumsum(2);
-  const at::Tensor before = at::cat({at::zeros_like(running.slice(2, 0, 1)), running.slice(2, 0, running.size(2) - 1)}, 2);
+  const at::Tensor before =
+      at::cat({at::zeros_like(running.slice(2, 0, 1)), running.slice(2, 0, running.size(2) - 1)}, 2);
   const at::Tensor posterior = at::softmax(before, 0);
   const at::Tensor order = std::get<1>(at::sort(posterior, /*stable=*/true, /*dim=*/0, /*descending=*/true));
   const at::Tensor kept = posterior * at::scatter(at::zeros_like(posterior), 0, order.slice(0, 0, top), 1.0);
   return kept / kept.sum(0, /*keepdim=*/true);
 }
 
-models::Decoder::Loss branch_train_merge_loss(std::vector<models::Decoder>& members, const at::Tensor& sequences, int64_t top) {
+models::Decoder::Loss branch_train_merge_loss(std::vector<models::Decoder>& members, const at::Tensor& sequences,
+                                              int64_t top) {
   const at::NoGradGuard no_grad;
   const int64_t length = sequences.size(1) - 1;
   const int64_t per_row = static_cast<int64_t>(members.size()) * length * members.front().config().vocab_size;
@@ -54,7 +57,8 @@ models::Decoder::Loss branch_train_merge_loss(std::vector<models::Decoder>& memb
       all.push_back(at::log_softmax(member.forward(tokens).to(at::kFloat), -1));
       own.push_back(at::gather(all.back(), 2, index).squeeze(2).to(at::kDouble) * counted);
     }
-    const at::Tensor likelihood = at::stack(own), weights = posterior_weights(likelihood, std::min(top, static_cast<int64_t>(members.size())));
+    const at::Tensor likelihood = at::stack(own),
+                     weights = posterior_weights(likelihood, std::min(top, static_cast<int64_t>(members.size())));
     const at::Tensor sum = -(at::logsumexp(weights.log() + likelihood, {0}) * counted).sum();
     at::Tensor mixed;
     for (size_t e = 0; e < all.size(); ++e) {
@@ -87,7 +91,9 @@ Expert with_scaled_change(Expert expert, const models::Decoder& base, double sca
 models::LowRank random_subspace_of(const at::Tensor& tuned, const at::Tensor& base, int64_t rank, uint64_t seed) {
   const int64_t in = tuned.size(1);
   if (rank < 1 || rank > in)
-    throw core::UserError(fmt::format("algorithms/flexmore: a subspace of rank {} does not fit into {} inputs", rank, in), "choose smaller ranks.candidates");
+    throw core::UserError(
+        fmt::format("algorithms/flexmore: a subspace of rank {} does not fit into {} inputs", rank, in),
+        "choose smaller ranks.candidates");
   auto generator = at::detail::createCPUGenerator(seed);
   const at::Tensor random = at::empty({in, rank}, at::kDouble).normal_(0, 1, generator);
   const at::Tensor basis = std::get<0>(at::linalg_qr(random));

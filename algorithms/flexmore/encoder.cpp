@@ -25,7 +25,8 @@ namespace {
 int64_t special_token(const core::Json& tokenizer, const std::string& name, const std::string& origin) {
   for (const auto& token : tokenizer.value("added_tokens", core::Json::array()))
     if (token.value("content", "") == name && token.contains("id")) return token.at("id").get<int64_t>();
-  throw core::UserError(fmt::format("algorithms/flexmore: {} names no token '{}'", origin, name), "the encoder must be a BERT-type model with its own tokenizer.json");
+  throw core::UserError(fmt::format("algorithms/flexmore: {} names no token '{}'", origin, name),
+                        "the encoder must be a BERT-type model with its own tokenizer.json");
 }
 
 }  // namespace
@@ -35,8 +36,10 @@ DomainEncoder DomainEncoder::open(const std::filesystem::path& directory, at::De
   const core::Json tokenizer = core::read_json(file);
   models::Bert bert = models::Bert::from_directory(directory, at::kFloat).on(device);
   if (bert.config().max_position_embeddings < kTokens + 2)
-    throw core::UserError(fmt::format("algorithms/flexmore: the encoder in {} has {} positions, {} are needed", directory.string(), bert.config().max_position_embeddings, kTokens + 2));
-  return DomainEncoder(std::move(bert), special_token(tokenizer, "[CLS]", file.string()), special_token(tokenizer, "[SEP]", file.string()));
+    throw core::UserError(fmt::format("algorithms/flexmore: the encoder in {} has {} positions, {} are needed",
+                                      directory.string(), bert.config().max_position_embeddings, kTokens + 2));
+  return DomainEncoder(std::move(bert), special_token(tokenizer, "[CLS]", file.string()),
+                       special_token(tokenizer, "[SEP]", file.string()));
 }
 
 at::Tensor DomainEncoder::embed(const data::TextDataset& dataset, int64_t sequences) {
@@ -46,7 +49,8 @@ at::Tensor DomainEncoder::embed(const data::TextDataset& dataset, int64_t sequen
   at::Tensor sum;
   for (int64_t first = 0; first < sequences; first += kBatch) {
     const int64_t count = std::min(kBatch, sequences - first);
-    const at::Tensor rows = training_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, bert_.device()).narrow(1, 0, kTokens);
+    const at::Tensor rows =
+        training_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, bert_.device()).narrow(1, 0, kTokens);
     const auto column = [&](int64_t id) { return at::full({count, 1}, id, rows.options()); };
     const at::Tensor part = bert_.embed(at::cat({column(cls_), rows, column(sep_)}, 1)).to(at::kDouble).sum(0);
     sum = sum.defined() ? sum + part : part;
@@ -57,18 +61,22 @@ at::Tensor DomainEncoder::embed(const data::TextDataset& dataset, int64_t sequen
 std::string DomainEncoder::identity(const std::filesystem::path& directory) {
   const auto files = core::ShardedSafetensors::open(directory);
   std::string text = core::read_json(directory / "config.json").dump() + tokenizer(directory);
-  for (const auto& tensor : files.tensors()) text += fmt::format("\n{} {} {}", tensor.name, core::safetensors_name(tensor.dtype), core::sha256(tensor.data));
+  for (const auto& tensor : files.tensors())
+    text += fmt::format("\n{} {} {}", tensor.name, core::safetensors_name(tensor.dtype), core::sha256(tensor.data));
   return "encoder:" + core::sha256(text);
 }
 
-std::string DomainEncoder::tokenizer(const std::filesystem::path& directory) { return "hf:" + core::sha256(core::read_text(directory / "tokenizer.json")); }
+std::string DomainEncoder::tokenizer(const std::filesystem::path& directory) {
+  return "hf:" + core::sha256(core::read_text(directory / "tokenizer.json"));
+}
 
 at::Tensor project(const at::Tensor& embedding, int64_t width, uint64_t seed) {
   const int64_t n = embedding.size(0), large = std::max(n, width), small = std::min(n, width);
   auto generator = at::detail::createCPUGenerator(seed);
   const at::Tensor basis = std::get<0>(at::linalg_qr(at::empty({large, small}, at::kDouble).normal_(0, 1, generator)));
   const at::Tensor x = embedding.to(at::kDouble);
-  const at::Tensor y = n > width ? at::mv(basis.t(), x) * std::sqrt(static_cast<double>(n) / static_cast<double>(width)) : at::mv(basis, x);
+  const at::Tensor y = n > width ? at::mv(basis.t(), x) * std::sqrt(static_cast<double>(n) / static_cast<double>(width))
+                                 : at::mv(basis, x);
   return y.to(at::kFloat).contiguous();
 }
 

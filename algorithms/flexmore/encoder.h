@@ -11,9 +11,9 @@
 
 namespace moraine::algorithms::flexmore {
 
-/// A text encoder that says what a domain is like, for `router.init: encoder`: a Hugging Face directory of a BERT-type model
-/// with its tokenizer.json. FlexOlmo (arXiv 2507.07024) embeds domains with GritLM, whose width is the model's; another
-/// width is brought to the model's by project() (inferred).
+/// A text encoder that says what a domain is like, for `router.init: encoder`: a Hugging Face directory of a BERT-type
+/// model with its tokenizer.json. FlexOlmo (arXiv 2507.07024) embeds domains with GritLM, whose width is the model's;
+/// another width is brought to the model's by project() (inferred).
 class DomainEncoder {
  public:
   /// Tokens of one text between [CLS] and [SEP] (inferred: FlexOlmo embeds whole documents).
@@ -24,7 +24,8 @@ class DomainEncoder {
   static DomainEncoder open(const std::filesystem::path& directory, at::Device device);
 
   /// Mean of the unit-length embeddings of the first `sequences` training sequences, [n] float32 on the CPU; not
-  /// normalised, as FlexOlmo's rows. `dataset` has sequences of kTokens tokens of the encoder's tokeniser. Not thread-safe.
+  /// normalised, as FlexOlmo's rows. `dataset` has sequences of kTokens tokens of the encoder's tokeniser. Not
+  /// thread-safe.
   at::Tensor embed(const data::TextDataset& dataset, int64_t sequences);
 
   /// "encoder:<sha256>" of the configuration, the tokeniser and every tensor. Reads the whole model.
@@ -38,8 +39,9 @@ class DomainEncoder {
   int64_t cls_, sep_;
 };
 
-/// [n] -> [width] by a random orthogonal projection that depends on n, width and seed alone: a random `width`-dimensional
-/// subspace scaled by sqrt(n / width) when n > width, so that lengths are kept on average; an isometry otherwise.
+/// [n] -> [width] by a random orthogonal projection that depends on n, width and seed alone: a random
+/// `width`-dimensional subspace scaled by sqrt(n / width) when n > width, so that lengths are kept on average; an
+/// isometry otherwise.
 at::Tensor project(const at::Tensor& embedding, int64_t width, uint64_t seed);
 
 }  // namespace moraine::algorithms::flexmore

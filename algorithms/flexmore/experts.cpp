@@ -43,7 +43,8 @@ at::Tensor load(const core::Artefact& artefact, const std::string& name) {
 
 void expect_kind(const core::Artefact& artefact, const std::string& kind) {
   if (artefact.kind() != kind)
-    throw core::UserError(fmt::format("algorithms/flexmore: {} is of kind '{}', expected '{}'", artefact.file().origin(), artefact.kind(), kind));
+    throw core::UserError(fmt::format("algorithms/flexmore: {} is of kind '{}', expected '{}'",
+                                      artefact.file().origin(), artefact.kind(), kind));
 }
 
 core::ArtefactPtr to_artefact(const std::string& kind, core::Json meta, models::NamedTensors tensors) {
@@ -66,16 +67,18 @@ std::string ffn_slot(size_t layer) { return fmt::format("model.layers.{}.mlp", l
 
 int64_t Expert::parameters() const {
   int64_t total = 0;
-  for (auto ffn : layers) visit_ffn(ffn, ffn.full(), "", [&](const std::string&, const at::Tensor& t) { total += t.numel(); });
+  for (auto ffn : layers)
+    visit_ffn(ffn, ffn.full(), "", [&](const std::string&, const at::Tensor& t) { total += t.numel(); });
   for (const auto& row : router_rows) total += row.numel();
   for (const auto& bias : biases) total += bias.numel();
   return total;
 }
 
-core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights, const std::vector<at::Tensor>& public_rows) {
+core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights,
+                               const std::vector<at::Tensor>& public_rows) {
   core::Json out = core::Json::object();
   const auto add = [&out](const std::string& name, const at::Tensor& tensor) {
-    const at::Tensor here = tensor.cpu();   // outlives its view
+    const at::Tensor here = tensor.cpu();  // outlives its view
     std::vector<at::Tensor> keep;
     const auto views = models::views_of({{name, here}}, keep);
     out[name] = core::sha256(views.front().data);
@@ -90,7 +93,8 @@ core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::Na
   for (size_t l = 0; l < expert.layers.size(); ++l) {
     const std::string prefix = layer_prefix(l);
     auto ffn = expert.layers[l];
-    visit_ffn(ffn, ffn.full(), prefix, [&](const std::string& name, const at::Tensor& t) { tensors.emplace_back(name, t); });
+    visit_ffn(ffn, ffn.full(), prefix,
+              [&](const std::string& name, const at::Tensor& t) { tensors.emplace_back(name, t); });
     tensors.emplace_back(prefix + "gate.weight", expert.router_rows[l]);
     if (!expert.biases.empty()) tensors.emplace_back(prefix + "gate.bias", expert.biases[l]);
   }
@@ -107,8 +111,10 @@ Expert read_expert(const core::Artefact& artefact, int64_t rank) {
   expert.name = artefact.meta().at("name").get<std::string>();
   const int64_t stored = artefact.meta().at("rank").get<int64_t>();
   if (rank < 0 || (rank > 0 && stored == 0))
-    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' cannot be used at rank {}: it was shipped full-size", expert.name, rank),
-                          "extract a low-rank expert from it first");
+    throw core::UserError(
+        fmt::format("algorithms/flexmore: expert '{}' cannot be used at rank {}: it was shipped full-size", expert.name,
+                    rank),
+        "extract a low-rank expert from it first");
   const auto layers = artefact.meta().at("layers").get<size_t>();
   for (size_t l = 0; l < layers; ++l) {
     const std::string prefix = layer_prefix(l);
@@ -136,15 +142,19 @@ Mixture merge(const std::vector<core::ArtefactPtr>& artefacts, const std::vector
     for (const auto& [name, digest] : trained_against.items())
       if (!base_fingerprint.contains(name)) differing.push_back(name);
     if (!differing.empty())
-      throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' was trained against another public model; {} tensors differ: {}",
-                                        expert.name, differing.size(), fmt::join(differing, ", ")),
-                            "every site must use a byte-identical public model; re-saving it in another dtype is enough to break this");
+      throw core::UserError(
+          fmt::format(
+              "algorithms/flexmore: expert '{}' was trained against another public model; {} tensors differ: {}",
+              expert.name, differing.size(), fmt::join(differing, ", ")),
+          "every site must use a byte-identical public model; re-saving it in another dtype is enough to break this");
     mixture.experts.push_back(std::move(expert));
   }
-  std::sort(mixture.experts.begin(), mixture.experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
+  std::sort(mixture.experts.begin(), mixture.experts.end(),
+            [](const Expert& a, const Expert& b) { return a.name < b.name; });
   for (size_t i = 1; i < mixture.experts.size(); ++i)
     if (mixture.experts[i].name == mixture.experts[i - 1].name)
-      throw core::UserError(fmt::format("algorithms/flexmore: two experts are named '{}'", mixture.experts[i].name), "rename one");
+      throw core::UserError(fmt::format("algorithms/flexmore: two experts are named '{}'", mixture.experts[i].name),
+                            "rename one");
   return mixture;
 }
 
@@ -170,7 +180,8 @@ core::ArtefactPtr write_mixture(const Mixture& mixture, core::Json meta) {
     tensors.emplace_back(layer_prefix(l) + "gate.weight", at::stack(rows));
     if (!biases.empty()) {
       if (biases.size() != mixture.experts.size())
-        throw core::UserError("algorithms/flexmore: some experts carry a router bias and some do not", "train all with one router.bias");
+        throw core::UserError("algorithms/flexmore: some experts carry a router bias and some do not",
+                              "train all with one router.bias");
       tensors.emplace_back(layer_prefix(l) + "gate.bias", at::cat(biases));
     }
   }
@@ -211,7 +222,8 @@ std::vector<models::FfnExpert> soup(const std::vector<Expert>& experts) {
   std::vector<models::FfnExpert> layers(experts.front().layers.size());
   for (const auto& expert : experts)
     if (expert.rank() != 0)
-      throw core::UserError(fmt::format("algorithms/flexmore: weight soup needs full-size experts, '{}' has rank {}", expert.name, expert.rank()));
+      throw core::UserError(fmt::format("algorithms/flexmore: weight soup needs full-size experts, '{}' has rank {}",
+                                        expert.name, expert.rank()));
   const auto count = static_cast<double>(experts.size());
   for (size_t l = 0; l < layers.size(); ++l) {
     const auto mean = [&](at::Tensor models::FfnExpert::*member) {
@@ -233,7 +245,8 @@ std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder
   for (const auto& expert : mixture.experts) names.push_back(expert.name);
   for (const auto& name : leave_out)
     if (std::find(names.begin(), names.end(), name) == names.end())
-      throw core::UserError(fmt::format("algorithms/flexmore: leave_out: no expert '{}'", name), core::name_hint(name, names));
+      throw core::UserError(fmt::format("algorithms/flexmore: leave_out: no expert '{}'", name),
+                            core::name_hint(name, names));
   std::vector<const Expert*> kept;
   for (const auto& expert : mixture.experts)
     if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) kept.push_back(&expert);
@@ -247,7 +260,8 @@ std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder
       if (!expert->biases.empty()) biases.push_back(expert->biases[l].to(device));
       ffns.push_back(on_device(expert->layers[l], device));
     }
-    attached.push_back(std::make_shared<models::MixtureFfn>(std::move(rows), biases.empty() ? at::Tensor() : at::cat(biases), std::move(ffns), options));
+    attached.push_back(std::make_shared<models::MixtureFfn>(
+        std::move(rows), biases.empty() ? at::Tensor() : at::cat(biases), std::move(ffns), options));
     decoder.attach(ffn_slot(l), attached.back());
   }
   return attached;
@@ -271,7 +285,8 @@ class DenseFfn : public models::SlotFunction {
 }  // namespace
 
 void attach_dense(models::Decoder& decoder, const std::vector<models::FfnExpert>& layers) {
-  for (size_t l = 0; l < layers.size(); ++l) decoder.attach(ffn_slot(l), std::make_shared<DenseFfn>(on_device(layers[l], decoder.device())));
+  for (size_t l = 0; l < layers.size(); ++l)
+    decoder.attach(ffn_slot(l), std::make_shared<DenseFfn>(on_device(layers[l], decoder.device())));
 }
 
 }  // namespace moraine::algorithms::flexmore

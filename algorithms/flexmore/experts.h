@@ -15,24 +15,25 @@ namespace moraine::algorithms::flexmore {
 /// One expert over all layers: what a data owner trains and ships.
 struct Expert {
   std::string name;
-  std::vector<models::FfnExpert> layers;      // L
-  std::vector<at::Tensor> router_rows;        // L x [d]
-  std::vector<at::Tensor> biases;             // L x [1]; empty when the router has no bias
+  std::vector<models::FfnExpert> layers;  // L
+  std::vector<at::Tensor> router_rows;    // L x [d]
+  std::vector<at::Tensor> biases;         // L x [1]; empty when the router has no bias
 
-  int64_t rank() const { return layers.front().rank(); }   // 0 = full-size
+  int64_t rank() const { return layers.front().rank(); }  // 0 = full-size
   /// Numbers a site ships: FFN part plus router rows (and biases).
   int64_t parameters() const;
 };
 
 /// Experts behind one router; expert 0 is the public model's own FFN.
 struct Mixture {
-  std::vector<at::Tensor> public_rows;        // L x [d]
-  std::vector<Expert> experts;                // sorted by name
+  std::vector<at::Tensor> public_rows;  // L x [d]
+  std::vector<Expert> experts;          // sorted by name
 };
 
 /// Names the frozen tensors a submission was trained against: Hugging Face name -> SHA-256 of the bytes. The public
 /// router rows are listed as "model.layers.<l>.mlp.gate.weight[0]".
-core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights, const std::vector<at::Tensor>& public_rows);
+core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights,
+                               const std::vector<at::Tensor>& public_rows);
 
 /// Expert <-> artefact (kind "expert"; docs/formats.md). `meta` and `extra` tensors are added to the artefact's own.
 core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::NamedTensors extra = {});
@@ -44,7 +45,8 @@ Expert read_expert(const core::Artefact& artefact, int64_t rank);
 Mixture merge(const std::vector<core::ArtefactPtr>& artefacts, const std::vector<int64_t>& ranks,
               const std::vector<at::Tensor>& public_rows, const core::Json& base_fingerprint);
 
-/// Mixture <-> artefact (kind "mixture"): Hugging Face FlexMoRE keys of experts 1.. and the router; the public model is not repeated.
+/// Mixture <-> artefact (kind "mixture"): Hugging Face FlexMoRE keys of experts 1.. and the router; the public model is
+/// not repeated.
 core::ArtefactPtr write_mixture(const Mixture& mixture, core::Json meta);
 Mixture read_mixture(const core::Artefact& artefact);
 

@@ -9,12 +9,16 @@
 
 namespace moraine::algorithms::flexmore {
 
-FlexMore::FlexMore(FlexMoreConfig config) : config_(std::move(config)), architecture_(public_architecture(config_.model)) {}
+FlexMore::FlexMore(FlexMoreConfig config)
+    : config_(std::move(config)), architecture_(public_architecture(config_.model)) {}
 
 FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
-    : config_(std::move(config)), architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
-      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()), model_id_(inputs.at("model").get<std::string>()),
-      encoder_id_(inputs.value("encoder", "")), encoder_tokenizer_(inputs.value("encoder_tokenizer", "")) {}
+    : config_(std::move(config)),
+      architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
+      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
+      model_id_(inputs.at("model").get<std::string>()),
+      encoder_id_(inputs.value("encoder", "")),
+      encoder_tokenizer_(inputs.value("encoder_tokenizer", "")) {}
 
 core::Json FlexMore::inputs() const {
   core::Json out = {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"model", model_id_}};
@@ -42,14 +46,18 @@ void FlexMore::open_inputs() {
         const auto dataset = data::TextDataset::open(data_path(name), split, config_.seq_len, config_.tokenizer);
         fingerprints_[name] = dataset.info().fingerprint;
         if (dataset.info().vocab_size > architecture_.vocab_size)
-          problems.add(key, key, fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size, architecture_.vocab_size), "use the model's own tokeniser");
+          problems.add(key, key,
+                       fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size,
+                                   architecture_.vocab_size),
+                       "use the model's own tokeniser");
       }
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
   };
   open("public", "public_path", config_.public_path);
-  for (size_t i = 0; i < config_.domains.size(); ++i) open(config_.domains[i].name, fmt::format("domains.{}.path", i), config_.domains[i].path);
+  for (size_t i = 0; i < config_.domains.size(); ++i)
+    open(config_.domains[i].name, fmt::format("domains.{}.path", i), config_.domains[i].path);
   if (config_.router.init == "encoder") {
     try {
       encoder_id_ = DomainEncoder::identity(config_.router.encoder);
@@ -59,9 +67,13 @@ void FlexMore::open_inputs() {
       problems.add("router.encoder", "router.encoder", error.what(), error.hint());
     }
     const auto open_encoded = [&](const std::string& name, const std::string& key, const std::string& path) {
-      if (path.empty()) return problems.add(key, key, "is missing", "router.init: encoder needs the text prepared with the encoder's tokeniser (scripts/fetch_encoder)");
+      if (path.empty())
+        return problems.add(
+            key, key, "is missing",
+            "router.init: encoder needs the text prepared with the encoder's tokeniser (scripts/fetch_encoder)");
       try {
-        fingerprints_["encoder/" + name] = data::TextDataset::open(path, "train", DomainEncoder::kTokens, encoder_tokenizer_).info().fingerprint;
+        fingerprints_["encoder/" + name] =
+            data::TextDataset::open(path, "train", DomainEncoder::kTokens, encoder_tokenizer_).info().fingerprint;
       } catch (const core::UserError& error) {
         problems.add(key, key, error.what(), error.hint());
       }
@@ -71,17 +83,22 @@ void FlexMore::open_inputs() {
       open_encoded(config_.domains[i].name, fmt::format("domains.{}.encoder_text", i), config_.domains[i].encoder_text);
   }
   if (config_.seq_len > architecture_.max_position_embeddings)
-    problems.add("seq_len", "seq_len", fmt::format("{} is more than the model's {} positions", config_.seq_len, architecture_.max_position_embeddings));
+    problems.add("seq_len", "seq_len",
+                 fmt::format("{} is more than the model's {} positions", config_.seq_len,
+                             architecture_.max_position_embeddings));
   const int64_t smallest = std::min(architecture_.hidden_size, architecture_.intermediate_size);
   const auto check_rank = [&](const std::string& key, int64_t rank) {
     if (rank > smallest)
-      problems.add(key, key, fmt::format("rank {} is above {}, the smallest side of the FFN matrices", rank, smallest), "higher ranks are the same function; use `full` for a full-size expert");
+      problems.add(key, key, fmt::format("rank {} is above {}, the smallest side of the FFN matrices", rank, smallest),
+                   "higher ranks are the same function; use `full` for a full-size expert");
   };
   for (size_t i = 0; i < config_.domains.size(); ++i)
     if (const auto rank = fixed_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
-  for (size_t i = 0; i < config_.ranks.candidates.size(); ++i) check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
+  for (size_t i = 0; i < config_.ranks.candidates.size(); ++i)
+    check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
   if (config_.model.architecture && !config_.model.train)
-    problems.add("model", "model.train", "is missing", "a model built from shapes must be trained on public_path before experts can use it");
+    problems.add("model", "model.train", "is missing",
+                 "a model built from shapes must be trained on public_path before experts can use it");
   if (!config_.model.architecture) model_id_ = model_identity(config_.model.path, architecture_);
   problems.throw_if_any(config_.name);
 }
@@ -90,11 +107,13 @@ void FlexMore::open_inputs() {
 models::Decoder FlexMore::public_model(const Stages& stages, const RunState& state) const {
   if (!model_id_.empty()) return models::Decoder::from_directory(config_.model.path, std::nullopt);
   const auto artefact = state.artefact(*stages.base);
-  return models::Decoder::from_tensors(architecture_, artefact->file().tensors(), artefact->file().origin(), std::nullopt, artefact);
+  return models::Decoder::from_tensors(architecture_, artefact->file().tensors(), artefact->file().origin(),
+                                       std::nullopt, artefact);
 }
 
 MixtureModel FlexMore::mixture_model(const std::string& id, const Stages& stages, const RunState& state) const {
-  return {architecture_, public_model(stages, state).weights(), read_mixture(*state.artefact(id)), config_.top_k, config_.norm_topk_prob};
+  return {architecture_, public_model(stages, state).weights(), read_mixture(*state.artefact(id)), config_.top_k,
+          config_.norm_topk_prob};
 }
 
 void FlexMore::publish(const RunState& state, const std::filesystem::path& run_directory) const {
@@ -102,29 +121,39 @@ void FlexMore::publish(const RunState& state, const std::filesystem::path& run_d
   const Stages stages = walk(builder);
   if (stages.base && model_id_.empty()) {
     const auto base = public_model(stages, state);
-    write_model_directory(run_directory / "public_model", architecture_.to_json(), {base.weights().begin(), base.weights().end()});
+    write_model_directory(run_directory / "public_model", architecture_.to_json(),
+                          {base.weights().begin(), base.weights().end()});
   }
-  if (stages.mixture) write_flexmore_directory(mixture_model(*stages.mixture, stages, state), run_directory / "mixture");
+  if (stages.mixture)
+    write_flexmore_directory(mixture_model(*stages.mixture, stages, state), run_directory / "mixture");
 }
 
 void FlexMore::export_as(const RunState& state, const ExportRequest& request) const {
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
-  const std::map<std::string, std::optional<std::string>> results = {{"", stages.mixture}, {"mixture", stages.mixture}, {"full_mixture", stages.full_mixture}};
+  const std::map<std::string, std::optional<std::string>> results = {
+      {"", stages.mixture}, {"mixture", stages.mixture}, {"full_mixture", stages.full_mixture}};
   const auto id = results.find(request.what);
   if (id == results.end())
-    throw core::UserError(fmt::format("algorithms/flexmore: there is no result '{}' to export", request.what), "a run of this method has `mixture` (chosen ranks) and `full_mixture` (full-size experts)");
+    throw core::UserError(fmt::format("algorithms/flexmore: there is no result '{}' to export", request.what),
+                          "a run of this method has `mixture` (chosen ranks) and `full_mixture` (full-size experts)");
   if (!id->second)
-    throw core::UserError(fmt::format("algorithms/flexmore: the run has no {} yet", request.what.empty() ? "mixture" : request.what), "`moraine ls` lists what is still to do; a full mixture needs every domain trained with train: full");
+    throw core::UserError(
+        fmt::format("algorithms/flexmore: the run has no {} yet", request.what.empty() ? "mixture" : request.what),
+        "`moraine ls` lists what is still to do; a full mixture needs every domain trained with train: full");
   if (!model_id_.empty() && model_identity(config_.model.path, architecture_) != model_id_)
-    throw core::UserError(fmt::format("algorithms/flexmore: the public model in {} is not the one the run was made with", config_.model.path), "put the model of that time back; RUN/mixture holds a copy of its own: moraine export RUN/mixture ...");
+    throw core::UserError(
+        fmt::format("algorithms/flexmore: the public model in {} is not the one the run was made with",
+                    config_.model.path),
+        "put the model of that time back; RUN/mixture holds a copy of its own: moraine export RUN/mixture ...");
   ExportRequest named = request;
   if (named.base_model.empty()) named.base_model = config_.model.path;
   export_mixture(mixture_model(*id->second, stages, state), named);
 }
 
 MethodEntry method_entry() {
-  return {"flexmore", "experts of any rank trained apart, merged into one mixture",
+  return {"flexmore",
+          "experts of any rank trained apart, merged into one mixture",
           [](const core::ConfigNode& root, core::Problems& problems) {
             FlexMoreConfig config;
             flexmore_schema().parse(root, "", config, problems);
@@ -138,7 +167,8 @@ MethodEntry method_entry() {
           [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {
             return std::make_unique<FlexMore>(flexmore_schema().from_json(values), inputs);
           },
-          [] { return flexmore_schema().json_schema(); }, [] { return flexmore_schema().markdown(); }};
+          [] { return flexmore_schema().json_schema(); },
+          [] { return flexmore_schema().markdown(); }};
 }
 
 }  // namespace moraine::algorithms::flexmore

@@ -22,15 +22,15 @@ namespace moraine::algorithms::flexmore {
 
 struct MixtureModel;
 
-/// FlexMoRE: one frozen public model, one independently trained FFN expert per data owner next to it, each cut to the rank
-/// that suits it, merged behind a softmax router without further training.
+/// FlexMoRE: one frozen public model, one independently trained FFN expert per data owner next to it, each cut to the
+/// rank that suits it, merged behind a softmax router without further training.
 ///
 /// Trained: each expert's FFN (full-size, or A and B directly) and its router row per layer. Frozen: everything else.
 /// A worker sends r * 3 (d + h) L numbers (low rank) or 3 d h L (full size) plus L d router numbers.
 /// Seeds: `seed` derives data order and initial values per domain, by name.
-/// Source: FlexMoRE (arXiv 2602.08818) and FlexOlmo (arXiv 2507.07024); what embeds a domain is our choice (inferred): the
-/// public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width. `router.init: encoder`
-/// takes a text encoder of any width instead.
+/// Source: FlexMoRE (arXiv 2602.08818) and FlexOlmo (arXiv 2507.07024); what embeds a domain is our choice (inferred):
+/// the public model's own mean FFN input per layer, since FlexOlmo's embedder only fits models of its own width.
+/// `router.init: encoder` takes a text encoder of any width instead.
 class FlexMore final : public Method {
  public:
   explicit FlexMore(FlexMoreConfig config);
@@ -49,18 +49,18 @@ class FlexMore final : public Method {
  private:
   /// Everything the procedure has got hold of so far; filled in order by walk().
   struct Stages {
-    std::optional<std::string> base;                                        // "dir:<hash>" or an artefact id
+    std::optional<std::string> base;  // "dir:<hash>" or an artefact id
     std::optional<std::string> public_embedding;
-    std::map<std::string, std::string> experts;                             // by domain: as trained
-    std::map<std::string, std::string> low_rank;                            // by domain: extracted (or trained) at its largest rank
-    std::map<std::string, std::map<int64_t, std::string>> validation;       // domain -> rank -> evaluation
-    std::map<std::string, int64_t> ranks;                                   // chosen; 0 = full-size. Empty until all are known
+    std::map<std::string, std::string> experts;   // by domain: as trained
+    std::map<std::string, std::string> low_rank;  // by domain: extracted (or trained) at its largest rank
+    std::map<std::string, std::map<int64_t, std::string>> validation;  // domain -> rank -> evaluation
+    std::map<std::string, int64_t> ranks;  // chosen; 0 = full-size. Empty until all are known
     std::optional<std::string> mixture, full_mixture, soup;
-    std::map<std::string, std::map<std::string, std::string>> tests;        // method -> domain -> evaluation
-    std::optional<std::string> joint;                                       // comparisons: the expert trained on all domains,
-    std::map<std::string, std::map<std::string, std::string>> cross;        // evaluations by expert and text,
-    std::map<std::string, std::map<double, std::string>> scaled;            // by domain and share of the change,
-    std::map<std::string, std::map<int64_t, std::string>> sweep, random_subspace;   // by domain and rank
+    std::map<std::string, std::map<std::string, std::string>> tests;  // method -> domain -> evaluation
+    std::optional<std::string> joint;                                 // comparisons: the expert trained on all domains,
+    std::map<std::string, std::map<std::string, std::string>> cross;  // evaluations by expert and text,
+    std::map<std::string, std::map<double, std::string>> scaled;      // by domain and share of the change,
+    std::map<std::string, std::map<int64_t, std::string>> sweep, random_subspace;  // by domain and rank
   };
   Stages walk(PlanBuilder& plan) const;
   models::Decoder public_model(const Stages& stages, const RunState& state) const;
@@ -70,13 +70,15 @@ class FlexMore final : public Method {
   // plan.cpp: the units
   Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
                  double cost, const Stages& stages) const;
-  Unit evaluation_unit(const std::string& label, const std::string& what, const std::string& domain, const std::string& split,
-                       std::vector<std::string> inputs, int64_t rank, const Stages& stages) const;
+  Unit evaluation_unit(const std::string& label, const std::string& what, const std::string& domain,
+                       const std::string& split, std::vector<std::string> inputs, int64_t rank,
+                       const Stages& stages) const;
   Unit merge_unit(const std::string& label, bool full, const Stages& stages) const;
   core::Json data_spec(const std::string& domain, const std::string& split) const;
   core::Json router_spec() const;
   core::Json encoder_spec(const std::string& domain) const;
-  void test_everywhere(PlanBuilder& plan, Stages& stages, const std::string& method, const std::string& what, const std::vector<std::string>& inputs) const;
+  void test_everywhere(PlanBuilder& plan, Stages& stages, const std::string& method, const std::string& what,
+                       const std::vector<std::string>& inputs) const;
   std::vector<std::string> evaluated_domains() const;
   int64_t max_rank(const DomainConfig& domain) const;
 
@@ -92,7 +94,8 @@ class FlexMore final : public Method {
   core::ArtefactPtr train_expert(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr extract(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
-  core::ArtefactPtr evaluate_branch_train_merge(const Unit& unit, const data::TextDataset& dataset, WorkerContext& context) const;
+  core::ArtefactPtr evaluate_branch_train_merge(const Unit& unit, const data::TextDataset& dataset,
+                                                WorkerContext& context) const;
   core::ArtefactPtr merge_experts(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr make_soup(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<models::Decoder> load_base(const Unit& unit, WorkerContext& context) const;
@@ -106,9 +109,10 @@ class FlexMore final : public Method {
 
   FlexMoreConfig config_;
   models::DecoderConfig architecture_;
-  std::map<std::string, std::string> fingerprints_;   // data, by domain; "public" for public text; "encoder/..." for the encoder's
-  std::string model_id_;                              // of a model that is loaded: "dir:<hash>"
-  std::string encoder_id_, encoder_tokenizer_;        // router.init = encoder
+  std::map<std::string, std::string>
+      fingerprints_;      // data, by domain; "public" for public text; "encoder/..." for the encoder's
+  std::string model_id_;  // of a model that is loaded: "dir:<hash>"
+  std::string encoder_id_, encoder_tokenizer_;  // router.init = encoder
 };
 
 MethodEntry method_entry();

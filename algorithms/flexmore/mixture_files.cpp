@@ -27,7 +27,7 @@ namespace fs = std::filesystem;
 using models::DecoderConfig;
 
 constexpr const char* kBiasFile = "router_bias.safetensors";
-constexpr const char* kNames = "_expert_names";   // transformers keeps keys it does not know
+constexpr const char* kNames = "_expert_names";  // transformers keeps keys it does not know
 
 struct Projection {
   const char* name;
@@ -67,7 +67,8 @@ std::string key_in_mixture(const std::string& name) {
 }
 
 models::LazyTensor lazy(std::string name, const at::Tensor& tensor, at::ScalarType dtype) {
-  return {std::move(name), tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype)), [tensor, dtype] { return tensor.to(dtype).contiguous(); }};
+  return {std::move(name), tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype)),
+          [tensor, dtype] { return tensor.to(dtype).contiguous(); }};
 }
 
 at::ScalarType widest_type(const MixtureModel& model) {
@@ -90,7 +91,9 @@ at::ScalarType widest_type(const MixtureModel& model) {
 
 void require_low_rank(const Expert& expert) {
   if (expert.rank() == 0)
-    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' is full-size and has no low-rank form", expert.name), "--experts chooses the low-rank ones; --to flexolmo or hf exports any");
+    throw core::UserError(
+        fmt::format("algorithms/flexmore: expert '{}' is full-size and has no low-rank form", expert.name),
+        "--experts chooses the low-rank ones; --to flexolmo or hf exports any");
 }
 
 void attach_to(const core::Safetensors& biases, MixtureModel& model) {
@@ -99,9 +102,12 @@ void attach_to(const core::Safetensors& biases, MixtureModel& model) {
     const core::TensorView* view = biases.find(name);
     const auto experts = static_cast<int64_t>(model.mixture.experts.size());
     if (view == nullptr || view->shape != std::vector<int64_t>{experts})
-      throw core::UserError(fmt::format("algorithms/flexmore: {}: '{}' is missing or has not {} values", biases.origin(), name, experts), "one bias per expert but the public one");
+      throw core::UserError(
+          fmt::format("algorithms/flexmore: {}: '{}' is missing or has not {} values", biases.origin(), name, experts),
+          "one bias per expert but the public one");
     const at::Tensor bias = models::copy_of(*view);
-    for (int64_t e = 0; e < experts; ++e) model.mixture.experts[static_cast<size_t>(e)].biases.push_back(bias.narrow(0, e, 1).contiguous());
+    for (int64_t e = 0; e < experts; ++e)
+      model.mixture.experts[static_cast<size_t>(e)].biases.push_back(bias.narrow(0, e, 1).contiguous());
   }
 }
 
@@ -112,22 +118,29 @@ MixtureModel read_mixture_directory(const fs::path& directory) {
   const core::Json json = core::read_json(config_path);
   const DecoderConfig config = DecoderConfig::from_json(json, config_path.string());
   if (!config.is_mixture())
-    throw core::UserError(fmt::format("algorithms/flexmore: {} is no mixture (model_type {})", config_path.string(), json.at("model_type").dump()), "name a directory with model_type flex_olmo or flexmore");
+    throw core::UserError(fmt::format("algorithms/flexmore: {} is no mixture (model_type {})", config_path.string(),
+                                      json.at("model_type").dump()),
+                          "name a directory with model_type flex_olmo or flexmore");
   const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
   const models::OwnedViews named = models::hugging_face_layout(files->tensors(), files, directory.string());
   const auto expected = models::expected_tensors(config);
   std::map<std::string, at::Tensor> tensors;
-  for (const auto* view : models::match_tensors(expected, named.tensors, directory.string())) tensors.emplace(view->name, models::borrow(*view, named.owner));
+  for (const auto* view : models::match_tensors(expected, named.tensors, directory.string()))
+    tensors.emplace(view->name, models::borrow(*view, named.owner));
 
   MixtureModel model{config, {}, {}, config.num_experts_per_tok, config.norm_topk_prob};
   model.base.family = DecoderConfig::Family::kOlmo2;
   model.base.num_experts = model.base.num_experts_per_tok = 1;
   model.base.norm_topk_prob = false;
   model.base.expert_ranks.clear();
-  for (const auto& [name, shape] : models::expected_tensors(model.base)) model.base_weights.emplace(name, tensors.at(key_in_mixture(name)));
-  for (int64_t e = 1; e < config.num_experts; ++e) model.mixture.experts.push_back({fmt::format("expert{}", e), {}, {}, {}});
-  if (const auto names = json.find(kNames); names != json.end() && names->is_array() && static_cast<int64_t>(names->size()) == config.num_experts)
-    for (size_t e = 0; e < model.mixture.experts.size(); ++e) model.mixture.experts[e].name = names->at(e + 1).get<std::string>();
+  for (const auto& [name, shape] : models::expected_tensors(model.base))
+    model.base_weights.emplace(name, tensors.at(key_in_mixture(name)));
+  for (int64_t e = 1; e < config.num_experts; ++e)
+    model.mixture.experts.push_back({fmt::format("expert{}", e), {}, {}, {}});
+  if (const auto names = json.find(kNames);
+      names != json.end() && names->is_array() && static_cast<int64_t>(names->size()) == config.num_experts)
+    for (size_t e = 0; e < model.mixture.experts.size(); ++e)
+      model.mixture.experts[e].name = names->at(e + 1).get<std::string>();
   for (int64_t l = 0; l < config.num_layers; ++l) {
     const std::string mlp = ffn_slot(static_cast<size_t>(l));
     const at::Tensor& rows = tensors.at(mlp + ".gate.weight");
@@ -155,7 +168,8 @@ void write_flexmore_directory(const MixtureModel& model, const fs::path& directo
   const at::NoGradGuard no_grad;
   std::vector<models::LazyTensor> tensors;
   models::NamedTensors biases;
-  for (const auto& [name, weight] : model.base_weights) tensors.push_back(lazy(key_in_mixture(name), weight, weight.scalar_type()));
+  for (const auto& [name, weight] : model.base_weights)
+    tensors.push_back(lazy(key_in_mixture(name), weight, weight.scalar_type()));
   const auto artefact = write_mixture(model.mixture, core::Json::object());
   for (const auto& view : artefact->file().tensors()) {
     const at::Tensor tensor = models::borrow(view, artefact);
@@ -169,18 +183,22 @@ void write_flexmore_directory(const MixtureModel& model, const fs::path& directo
   config[kNames] = expert_names(model.mixture);
   models::write_checkpoint(directory, config, std::move(tensors));
   if (biases.empty()) {
-    fs::remove(directory / kBiasFile);   // of an earlier mixture
+    fs::remove(directory / kBiasFile);  // of an earlier mixture
     return;
   }
   std::vector<at::Tensor> keep;
-  core::write_atomically(directory / kBiasFile, core::serialize_safetensors(models::views_of(biases, keep), {{"format", "pt"}}));
-  core::log::warn("the mixture's router bias has no place in the FlexMoRE format: file={} other_tools=ignore it", (directory / kBiasFile).string());
+  core::write_atomically(directory / kBiasFile,
+                         core::serialize_safetensors(models::views_of(biases, keep), {{"format", "pt"}}));
+  core::log::warn("the mixture's router bias has no place in the FlexMoRE format: file={} other_tools=ignore it",
+                  (directory / kBiasFile).string());
 }
 
-void write_flexolmo_directory(const MixtureModel& model, const fs::path& directory, std::optional<at::ScalarType> dtype, bool olmo_core) {
+void write_flexolmo_directory(const MixtureModel& model, const fs::path& directory, std::optional<at::ScalarType> dtype,
+                              bool olmo_core) {
   const at::NoGradGuard no_grad;
   if (has_bias(model.mixture))
-    throw core::UserError("algorithms/flexmore: a FlexOlmo model has no place for this mixture's router bias", "--to hf keeps it in router_bias.safetensors; or train with router.bias: none");
+    throw core::UserError("algorithms/flexmore: a FlexOlmo model has no place for this mixture's router bias",
+                          "--to hf keeps it in router_bias.safetensors; or train with router.bias: none");
   const at::ScalarType type = dtype.value_or(widest_type(model));
   std::vector<models::LazyTensor> tensors;
   for (const auto& [name, weight] : model.base_weights) tensors.push_back(lazy(key_in_mixture(name), weight, type));
@@ -197,15 +215,18 @@ void write_flexolmo_directory(const MixtureModel& model, const fs::path& directo
         }
         const at::Tensor base = model.base_weights.at(fmt::format("{}.{}.weight", ffn_slot(l), p.name));
         const models::LowRank delta = expert.layers[l].*p.delta;
-        tensors.push_back({name, base.numel() * static_cast<int64_t>(c10::elementSize(type)),
-                           [=] { return (base.to(at::kDouble) + at::matmul(delta.b.to(at::kDouble), delta.a.to(at::kDouble))).to(type); }});
+        tensors.push_back(
+            {name, base.numel() * static_cast<int64_t>(c10::elementSize(type)), [=] {
+               return (base.to(at::kDouble) + at::matmul(delta.b.to(at::kDouble), delta.a.to(at::kDouble))).to(type);
+             }});
       }
     }
     tensors.push_back(lazy(ffn_slot(l) + ".gate.weight", at::stack(rows), type));
   }
   core::Json config = mixture_config(model, DecoderConfig::Family::kFlexOlmo).to_json();
   config[kNames] = expert_names(model.mixture);
-  models::write_checkpoint(directory, config, olmo_core ? models::to_olmo_core(std::move(tensors)) : std::move(tensors));
+  models::write_checkpoint(directory, config,
+                           olmo_core ? models::to_olmo_core(std::move(tensors)) : std::move(tensors));
 }
 
 void write_peft_expert(const Expert& expert, const fs::path& directory, const std::string& base_model) {
@@ -233,9 +254,12 @@ MixtureModel keep_experts(MixtureModel model, const std::vector<std::string>& na
   std::vector<std::string> known;
   for (const auto& expert : model.mixture.experts) known.push_back(expert.name);
   for (const auto& name : names)
-    if (std::find(known.begin(), known.end(), name) == known.end()) throw core::UserError(fmt::format("algorithms/flexmore: the mixture has no expert '{}'", name), core::name_hint(name, known));
+    if (std::find(known.begin(), known.end(), name) == known.end())
+      throw core::UserError(fmt::format("algorithms/flexmore: the mixture has no expert '{}'", name),
+                            core::name_hint(name, known));
   if (!names.empty())
-    std::erase_if(model.mixture.experts, [&](const Expert& e) { return std::find(names.begin(), names.end(), e.name) == names.end(); });
+    std::erase_if(model.mixture.experts,
+                  [&](const Expert& e) { return std::find(names.begin(), names.end(), e.name) == names.end(); });
   model.top_k = std::min(model.top_k, static_cast<int64_t>(model.mixture.experts.size()) + 1);
   return model;
 }
@@ -243,14 +267,20 @@ MixtureModel keep_experts(MixtureModel model, const std::vector<std::string>& na
 void export_mixture(MixtureModel all, const ExportRequest& request) {
   const MixtureModel model = keep_experts(std::move(all), request.experts);
   if (request.format == "peft") {
-    if (model.mixture.experts.empty()) throw core::UserError("algorithms/flexmore: the mixture has no expert beside the public one", "there is nothing to write as an adapter");
-    for (const auto& expert : model.mixture.experts) require_low_rank(expert);   // before anything is written
-    for (const auto& expert : model.mixture.experts) write_peft_expert(expert, request.directory / expert.name, request.base_model);
+    if (model.mixture.experts.empty())
+      throw core::UserError("algorithms/flexmore: the mixture has no expert beside the public one",
+                            "there is nothing to write as an adapter");
+    for (const auto& expert : model.mixture.experts) require_low_rank(expert);  // before anything is written
+    for (const auto& expert : model.mixture.experts)
+      write_peft_expert(expert, request.directory / expert.name, request.base_model);
   } else if (request.format == "flexolmo" || request.format == "olmo_core") {
-    const auto dtype = request.dtype.empty() ? std::nullopt : std::optional(request.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
+    const auto dtype =
+        request.dtype.empty() ? std::nullopt : std::optional(request.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
     write_flexolmo_directory(model, request.directory, dtype, request.format == "olmo_core");
   } else {
-    if (!request.dtype.empty()) throw core::UserError("algorithms/flexmore: FlexMoRE keys keep every tensor as it is stored", "leave out --dtype, or use --to flexolmo");
+    if (!request.dtype.empty())
+      throw core::UserError("algorithms/flexmore: FlexMoRE keys keep every tensor as it is stored",
+                            "leave out --dtype, or use --to flexolmo");
     write_flexmore_directory(model, request.directory);
   }
 }

@@ -10,11 +10,20 @@ ParameterTable FlexMore::parameters() const {
   const auto experts = static_cast<int64_t>(config_.domains.size());
   const int64_t shared = a.shared_parameters(), ffn = a.ffn_parameters();
   const int64_t dense = shared + ffn;
-  const auto mixture = [&](int64_t count, int64_t each) { return dense + a.router_parameters(count + 1) + count * each; };
-  const auto share = [&](int64_t parameters) { return 100.0 * static_cast<double>(parameters) / static_cast<double>(ffn); };
+  const auto mixture = [&](int64_t count, int64_t each) {
+    return dense + a.router_parameters(count + 1) + count * each;
+  };
+  const auto share = [&](int64_t parameters) {
+    return 100.0 * static_cast<double>(parameters) / static_cast<double>(ffn);
+  };
 
   ParameterTable table;
-  table.columns = {"model", "rank", "expert parameters", "% of a full expert", "2-expert total", fmt::format("{}-expert total", experts + 1)};
+  table.columns = {"model",
+                   "rank",
+                   "expert parameters",
+                   "% of a full expert",
+                   "2-expert total",
+                   fmt::format("{}-expert total", experts + 1)};
   const auto row = [&](const std::string& name, core::Json rank, int64_t each) {
     table.rows.push_back({name, std::move(rank), each, share(each), mixture(1, each), mixture(experts, each)});
   };
@@ -32,11 +41,15 @@ ParameterTable FlexMore::parameters() const {
     own += rank ? a.low_rank_parameters(*rank) : ffn;
   }
   if (!config_.domains.empty())
-    table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as full)" : ""), nullptr, nullptr, nullptr, nullptr, own});
+    table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as full)" : ""), nullptr, nullptr,
+                          nullptr, nullptr, own});
   const double d = static_cast<double>(a.hidden_size), h = static_cast<double>(a.intermediate_size);
-  table.notes = {fmt::format("shared (embeddings, attention, norms, head): {}; one full FFN: {}; router: {} per expert; one unit of rank: {}",
-                             shared, ffn, a.router_parameters(1), a.low_rank_parameters(1)),
-                 fmt::format("break-even rank d h / (d + h) = {:.1f}: above it a factored expert is larger than a full-size one", d * h / (d + h))};
+  table.notes = {
+      fmt::format("shared (embeddings, attention, norms, head): {}; one full FFN: {}; router: {} per expert; one unit "
+                  "of rank: {}",
+                  shared, ffn, a.router_parameters(1), a.low_rank_parameters(1)),
+      fmt::format("break-even rank d h / (d + h) = {:.1f}: above it a factored expert is larger than a full-size one",
+                  d * h / (d + h))};
   return table;
 }
 

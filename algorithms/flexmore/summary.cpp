@@ -50,13 +50,19 @@ Json mean_spectrum(const core::Artefact& artefact) {
 core::Json FlexMore::summary(const RunState& state) const {
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
-  const auto result = [&](const std::string& id) { return Evaluation::from_json(state.artefact(id)->meta().at("result")); };
+  const auto result = [&](const std::string& id) {
+    return Evaluation::from_json(state.artefact(id)->meta().at("result"));
+  };
   const auto test = [&](const std::string& method, const std::string& name) -> std::optional<Evaluation> {
     const auto m = stages.tests.find(method);
     if (m == stages.tests.end() || !m->second.count(name)) return std::nullopt;
     return result(m->second.at(name));
   };
-  Json out = {{"tables", Json::array()}, {"curves", Json::array()}, {"heatmaps", Json::array()}, {"headline", ""}, {"hash", stages.mixture.value_or("")}};
+  Json out = {{"tables", Json::array()},
+              {"curves", Json::array()},
+              {"heatmaps", Json::array()},
+              {"headline", ""},
+              {"hash", stages.mixture.value_or("")}};
 
   // Scores: domains x methods.
   const auto score_table = [&](const std::string& title, const char* better, int digits, auto&& value) {
@@ -66,7 +72,10 @@ core::Json FlexMore::summary(const RunState& state) const {
       if (stages.tests.count(method.key)) columns.push_back(score_column(method.key, method.label, better, digits));
     for (const auto& name : evaluated_domains()) {
       Json row = {{"domain", name}};
-      if (!stages.ranks.empty()) row["rank"] = !stages.ranks.count(name) ? Json(nullptr) : stages.ranks.at(name) ? Json(stages.ranks.at(name)) : Json("full");
+      if (!stages.ranks.empty())
+        row["rank"] = !stages.ranks.count(name) ? Json(nullptr)
+                      : stages.ranks.at(name)   ? Json(stages.ranks.at(name))
+                                                : Json("full");
       for (const auto& method : kMethods) {
         if (!stages.tests.count(method.key)) continue;
         const auto evaluation = test(method.key, name);
@@ -74,8 +83,14 @@ core::Json FlexMore::summary(const RunState& state) const {
       }
       rows.push_back(std::move(row));
     }
-    out["tables"].push_back({{"title", title}, {"columns", columns}, {"rows", rows}, {"highlight", true},
-                             {"notes", config_.evaluation.split == "test" ? Json::array() : Json::array({"validation documents, for choosing settings: not a result"})}});
+    out["tables"].push_back(
+        {{"title", title},
+         {"columns", columns},
+         {"rows", rows},
+         {"highlight", true},
+         {"notes", config_.evaluation.split == "test"
+                       ? Json::array()
+                       : Json::array({"validation documents, for choosing settings: not a result"})}});
   };
   score_table("Bits per byte on held-out documents", "lower", 3, [](const Evaluation& e) { return e.bits_per_byte(); });
   score_table("Next-token accuracy, %", "higher", 1, [](const Evaluation& e) { return 100 * e.accuracy(); });
@@ -89,7 +104,8 @@ core::Json FlexMore::summary(const RunState& state) const {
   for (const auto& d : config_.domains) {
     if (stages.experts.count(d.name)) {
       const auto expert = state.artefact(stages.experts.at(d.name));
-      ship("expert " + d.name, expert->meta().at("rank") == 0 ? Json("full") : expert->meta().at("rank"), expert->meta().at("parameters").get<int64_t>(), static_cast<int64_t>(expert->bytes().size()));
+      ship("expert " + d.name, expert->meta().at("rank") == 0 ? Json("full") : expert->meta().at("rank"),
+           expert->meta().at("parameters").get<int64_t>(), static_cast<int64_t>(expert->bytes().size()));
     }
     const auto rank = stages.ranks.find(d.name);
     if (d.train == "full" && rank != stages.ranks.end() && rank->second > 0) {
@@ -107,11 +123,16 @@ core::Json FlexMore::summary(const RunState& state) const {
   const int64_t added = ship_mixture("mixture, chosen ranks: added", stages.mixture);
   const int64_t added_full = ship_mixture("mixture, full-size: added", stages.full_mixture);
   if (!shipped.empty())
-    out["tables"].push_back({{"title", "Parameters and bytes shipped"},
-                             {"columns", {column("what", "what"), column("rank", "rank"), column("parameters", "parameters"),
-                                          {{"key", "share"}, {"label", "% of one full-size expert"}, {"digits", 1}}, column("bytes", "bytes")}},
-                             {"rows", shipped},
-                             {"notes", {fmt::format("public model: {} parameters; bytes are float32", architecture_.total_parameters())}}});
+    out["tables"].push_back(
+        {{"title", "Parameters and bytes shipped"},
+         {"columns",
+          {column("what", "what"),
+           column("rank", "rank"),
+           column("parameters", "parameters"),
+           {{"key", "share"}, {"label", "% of one full-size expert"}, {"digits", 1}},
+           column("bytes", "bytes")}},
+         {"rows", shipped},
+         {"notes", {fmt::format("public model: {} parameters; bytes are float32", architecture_.total_parameters())}}});
 
   // Rank against score, spectra, training curves.
   Json by_rank = Json::array(), spectra = Json::array(), training = Json::array();
@@ -122,7 +143,8 @@ core::Json FlexMore::summary(const RunState& state) const {
   }
   for (const auto& [name, id] : stages.low_rank) {
     const auto artefact = state.artefact(id);
-    if (artefact->meta().contains("extracted_from")) spectra.push_back({{"name", name}, {"points", mean_spectrum(*artefact)}});
+    if (artefact->meta().contains("extracted_from"))
+      spectra.push_back({{"name", name}, {"points", mean_spectrum(*artefact)}});
   }
   const auto add_training = [&](const std::string& name, const std::string& id) {
     training.push_back({{"name", name}, {"points", state.artefact(id)->meta().at("curve")}});
@@ -130,14 +152,22 @@ core::Json FlexMore::summary(const RunState& state) const {
   if (stages.base && model_id_.empty()) add_training("public", *stages.base);
   for (const auto& [name, id] : stages.experts) add_training(name, id);
   if (stages.joint) add_training("all domains", *stages.joint);
-  const auto curve = [&](const std::string& title, const std::string& x, const std::string& y, bool log_x, bool log_y, const Json& series, const std::string& note) {
+  const auto curve = [&](const std::string& title, const std::string& x, const std::string& y, bool log_x, bool log_y,
+                         const Json& series, const std::string& note) {
     if (series.empty()) return;
-    out["curves"].push_back({{"title", title}, {"x_label", x}, {"y_label", y}, {"log_x", log_x}, {"log_y", log_y}, {"series", series},
+    out["curves"].push_back({{"title", title},
+                             {"x_label", x},
+                             {"y_label", y},
+                             {"log_x", log_x},
+                             {"log_y", log_y},
+                             {"series", series},
                              {"notes", note.empty() ? Json::array() : Json::array({note})}});
   };
   curve("Training loss", "step", "nats per token", false, false, training, "");
-  curve("Validation score against rank", "rank", "bits per byte", true, false, by_rank, "each expert beside the public one, cut to the rank; ranks are chosen from this curve, never from test text");
-  curve("Singular values of the experts' differences", "index", "mean singular value", false, true, spectra, "W_expert - W_public, averaged over layers and the three FFN matrices");
+  curve("Validation score against rank", "rank", "bits per byte", true, false, by_rank,
+        "each expert beside the public one, cut to the rank; ranks are chosen from this curve, never from test text");
+  curve("Singular values of the experts' differences", "index", "mean singular value", false, true, spectra,
+        "W_expert - W_public, averaged over layers and the three FFN matrices");
 
   // Router load of the mixtures: share of tokens that select each expert, averaged over layers, and per layer.
   const auto load_map = [&](const std::string& method, const std::string& title) {
@@ -165,9 +195,24 @@ core::Json FlexMore::summary(const RunState& state) const {
       values.push_back(line);
     }
     if (rows.empty()) return;
-    out["heatmaps"].push_back({{"title", title}, {"row_label", "text"}, {"column_label", "expert"}, {"rows", rows}, {"columns", names}, {"values", values}, {"digits", 0},
-                               {"notes", {fmt::format("% of tokens that select the expert, mean over layers; {} experts per token", config_.top_k)}}});
-    out["heatmaps"].push_back({{"title", title + ", by layer"}, {"row_label", "text, layer"}, {"column_label", "expert"}, {"rows", layer_rows}, {"columns", names}, {"values", layer_values}, {"digits", 0}, {"notes", Json::array()}});
+    out["heatmaps"].push_back(
+        {{"title", title},
+         {"row_label", "text"},
+         {"column_label", "expert"},
+         {"rows", rows},
+         {"columns", names},
+         {"values", values},
+         {"digits", 0},
+         {"notes",
+          {fmt::format("% of tokens that select the expert, mean over layers; {} experts per token", config_.top_k)}}});
+    out["heatmaps"].push_back({{"title", title + ", by layer"},
+                               {"row_label", "text, layer"},
+                               {"column_label", "expert"},
+                               {"rows", layer_rows},
+                               {"columns", names},
+                               {"values", layer_values},
+                               {"digits", 0},
+                               {"notes", Json::array()}});
   };
   load_map("mixture", "Router load of the mixture, chosen ranks");
   load_map("full_mixture", "Router load of the full-size mixture");
@@ -183,8 +228,11 @@ core::Json FlexMore::summary(const RunState& state) const {
       better += mixture->bits_per_byte() < base->bits_per_byte();
     }
     if (domains > 0) {
-      std::string text = fmt::format("The mixture at the chosen ranks is better than the public model on {} of {} domains", better, domains);
-      if (added_full > 0) text += fmt::format(", with {:.0f} % of the full-size mixture's added parameters", 100.0 * static_cast<double>(added) / static_cast<double>(added_full));
+      std::string text = fmt::format(
+          "The mixture at the chosen ranks is better than the public model on {} of {} domains", better, domains);
+      if (added_full > 0)
+        text += fmt::format(", with {:.0f} % of the full-size mixture's added parameters",
+                            100.0 * static_cast<double>(added) / static_cast<double>(added_full));
       out["headline"] = text + ".";
     }
   }

@@ -37,6 +37,8 @@ class Flora final : public federated::Federation {
 
 }  // namespace
 
-MethodEntry method_entry() { return federated::method_entry_of<Flora>("rounds of LoRA, factors of any rank stacked exactly and added to the base"); }
+MethodEntry method_entry() {
+  return federated::method_entry_of<Flora>("rounds of LoRA, factors of any rank stacked exactly and added to the base");
+}
 
 }  // namespace moraine::algorithms::flora

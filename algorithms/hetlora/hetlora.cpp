@@ -30,7 +30,8 @@ at::Tensor tail_product(const Factors& factors, const PruningConfig& config) {
     if (q >= rank) return {};
     const at::Tensor& b = factors.at(name.substr(0, name.size() - 13) + "lora_B.weight");
     // The norm's gradient at zero (B starts there) is NaN in ATen only for the plain square root; vector_norm gives 0.
-    const at::Tensor product = at::linalg_vector_norm(b.narrow(1, q, rank - q)) * at::linalg_vector_norm(a.narrow(0, q, rank - q));
+    const at::Tensor product =
+        at::linalg_vector_norm(b.narrow(1, q, rank - q)) * at::linalg_vector_norm(a.narrow(0, q, rank - q));
     sum = sum.defined() ? sum + product : product;
   }
   return sum;
@@ -58,7 +59,8 @@ class HetLora final : public federated::Federation {
     return tail.defined() ? tail * config.lambda : tail;
   }
 
-  int64_t rank_after(const Factors& before, const Factors& after, int64_t rank, const PruningConfig& config) const override {
+  int64_t rank_after(const Factors& before, const Factors& after, int64_t rank,
+                     const PruningConfig& config) const override {
     const at::NoGradGuard no_grad;
     const at::Tensor was = tail_product(before, config), is = tail_product(after, config);
     return is.defined() && is.item<double>() < was.item<double>() ? tail_start(rank, config) : rank;
@@ -78,7 +80,8 @@ class HetLora final : public federated::Federation {
         const at::Tensor factor = round.contributions[k].factor(name);
         sum.narrow(side, 0, factor.size(side)).add_(factor.to(at::kDouble), weights[k]);
       }
-      next.factors[name] = federated::server_step(round.optimizer, name, x, sum.to(at::kFloat), round.server, next.server);
+      next.factors[name] =
+          federated::server_step(round.optimizer, name, x, sum.to(at::kFloat), round.server, next.server);
     }
     return next;
   }
@@ -86,6 +89,8 @@ class HetLora final : public federated::Federation {
 
 }  // namespace
 
-MethodEntry method_entry() { return federated::method_entry_of<HetLora>("rounds of LoRA with clients of different, shrinking ranks"); }
+MethodEntry method_entry() {
+  return federated::method_entry_of<HetLora>("rounds of LoRA with clients of different, shrinking ranks");
+}
 
 }  // namespace moraine::algorithms::hetlora

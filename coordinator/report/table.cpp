@@ -271,7 +271,8 @@ std::string render_text(const Json& summary, const TableStyle& style) {
   const Json tables = summary.value("tables", Json::array());
   std::string highlighted;
   for (const Json& table : tables)
-    if (table.value("highlight", false)) highlighted += (highlighted.empty() ? "" : "\n") + terminal_table(table, style);
+    if (table.value("highlight", false))
+      highlighted += (highlighted.empty() ? "" : "\n") + terminal_table(table, style);
   return out + (highlighted.empty() && !tables.empty() ? terminal_table(tables[0], style) : highlighted);
 }
 

@@ -87,8 +87,10 @@ class ContinualRun : public testing::Test, public RunState {
     worker::WorkerOptions options;
     for (Plan plan = recipe_.method->plan(*this); !plan.pending.empty(); plan = recipe_.method->plan(*this))
       for (const auto& unit : plan.pending) {
-        worker::DirectContext context(unit, 1, options, no_signals, {.artefact = [&](const std::string& id) { return artefacts_.at(id); },
-                                                                     .metric = [](const core::metrics::Record&) {}, .progress = [](double, double) {}});
+        worker::DirectContext context(unit, 1, options, no_signals,
+                                      {.artefact = [&](const std::string& id) { return artefacts_.at(id); },
+                                       .metric = [](const core::metrics::Record&) {},
+                                       .progress = [](double, double) {}});
         results_[unit.id()] = recipe_.method->execute(unit, context);
         artefacts_[results_[unit.id()]->id()] = results_[unit.id()];
       }
@@ -96,7 +98,9 @@ class ContinualRun : public testing::Test, public RunState {
     for (const auto& unit : recipe_.method->plan(*this).finished) units[unit.label] = unit;
     return units;
   }
-  core::Json tested(const std::map<std::string, Unit>& units, const std::string& label) const { return results_.at(units.at(label).id())->meta().at("result"); }
+  core::Json tested(const std::map<std::string, Unit>& units, const std::string& label) const {
+    return results_.at(units.at(label).id())->meta().at("result");
+  }
   std::string refusal(const std::vector<std::string>& overrides) {
     try {
       load_recipe(folder_ / "recipe.yaml", overrides).method->open_inputs();
@@ -123,14 +127,16 @@ TEST_F(ContinualRun, CellsObeyTheRelationsOfTheirSettings) {
       const core::Json& own = cell[static_cast<size_t>(j)];
       EXPECT_EQ(own.at("images"), 10);
       EXPECT_EQ(own.at("class_incremental").is_null(), j > after) << label << " " << j;
-      EXPECT_EQ(own.at("task_incremental").is_null(), j > after && label.find("simplecil") != std::string::npos) << label << " " << j;
+      EXPECT_EQ(own.at("task_incremental").is_null(), j > after && label.find("simplecil") != std::string::npos)
+          << label << " " << j;
       if (j <= after) {
         EXPECT_GE(own.at("task_incremental").get<int64_t>(), own.at("class_incremental").get<int64_t>()) << label;
       }
       ++cells;
     }
     if (after == 0) {
-      EXPECT_EQ(cell[0].at("class_incremental"), cell[0].at("task_incremental")) << label << ": with one task both settings are one";
+      EXPECT_EQ(cell[0].at("class_incremental"), cell[0].at("task_incremental"))
+          << label << ": with one task both settings are one";
     }
   }
   EXPECT_GT(cells, 60);
@@ -140,16 +146,18 @@ TEST_F(ContinualRun, CellsObeyTheRelationsOfTheirSettings) {
 TEST_F(ContinualRun, SimpleCilIsTheNearestClassMean) {
   const auto units = run({"methods=[simplecil]", "orders=[-1]"});
   const auto backbone = results_.at(units.at("train/backbone").id());
-  auto vit = models::Vit::from_tensors(backbone->meta().at("config"), backbone->file().tensors(), "backbone", at::kFloat);
+  auto vit =
+      models::Vit::from_tensors(backbone->meta().at("config"), backbone->file().tensors(), "backbone", at::kFloat);
   const auto dataset = data::ImageDataset::open(folder_ / "images.h5");
   const auto stream = data::TaskStream::make(dataset, {.increment = 2, .train_per_class = 10, .seed = 1});
   const at::NoGradGuard no_grad;
   const auto feature = [&](const std::string& split, int64_t row) {
     std::vector<float> pixels = dataset.batch(split, std::vector<int64_t>{row}, 0.5, 0.5);
-    const at::Tensor out = vit.features(at::from_blob(pixels.data(), {1, 1, 4, 4}, at::kFloat)).to(at::kDouble).contiguous();
+    const at::Tensor out =
+        vit.features(at::from_blob(pixels.data(), {1, 1, 4, 4}, at::kFloat)).to(at::kDouble).contiguous();
     return std::vector<double>(out.const_data_ptr<double>(), out.const_data_ptr<double>() + out.numel());
   };
-  std::map<int64_t, std::vector<double>> sums;   // a cosine does not mind the length of a mean
+  std::map<int64_t, std::vector<double>> sums;  // a cosine does not mind the length of a mean
   for (const auto& task : stream.tasks)
     for (const int64_t row : task.train) {
       auto& sum = sums[dataset.labels("train")[static_cast<size_t>(row)]];
@@ -187,7 +195,8 @@ TEST_F(ContinualRun, ClassMeansDoNotDependOnTheOrder) {
   const auto units = run({"methods=[simplecil]"});
   int64_t correct[2] = {0, 0};
   for (const auto& [index, order] : {std::pair{0, "order-1"}, std::pair{1, "order3"}})
-    for (const auto& cell : tested(units, std::string("test/simplecil/") + order + "/seed1/after2")) correct[index] += cell.at("class_incremental").get<int64_t>();
+    for (const auto& cell : tested(units, std::string("test/simplecil/") + order + "/seed1/after2"))
+      correct[index] += cell.at("class_incremental").get<int64_t>();
   EXPECT_EQ(correct[0], correct[1]);
 }
 
@@ -197,12 +206,14 @@ TEST_F(ContinualRun, RunsAreReproducibleAndMicroBatchesChangeRoundingOnly) {
     return results_.at(units.at("train/finetune/order3/seed1/task2").id());
   };
   const std::string methods = "methods=[finetune]";
-  const auto whole = weights_of({methods}), again = weights_of({methods}), sliced = weights_of({methods, "train.micro_batch_size=3"});
+  const auto whole = weights_of({methods}), again = weights_of({methods}),
+             sliced = weights_of({methods, "train.micro_batch_size=3"});
   EXPECT_EQ(whole->id(), again->id());
   EXPECT_NE(whole->id(), sliced->id());
   double largest = 0;
   for (const auto& view : whole->file().tensors()) {
-    if (view.name.ends_with("attention.key.bias")) continue;   // its gradient is rounding alone, which AdamW scales to full steps
+    if (view.name.ends_with("attention.key.bias"))
+      continue;  // its gradient is rounding alone, which AdamW scales to full steps
     const at::Tensor a = models::copy_of(view), b = models::copy_of(*sliced->file().find(view.name));
     largest = std::max(largest, (a - b).abs().max().item<double>());
   }
@@ -216,13 +227,16 @@ TEST_F(ContinualRun, LocalLogitsKeepOldRows) {
   const auto row = [&](int task, int64_t label) {
     const auto artefact = results_.at(units.at("train/finetune_local/order-1/seed1/task" + std::to_string(task)).id());
     const auto classes = artefact->meta().at("classes").get<std::vector<int64_t>>();
-    return models::copy_of(*artefact->file().find("head.weight"))[std::find(classes.begin(), classes.end(), label) - classes.begin()];
+    return models::copy_of(
+        *artefact->file().find("head.weight"))[std::find(classes.begin(), classes.end(), label) - classes.begin()];
   };
   EXPECT_TRUE(row(1, 0).equal(row(0, 0)));
   EXPECT_TRUE(row(2, 3).equal(row(1, 3)));
   const auto seen = run({"methods=[finetune]", "orders=[-1]"});
-  const auto first = results_.at(seen.at("train/finetune/order-1/seed1/task0").id()), second = results_.at(seen.at("train/finetune/order-1/seed1/task1").id());
-  EXPECT_FALSE(models::copy_of(*second->file().find("head.weight"))[0].equal(models::copy_of(*first->file().find("head.weight"))[0]));
+  const auto first = results_.at(seen.at("train/finetune/order-1/seed1/task0").id()),
+             second = results_.at(seen.at("train/finetune/order-1/seed1/task1").id());
+  EXPECT_FALSE(models::copy_of(*second->file().find("head.weight"))[0].equal(
+      models::copy_of(*first->file().find("head.weight"))[0]));
 }
 
 TEST_F(ContinualRun, MatricesAreWrittenForOtherTools) {
@@ -234,19 +248,24 @@ TEST_F(ContinualRun, MatricesAreWrittenForOtherTools) {
   EXPECT_EQ(file.shape(name), (std::vector<int64_t>{4, 3}));
   const auto values = file.read_all<double>(name);
   const core::Json cells = tested(units, "test/joint/order3/seed1/after1");
-  for (size_t j = 0; j < 2; ++j) EXPECT_EQ(values[2 * 3 + j], 10 * cells[j].at("class_incremental").get<double>());   // % of 10 images
+  for (size_t j = 0; j < 2; ++j)
+    EXPECT_EQ(values[2 * 3 + j], 10 * cells[j].at("class_incremental").get<double>());  // % of 10 images
   EXPECT_TRUE(std::isnan(values[0]));
   EXPECT_TRUE(std::isnan(values[2 * 3 + 2]));
 }
 
 TEST_F(ContinualRun, InputsThatDoNotFitAreNamed) {
   const std::map<std::string, std::vector<std::string>> cases = {
-      {"class 1 stands twice: in task 0 and in task 1", {"stream.tasks=[{classes: [0, 1]}, {classes: [1, 2, 3, 4, 5]}]"}},
+      {"class 1 stands twice: in task 0 and in task 1",
+       {"stream.tasks=[{classes: [0, 1]}, {classes: [1, 2, 3, 4, 5]}]"}},
       {"class 5 is in no task", {"stream.tasks=[{classes: [0, 1]}, {classes: [2, 3, 4]}]"}},
       {"class 9 of task 1 is outside", {"stream.tasks=[{classes: [0, 1]}, {classes: [2, 3, 4, 5, 9]}]"}},
-      {"metrics.0: fwt cannot be had from this stream: it needs accuracies on tasks before they are trained (set evaluation.ahead: true", {"metrics=[fwt]", "evaluation.ahead=false"}},
+      {"metrics.0: fwt cannot be had from this stream: it needs accuracies on tasks before they are trained (set "
+       "evaluation.ahead: true",
+       {"metrics=[fwt]", "evaluation.ahead=false"}},
       {"simplecil has no prototype of a class to come", {"metrics=[transfer]", "methods=[simplecil]"}},
-      {"intransigence cannot be had from this stream: it needs the method joint", {"metrics=[intransigence]", "methods=[finetune]"}},
+      {"intransigence cannot be had from this stream: it needs the method joint",
+       {"metrics=[intransigence]", "methods=[finetune]"}},
       {"it compares tasks, and the stream has one", {"metrics=[bwt]", "stream.increment=6"}},
       {"would know the labels of tasks to come", {"model.data_path=" + (folder_ / "images.h5").string()}},
       {"rank", {"lora.rank=9"}},

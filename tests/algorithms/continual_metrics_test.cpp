@@ -8,7 +8,7 @@ namespace moraine::algorithms::continual {
 namespace {
 
 using Rows = std::vector<std::vector<std::optional<double>>>;
-constexpr double kExact = 1e-12;   // a few sums of two-digit numbers in double
+constexpr double kExact = 1e-12;  // a few sums of two-digit numbers in double
 
 AccuracyMatrix matrix(Rows rows, std::vector<std::optional<double>> before = {}, std::vector<int64_t> images = {}) {
   AccuracyMatrix m{std::move(rows), std::move(before), std::move(images), {}};
@@ -43,7 +43,8 @@ TEST(ContinualMetrics, WorkedExample) {
 
 // One old task with the column (50, 80, 70), then (50, 60, 70); the second task's column is constant and adds nothing.
 TEST(ContinualMetrics, ConventionsOfForgettingDiffer) {
-  const AccuracyMatrix risen = matrix({{50, 0, 0}, {80, 40, 0}, {70, 40, 9}}), gained = matrix({{50, 0, 0}, {60, 40, 0}, {70, 40, 9}});
+  const AccuracyMatrix risen = matrix({{50, 0, 0}, {80, 40, 0}, {70, 40, 9}}),
+                       gained = matrix({{50, 0, 0}, {60, 40, 0}, {70, 40, 9}});
   EXPECT_NEAR(2 * value("forgetting_chaudhry", risen), 10, kExact);
   EXPECT_NEAR(2 * value("forgetting_pycil", risen), 10, kExact);
   EXPECT_NEAR(2 * value("forgetting_first", risen), -20, kExact);
@@ -56,14 +57,17 @@ TEST(ContinualMetrics, PooledWeighsTasksByTheirImages) {
   AccuracyMatrix m = matrix({{90, {}}, {30, 60}}, {}, {30, 10});
   EXPECT_NEAR(value("last_pooled", m), (30 * 30 + 60 * 10) / 40.0, kExact);
   EXPECT_NEAR(value("average_pooled", m), (90 + 37.5) / 2, kExact);
-  m.images = {7, 7};   // equal numbers: pooled and task mean agree
+  m.images = {7, 7};  // equal numbers: pooled and task mean agree
   EXPECT_NEAR(value("last_pooled", m), value("last_taskmean", m), kExact);
   EXPECT_NEAR(value("average_pooled", m), value("average_taskmean", m), kExact);
 }
 
 TEST(ContinualMetrics, AConstantMatrixForgetsNothing) {
-  const AccuracyMatrix m = matrix(Rows(4, std::vector<std::optional<double>>(4, 37.0)), std::vector<std::optional<double>>(4, 37.0));
-  for (const char* name : {"forgetting_chaudhry", "forgetting_pycil", "forgetting_first", "bwt", "bwt_continuum", "fwt"}) EXPECT_EQ(value(name, m), 0) << name;
+  const AccuracyMatrix m =
+      matrix(Rows(4, std::vector<std::optional<double>>(4, 37.0)), std::vector<std::optional<double>>(4, 37.0));
+  for (const char* name :
+       {"forgetting_chaudhry", "forgetting_pycil", "forgetting_first", "bwt", "bwt_continuum", "fwt"})
+    EXPECT_EQ(value(name, m), 0) << name;
 }
 
 TEST(ContinualMetrics, RelationsHoldOnManyMatrices) {
@@ -96,7 +100,8 @@ TEST(ContinualMetrics, NotEvaluatedIsNotZero) {
   const AccuracyMatrix seen = matrix({{90, {}, {}}, {70, 80, {}}, {0, 75, 85}});
   EXPECT_NEAR(value("forgetting_chaudhry", seen), (90.0 + 5) / 2, kExact);
   EXPECT_NEAR(value("last_taskmean", seen), 160.0 / 3, kExact);
-  for (const char* name : {"fwt", "fwt_continuum", "transfer", "average_mtil"}) EXPECT_FALSE(metric(name, seen)) << name;
+  for (const char* name : {"fwt", "fwt_continuum", "transfer", "average_mtil"})
+    EXPECT_FALSE(metric(name, seen)) << name;
   const AccuracyMatrix hole = matrix({{90, {}, {}}, {{}, 80, {}}, {60, 75, 85}});
   EXPECT_FALSE(metric("forgetting_chaudhry", hole));
   EXPECT_FALSE(metric("average_pooled", hole));

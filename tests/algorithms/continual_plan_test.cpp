@@ -10,7 +10,8 @@
 namespace moraine::algorithms {
 namespace {
 
-// The Fashion-MNIST recipe on recorded inputs (no files): 3 tasks of 2 classes in two orders. Results are made up as the plan asks.
+// The Fashion-MNIST recipe on recorded inputs (no files): 3 tasks of 2 classes in two orders. Results are made up as
+// the plan asks.
 class ContinualPlan : public testing::Test, public RunState {
  protected:
   std::unique_ptr<Method> method(const std::vector<std::string>& overrides) {
@@ -20,7 +21,8 @@ class ContinualPlan : public testing::Test, public RunState {
     core::Json streams = core::Json::array();
     for (const auto order : recipe.values.at("orders").get<std::vector<int64_t>>()) {
       core::Json tasks = core::Json::array();
-      for (int64_t task = 0; task < 3; ++task) tasks.push_back({{"classes", {2 * task, 2 * task + 1}}, {"train", 40}, {"test", 20}});
+      for (int64_t task = 0; task < 3; ++task)
+        tasks.push_back({{"classes", {2 * task, 2 * task + 1}}, {"train", 40}, {"test", 20}});
       streams.push_back({{"order", order}, {"hash", "stream " + std::to_string(order)}, {"tasks", tasks}});
     }
     core::Json inputs = recipe.method->inputs();
@@ -46,9 +48,12 @@ class ContinualPlan : public testing::Test, public RunState {
       const auto after = unit.spec.at("after").get<int64_t>();
       const bool head = unit.spec.at("state") != "prototype";
       for (int64_t j = 0; j < 3; ++j)
-        result.push_back({{"images", 20}, {"class_incremental", j <= after ? core::Json(10) : core::Json(nullptr)}, {"task_incremental", head || j <= after ? core::Json(10) : core::Json(nullptr)}});
+        result.push_back({{"images", 20},
+                          {"class_incremental", j <= after ? core::Json(10) : core::Json(nullptr)},
+                          {"task_incremental", head || j <= after ? core::Json(10) : core::Json(nullptr)}});
     }
-    results_[unit.id()] = core::Artefact::create(unit.kind, {{"of", unit.id()}, {"result", result}, {"curve", {{1, 0.5}}}}, {});
+    results_[unit.id()] =
+        core::Artefact::create(unit.kind, {{"of", unit.id()}, {"result", result}, {"curve", {{1, 0.5}}}}, {});
   }
   std::vector<Unit> finish_all(const Method& of) {
     std::vector<Unit> units;
@@ -74,18 +79,21 @@ TEST_F(ContinualPlan, EvaluationsOfATaskWaitBesideTheNextTask) {
   ASSERT_EQ(continual->plan(*this).pending.size(), 1u);
   EXPECT_EQ(continual->plan(*this).pending[0].kind, "train_backbone");
   finish(continual->plan(*this).pending[0]);
-  EXPECT_EQ(labels(continual->plan(*this).pending, ""), (std::set<std::string>{"test/seq_lora/order7/seed1/before", "train/seq_lora/order7/seed1/task0"}));
+  EXPECT_EQ(labels(continual->plan(*this).pending, ""),
+            (std::set<std::string>{"test/seq_lora/order7/seed1/before", "train/seq_lora/order7/seed1/task0"}));
   // Training alone goes on: no evaluation is waited for.
   for (int64_t task = 0; task < 3; ++task) {
     const Plan plan = continual->plan(*this);
-    const auto train = std::find_if(plan.pending.begin(), plan.pending.end(), [](const Unit& unit) { return unit.kind == "train_lora"; });
+    const auto train = std::find_if(plan.pending.begin(), plan.pending.end(),
+                                    [](const Unit& unit) { return unit.kind == "train_lora"; });
     ASSERT_NE(train, plan.pending.end()) << task;
     EXPECT_EQ(train->label, "train/seq_lora/order7/seed1/task" + std::to_string(task));
-    EXPECT_TRUE(std::all_of(plan.pending.begin(), plan.pending.end(), [&](const Unit& unit) { return unit.kind != "evaluate" || unit.cost < train->cost; }))
-        << "the chain is the longest path: it must come first";
+    EXPECT_TRUE(std::all_of(plan.pending.begin(), plan.pending.end(), [&](const Unit& unit) {
+      return unit.kind != "evaluate" || unit.cost < train->cost;
+    })) << "the chain is the longest path: it must come first";
     finish(*train);
   }
-  EXPECT_EQ(labels(continual->plan(*this).pending, "").size(), 4u);   // before, after 0, 1, 2
+  EXPECT_EQ(labels(continual->plan(*this).pending, "").size(), 4u);  // before, after 0, 1, 2
   EXPECT_EQ(labels(finish_all(*continual), "matrices").size(), 1u);
 }
 
@@ -99,7 +107,8 @@ TEST_F(ContinualPlan, EqualWorkIsDoneOnce) {
   // joint, finetune, finetune_local: 3 x 3 units per run, whose first one is shared by all three.
   EXPECT_EQ(kinds["train_weights"], runs * (3 * tasks - 2));
   EXPECT_EQ(kinds["train_lora"], runs * (2 * tasks - 1));
-  // One evaluation before training per run; after a shared first task, one for all that share it; class means: one per order.
+  // One evaluation before training per run; after a shared first task, one for all that share it; class means: one per
+  // order.
   EXPECT_EQ(kinds["evaluate"], runs * (1 + (3 * tasks - 2) + (2 * tasks - 1)) + orders * tasks);
   EXPECT_EQ(kinds["train_backbone"], 1);
 }
@@ -170,7 +179,8 @@ TEST(ContinualConfig, WrongRecipesAreRefused) {
       {"model.architecture.patch_size=5", "multiple of patch_size"},
       {"stream.increment=0", "increment"},
   };
-  for (const auto& [change, part] : cases) EXPECT_NE(refusal(change).find(part), std::string::npos) << change << ": " << refusal(change);
+  for (const auto& [change, part] : cases)
+    EXPECT_NE(refusal(change).find(part), std::string::npos) << change << ": " << refusal(change);
   EXPECT_EQ(refusal("seeds=[4]"), "accepted");
 }
 

@@ -28,11 +28,14 @@ at::Tensor matrix(int64_t from, int64_t to, uint64_t seed) {
 
 TEST(Projection, HasOrthogonalRowsThatKeepLengthsOnAverage) {
   const at::Tensor p = matrix(24, 6, 1);
-  EXPECT_LE(models::relative_error(at::matmul(p, p.t()), 4.0 * at::eye(6, at::kDouble)), 1e-6);   // float32 results; 24 / 6
+  EXPECT_LE(models::relative_error(at::matmul(p, p.t()), 4.0 * at::eye(6, at::kDouble)),
+            1e-6);  // float32 results; 24 / 6
   double mean = 0;
   const at::Tensor x = models::random_tensor({24}, 3);
-  for (uint64_t seed = 0; seed < 200; ++seed) mean += project(x, 6, seed).to(at::kDouble).square().sum().item<double>() / 200;
-  EXPECT_NEAR(mean / x.square().sum().item<double>(), 1, 0.12);   // one squared length scatters by 0.47: four standard deviations
+  for (uint64_t seed = 0; seed < 200; ++seed)
+    mean += project(x, 6, seed).to(at::kDouble).square().sum().item<double>() / 200;
+  EXPECT_NEAR(mean / x.square().sum().item<double>(), 1,
+              0.12);  // one squared length scatters by 0.47: four standard deviations
   EXPECT_LE(models::relative_error(project(x, 6, 1), at::matmul(p, x)), 1e-6);
 }
 
@@ -47,21 +50,24 @@ TEST(Projection, IntoMoreDimensionsIsAnIsometry) {
 TEST(DomainEncoder, SaysWhatItsDirectoryLacks) {
   const TemporaryDirectory directory;
   models::BertConfig config;
-  config.vocab_size = 20, config.hidden_size = 8, config.intermediate_size = 8, config.num_layers = 1, config.num_heads = 2;
+  config.vocab_size = 20, config.hidden_size = 8, config.intermediate_size = 8, config.num_layers = 1,
+  config.num_heads = 2;
   const auto write = [&](int64_t positions, const std::string& tokenizer) {
     config.max_position_embeddings = positions;
     const models::Bert bert = models::Bert::from_config(config, 1, at::kFloat);
     write_model_directory(directory.path(), bert.config().to_json(), {bert.weights().begin(), bert.weights().end()});
     core::write_atomically(directory.path() / "tokenizer.json", tokenizer);
   };
-  const auto open = [&] { return models::thrown<core::UserError>([&] { DomainEncoder::open(directory.path(), at::kCPU); }); };
+  const auto open = [&] {
+    return models::thrown<core::UserError>([&] { DomainEncoder::open(directory.path(), at::kCPU); });
+  };
   const std::string good = R"({"added_tokens": [{"id": 3, "content": "[CLS]"}, {"id": 4, "content": "[SEP]"}]})";
   write(128, good);
   EXPECT_EQ(open(), "");
   const std::string identity = DomainEncoder::identity(directory.path());
   write(128, R"({"added_tokens": [{"id": 3, "content": "[CLS]"}]})");
   EXPECT_THAT(open(), HasSubstr("no token '[SEP]'"));
-  EXPECT_NE(DomainEncoder::identity(directory.path()), identity);   // another tokeniser: other rows
+  EXPECT_NE(DomainEncoder::identity(directory.path()), identity);  // another tokeniser: other rows
   write(64, good);
   EXPECT_THAT(open(), HasSubstr("64 positions, 128 are needed"));
 }

@@ -19,13 +19,15 @@ using models::DecoderConfig;
 
 // A dense model and experts of it: full-size ones are the public FFN plus noise, low-rank ones their extraction.
 struct World {
-  models::Decoder base = models::Decoder::from_config(models::tiny_config(DecoderConfig::Family::kOlmo2), 1, at::kFloat);
+  models::Decoder base =
+      models::Decoder::from_config(models::tiny_config(DecoderConfig::Family::kOlmo2), 1, at::kFloat);
   std::vector<at::Tensor> public_rows;
   core::Json fingerprint;
 
   World() {
     for (int64_t l = 0; l < base.config().num_layers; ++l)
-      public_rows.push_back(models::random_tensor({base.config().hidden_size}, 100 + static_cast<uint64_t>(l), 0.3).to(at::kFloat));
+      public_rows.push_back(
+          models::random_tensor({base.config().hidden_size}, 100 + static_cast<uint64_t>(l), 0.3).to(at::kFloat));
     fingerprint = fingerprint_of_base(base.weights(), public_rows);
   }
 
@@ -66,7 +68,8 @@ struct World {
 
 TEST(Merge, DoesNotDependOnTheOrderOfSubmissions) {
   const World world;
-  std::vector<core::ArtefactPtr> parts = {world.submit(world.full("b", 1)), world.submit(world.low_rank(world.full("a", 50), 3)),
+  std::vector<core::ArtefactPtr> parts = {world.submit(world.full("b", 1)),
+                                          world.submit(world.low_rank(world.full("a", 50), 3)),
                                           world.submit(world.low_rank(world.full("c", 90), 2))};
   const std::string id = write_mixture(merge(parts, {0, 0, 0}, world.public_rows, world.fingerprint), {})->id();
   std::sort(parts.begin(), parts.end());
@@ -79,8 +82,10 @@ TEST(Merge, RefusesByNameTensorsThatDifferFromThePublicModel) {
   const World world;
   World other;
   other.fingerprint["model.layers.1.self_attn.q_proj.weight"] = "someone re-saved it";
-  const auto message = models::thrown<core::UserError>(
-      [&] { merge({world.submit(world.full("a", 1)), other.submit(world.full("b", 2))}, {0, 0}, world.public_rows, world.fingerprint); });
+  const auto message = models::thrown<core::UserError>([&] {
+    merge({world.submit(world.full("a", 1)), other.submit(world.full("b", 2))}, {0, 0}, world.public_rows,
+          world.fingerprint);
+  });
   EXPECT_THAT(message, testing::HasSubstr("expert 'b'"));
   EXPECT_THAT(message, testing::HasSubstr("model.layers.1.self_attn.q_proj.weight"));
   EXPECT_THAT(message, testing::Not(testing::HasSubstr("k_proj")));
@@ -88,7 +93,9 @@ TEST(Merge, RefusesByNameTensorsThatDifferFromThePublicModel) {
 
 TEST(Merge, RefusesTwoExpertsOfOneName) {
   const World world;
-  EXPECT_THROW(merge({world.submit(world.full("a", 1)), world.submit(world.full("a", 2))}, {0, 0}, world.public_rows, world.fingerprint), core::UserError);
+  EXPECT_THROW(merge({world.submit(world.full("a", 1)), world.submit(world.full("a", 2))}, {0, 0}, world.public_rows,
+                     world.fingerprint),
+               core::UserError);
 }
 
 TEST(Merge, SlicesToTheRankAskedForAndNotAbove) {
@@ -96,7 +103,8 @@ TEST(Merge, SlicesToTheRankAskedForAndNotAbove) {
   const Expert wide = world.low_rank(world.full("a", 7), 4);
   const auto mixture = merge({world.submit(wide)}, {2}, world.public_rows, world.fingerprint);
   EXPECT_EQ(mixture.experts[0].rank(), 2);
-  EXPECT_TRUE(models::same_bits(mixture.experts[0].layers[0].up_delta.a, wide.layers[0].up_delta.a.narrow(0, 0, 2).contiguous()));
+  EXPECT_TRUE(models::same_bits(mixture.experts[0].layers[0].up_delta.a,
+                                wide.layers[0].up_delta.a.narrow(0, 0, 2).contiguous()));
   EXPECT_THROW(merge({world.submit(wide)}, {5}, world.public_rows, world.fingerprint), core::UserError);
   EXPECT_THROW(merge({world.submit(world.full("b", 9))}, {2}, world.public_rows, world.fingerprint), core::UserError);
 }
@@ -117,7 +125,8 @@ TEST(Mixture, SurvivesItsArtefactBitForBit) {
 
 TEST(Mixture, LeavingAnExpertOutEqualsTheMixtureBuiltWithoutIt) {
   const World world;
-  const Expert a = world.low_rank(world.full("a", 1), 3), b = world.full("b", 40), c = world.low_rank(world.full("c", 80), 1);
+  const Expert a = world.low_rank(world.full("a", 1), 3), b = world.full("b", 40),
+               c = world.low_rank(world.full("c", 80), 1);
   for (const int64_t k : {1, 2, 3}) {
     const at::Tensor out = world.logits({world.public_rows, {a, b, c}}, k, {"b"});
     EXPECT_TRUE(models::same_bits(out, world.logits({world.public_rows, {a, c}}, k))) << "top_k " << k;
@@ -128,25 +137,31 @@ TEST(Mixture, LeavingAnExpertOutEqualsTheMixtureBuiltWithoutIt) {
 TEST(Mixture, LeavingOutAnUnknownExpertNamesTheNearest) {
   const World world;
   const Mixture mixture{world.public_rows, {world.full("german", 1)}};
-  EXPECT_THAT(models::thrown<core::UserError>([&] { world.logits(mixture, 1, {"germen"}); }), testing::HasSubstr("'german'"));
+  EXPECT_THAT(models::thrown<core::UserError>([&] { world.logits(mixture, 1, {"germen"}); }),
+              testing::HasSubstr("'german'"));
 }
 
 // Check 2 of FlexMoRE: at full rank the corrected public FFN is the expert.
 TEST(Mixture, ExtractionAtFullRankGivesTheFullExpertsLogits) {
   const World world;
   const Expert full = world.full("a", 11);
-  const Expert cut = world.low_rank(full, std::min(world.base.config().hidden_size, world.base.config().intermediate_size));
+  const Expert cut =
+      world.low_rank(full, std::min(world.base.config().hidden_size, world.base.config().intermediate_size));
   // float32: SVD and re-multiplication lose about 1e-6 of each weight, amplified by two layers of unit-scale weights
-  EXPECT_LT(models::relative_error(world.logits({world.public_rows, {cut}}, 2), world.logits({world.public_rows, {full}}, 2)), 1e-4);
+  EXPECT_LT(
+      models::relative_error(world.logits({world.public_rows, {cut}}, 2), world.logits({world.public_rows, {full}}, 2)),
+      1e-4);
 }
 
 TEST(Soup, OfEqualExpertsIsTheExpertAndOfTwoIsTheirMean) {
   const World world;
   const Expert a = world.full("a", 1), b = world.full("b", 2);
   const auto same = soup({a, a, a});
-  EXPECT_LT(models::relative_error(same[0].gate, a.layers[0].gate), 1e-7);   // one float32 rounding
+  EXPECT_LT(models::relative_error(same[0].gate, a.layers[0].gate), 1e-7);  // one float32 rounding
   const auto mean = soup({a, b});
-  EXPECT_LT(models::relative_error(mean[1].down, (a.layers[1].down.to(at::kDouble) + b.layers[1].down.to(at::kDouble)) / 2), 1e-7);
+  EXPECT_LT(
+      models::relative_error(mean[1].down, (a.layers[1].down.to(at::kDouble) + b.layers[1].down.to(at::kDouble)) / 2),
+      1e-7);
   EXPECT_THROW(soup({world.low_rank(a, 2)}), core::UserError);
 }
 
@@ -154,7 +169,8 @@ TEST(Expert, CountsItsParameters) {
   const World world;
   const auto& config = world.base.config();
   EXPECT_EQ(world.full("a", 1).parameters(), config.ffn_parameters() + config.router_parameters(1));
-  EXPECT_EQ(world.low_rank(world.full("a", 1), 3).parameters(), config.low_rank_parameters(3) + config.router_parameters(1));
+  EXPECT_EQ(world.low_rank(world.full("a", 1), 3).parameters(),
+            config.low_rank_parameters(3) + config.router_parameters(1));
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ namespace {
 TEST(FactorSpectrum, DiagonalFactorsMultiply) {
   const at::Tensor a = at::matmul(at::diag(at::tensor({4.0, 1.0, 0.5})), at::eye(3, 7, at::kDouble));
   const at::Tensor b = at::matmul(at::eye(5, 3, at::kDouble), at::diag(at::tensor({0.5, 8.0, 2.0})));
-  const at::Tensor values = singular_values_of_product(a, b);   // 8, 2, 1
+  const at::Tensor values = singular_values_of_product(a, b);  // 8, 2, 1
   const double* value = values.const_data_ptr<double>();
   ASSERT_EQ(values.numel(), 3);
   EXPECT_NEAR(value[0], 8, 1e-14);
@@ -32,7 +32,8 @@ TEST(FactorSpectrum, EqualsTheDenseProductAlsoAboveFullRank) {
     const at::Tensor values = singular_values_of_product(a, b);
     ASSERT_EQ(values.numel(), std::min<int64_t>({rank, 9, 12}));
     // Both are backward stable in float64: errors of a few ulp of the largest value.
-    EXPECT_LT((values - dense.narrow(0, 0, values.numel())).abs().max().item<double>(), 1e-13 * dense[0].item<double>());
+    EXPECT_LT((values - dense.narrow(0, 0, values.numel())).abs().max().item<double>(),
+              1e-13 * dense[0].item<double>());
   }
 }
 

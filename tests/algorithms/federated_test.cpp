@@ -29,7 +29,7 @@ using testing::AllOf;
 using testing::HasSubstr;
 
 TEST(WeightedSum, EqualsTheSumInLongDoubleAndReadsUnalignedParts) {
-  constexpr size_t kLength = 10007;   // more than two blocks and a rest
+  constexpr size_t kLength = 10007;  // more than two blocks and a rest
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   const std::vector<double> weights = {0.5, 0.3, 0.2};
@@ -80,7 +80,9 @@ TEST(Partition, SchemesDifferAsTheirNamesSay) {
   config.count = 6;
   for (const auto& client : partition(sizes(), config, 1)) EXPECT_EQ(client.shares.size(), 1u) << client.name;
   config.partition = "iid";
-  for (const auto& client : partition(sizes(), config, 1)) EXPECT_NEAR(static_cast<double>(client.sequences()), 458.0 / 6, 3) << client.name;   // one of each of three shares by rounding
+  for (const auto& client : partition(sizes(), config, 1))
+    EXPECT_NEAR(static_cast<double>(client.sequences()), 458.0 / 6, 3)
+        << client.name;  // one of each of three shares by rounding
   // A large alpha is an even split, a small one gives most of a domain to one client.
   config.partition = "dirichlet";
   const auto largest_share = [&](double alpha) {
@@ -90,7 +92,7 @@ TEST(Partition, SchemesDifferAsTheirNamesSay) {
       if (client.shares.count("c")) largest = std::max(largest, client.shares.at("c").count);
     return largest;
   };
-  EXPECT_LT(largest_share(1e4), 60);    // 50 each
+  EXPECT_LT(largest_share(1e4), 60);  // 50 each
   EXPECT_GT(largest_share(0.05), 150);
 }
 
@@ -126,13 +128,14 @@ TEST(ServerStep, MomentsFollowTheirRecurrences) {
   ServerConfig config;
   config.optimizer = "fedavgm", config.beta1 = 0.9;
   Factors first, second;
-  EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(), 0.5F);            // v = D
-  EXPECT_FLOAT_EQ(server_step(config, "w", x, average * 3, first, second).item<float>(), 0.6F);    // 0.9 0.5 + 0.1 1.5
+  EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(), 0.5F);          // v = D
+  EXPECT_FLOAT_EQ(server_step(config, "w", x, average * 3, first, second).item<float>(), 0.6F);  // 0.9 0.5 + 0.1 1.5
   config = {};
   config.optimizer = "fedadam", config.learning_rate = 0.1, config.tau = 0.01;
   first.clear();
   const double m = 0.1 * 0.5, v = 0.99 * (0.01 * 0.01) + (1 - 0.99) * 0.25;
-  EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(), static_cast<float>(0.1 * m / (std::sqrt(v) + 0.01)));
+  EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(),
+                  static_cast<float>(0.1 * m / (std::sqrt(v) + 0.01)));
   EXPECT_DOUBLE_EQ(first.at("v.w").item<double>(), v);
 }
 
@@ -143,27 +146,41 @@ class Aggregate : public testing::Test {
     const std::filesystem::path recipes = std::filesystem::path(MORAINE_SOURCE_DIR) / "recipes";
     core::Problems problems;
     const auto path = std::filesystem::path(testing::TempDir()) / fmt::format("federated_{}.yaml", getpid());
-    core::write_atomically(path, fmt::format("name: t\nmethod: fedit\nmodel: {{path: {}}}\ndomains: [{{name: a, path: a.h5}}]\nclients: {{count: 2}}\n"
-                                             "lora: {{rank: 2, alpha: 4, target_modules: [model.layers.0.self_attn.q_proj]}}\n",
-                                             (recipes / "models/tiny-public").string()));
+    core::write_atomically(
+        path,
+        fmt::format(
+            "name: t\nmethod: fedit\nmodel: {{path: {}}}\ndomains: [{{name: a, path: a.h5}}]\nclients: {{count: 2}}\n"
+            "lora: {{rank: 2, alpha: 4, target_modules: [model.layers.0.self_attn.q_proj]}}\n",
+            (recipes / "models/tiny-public").string()));
     method_ = load_recipe(path, {}).method;
     base_ = method_->inputs().at("model").get<std::string>();
   }
 
-  core::ArtefactPtr contribution(const std::string& client, double value, int64_t samples, int64_t rank = 2, const std::string& base = "") {
-    models::NamedTensors tensors = {{kSlot + ".lora_A.weight", at::full({rank, 128}, value, at::kFloat)}, {kSlot + ".lora_B.weight", at::full({128, rank}, value, at::kFloat)}};
+  core::ArtefactPtr contribution(const std::string& client, double value, int64_t samples, int64_t rank = 2,
+                                 const std::string& base = "") {
+    models::NamedTensors tensors = {{kSlot + ".lora_A.weight", at::full({rank, 128}, value, at::kFloat)},
+                                    {kSlot + ".lora_B.weight", at::full({128, rank}, value, at::kFloat)}};
     std::vector<at::Tensor> keep;
-    auto artefact = core::Artefact::create("update", {{"client", client}, {"samples", samples}, {"rank", rank}, {"base", base.empty() ? base_ : base}}, models::views_of(tensors, keep));
+    auto artefact = core::Artefact::create(
+        "update", {{"client", client}, {"samples", samples}, {"rank", rank}, {"base", base.empty() ? base_ : base}},
+        models::views_of(tensors, keep));
     artefacts_[artefact->id()] = artefact;
     return artefact;
   }
 
   core::ArtefactPtr aggregate(const std::vector<core::ArtefactPtr>& updates) {
-    Unit unit{"aggregate", "aggregate/1", {{"has_state", false}, {"clients", {"client-1", "client-2"}}, {"round", 0}, {"base", base_}}, {}, Place::kCoordinator, 1};
+    Unit unit{"aggregate",
+              "aggregate/1",
+              {{"has_state", false}, {"clients", {"client-1", "client-2"}}, {"round", 0}, {"base", base_}},
+              {},
+              Place::kCoordinator,
+              1};
     for (const auto& update : updates) unit.inputs.push_back(update->id());
     const worker::WorkerOptions options;
     const std::atomic<int> signals{0};
-    worker::DirectContext context(unit, 1, options, signals, {.artefact = [&](const std::string& id) { return artefacts_.at(id); }, .metric = {}, .progress = {}});
+    worker::DirectContext context(
+        unit, 1, options, signals,
+        {.artefact = [&](const std::string& id) { return artefacts_.at(id); }, .metric = {}, .progress = {}});
     return method_->execute(unit, context);
   }
 
@@ -184,15 +201,19 @@ class Aggregate : public testing::Test {
 
 TEST_F(Aggregate, WeighsBySamples) {
   const auto state = aggregate({contribution("client-1", 1.0, 30), contribution("client-2", 3.0, 10)});
-  EXPECT_TRUE(models::copy_of(*state->file().find(kSlot + ".lora_A.weight")).equal(at::full({2, 128}, 1.5, at::kFloat)));
+  EXPECT_TRUE(
+      models::copy_of(*state->file().find(kSlot + ".lora_A.weight")).equal(at::full({2, 128}, 1.5, at::kFloat)));
 }
 
 TEST_F(Aggregate, RefusesWhatDoesNotBelong) {
   const auto good = contribution("client-1", 1.0, 30);
   EXPECT_THAT(refusal({good, good}), AllOf(HasSubstr("client-2"), HasSubstr("client-1")));
-  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 30, 4)}), AllOf(HasSubstr("client-2"), HasSubstr("[4, 128]"), HasSubstr("[2, 128]")));
-  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 30, 2, "dir:other")}), AllOf(HasSubstr("client-2"), HasSubstr("another base")));
-  const auto empty = core::Artefact::create("update", {{"client", "client-2"}, {"samples", 3}, {"rank", 2}, {"base", base_}}, {});
+  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 30, 4)}),
+              AllOf(HasSubstr("client-2"), HasSubstr("[4, 128]"), HasSubstr("[2, 128]")));
+  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 30, 2, "dir:other")}),
+              AllOf(HasSubstr("client-2"), HasSubstr("another base")));
+  const auto empty =
+      core::Artefact::create("update", {{"client", "client-2"}, {"samples", 3}, {"rank", 2}, {"base", base_}}, {});
   artefacts_[empty->id()] = empty;
   EXPECT_THAT(refusal({good, empty}), AllOf(HasSubstr("client-2"), HasSubstr("lora_A")));
 }

@@ -12,12 +12,14 @@ using testing::AllOf;
 using testing::HasSubstr;
 
 std::string problems_with(const std::vector<std::string>& overrides) {
-  return models::thrown<core::UserError>([&] { load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", overrides); });
+  return models::thrown<core::UserError>(
+      [&] { load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", overrides); });
 }
 
 TEST(FlexMoreRecipe, ReportsAllProblemsAtOnceWithWhereTheyAre) {
   EXPECT_THAT(problems_with({"trian.steps=5", "train.steps=many", "ranks.budget=2"}),
-              AllOf(HasSubstr("trian"), HasSubstr("train"), HasSubstr("many"), HasSubstr("ranks.budget"), HasSubstr("command line")));
+              AllOf(HasSubstr("trian"), HasSubstr("train"), HasSubstr("many"), HasSubstr("ranks.budget"),
+                    HasSubstr("command line")));
 }
 
 TEST(FlexMoreRecipe, RefusesRanksThatAreNoRanks) {
@@ -27,16 +29,23 @@ TEST(FlexMoreRecipe, RefusesRanksThatAreNoRanks) {
   EXPECT_THAT(problems_with({"ranks.candidates=[4, -8]"}), HasSubstr("-8"));
 }
 
-TEST(FlexMoreRecipe, RefusesMoreActiveExpertsThanThereAre) { EXPECT_THAT(problems_with({"top_k=8"}), HasSubstr("top_k 8 is more than the 7 experts")); }
+TEST(FlexMoreRecipe, RefusesMoreActiveExpertsThanThereAre) {
+  EXPECT_THAT(problems_with({"top_k=8"}), HasSubstr("top_k 8 is more than the 7 experts"));
+}
 
 TEST(FlexMoreRecipe, RefusesToLeaveOutEverything) {
-  EXPECT_THAT(problems_with({"leave_out=[code, creative, math, news, academic, reddit]"}), HasSubstr("leaves no expert"));
+  EXPECT_THAT(problems_with({"leave_out=[code, creative, math, news, academic, reddit]"}),
+              HasSubstr("leaves no expert"));
   EXPECT_THAT(problems_with({"leave_out=[codes]"}), HasSubstr("no domain 'codes'"));
 }
 
-TEST(FlexMoreRecipe, RefusesTwoDomainsOfOneName) { EXPECT_THAT(problems_with({"domains.1.name=code"}), HasSubstr("'code' stands twice")); }
+TEST(FlexMoreRecipe, RefusesTwoDomainsOfOneName) {
+  EXPECT_THAT(problems_with({"domains.1.name=code"}), HasSubstr("'code' stands twice"));
+}
 
-TEST(FlexMoreRecipe, DirectTrainingNeedsARank) { EXPECT_THAT(problems_with({"domains.0.train=direct"}), HasSubstr("needs a number as rank")); }
+TEST(FlexMoreRecipe, DirectTrainingNeedsARank) {
+  EXPECT_THAT(problems_with({"domains.0.train=direct"}), HasSubstr("needs a number as rank"));
+}
 
 TEST(FlexMoreRecipe, ComparisonsAreNamedAndNeedWhatTheyCompare) {
   EXPECT_THAT(problems_with({"comparisons=[bmt]"}), AllOf(HasSubstr("bmt"), HasSubstr("btm")));
@@ -45,10 +54,11 @@ TEST(FlexMoreRecipe, ComparisonsAreNamedAndNeedWhatTheyCompare) {
 }
 
 TEST(FlexMoreRecipe, RunningOnShapesAloneNamesEveryMissingInput) {
-  auto recipe = load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", {"domains.0.rank=5000"});
+  auto recipe =
+      load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", {"domains.0.rank=5000"});
   EXPECT_THAT(models::thrown<core::UserError>([&] { recipe.method->open_inputs(); }),
-              AllOf(HasSubstr("public_path"), HasSubstr("domains.0.path"), HasSubstr("domains.5.path"), HasSubstr("model.train"),
-                    HasSubstr("rank 5000 is above 4096")));
+              AllOf(HasSubstr("public_path"), HasSubstr("domains.0.path"), HasSubstr("domains.5.path"),
+                    HasSubstr("model.train"), HasSubstr("rank 5000 is above 4096")));
 }
 
 TEST(FlexMoreRecipe, UnknownMethodsNameTheNearest) {

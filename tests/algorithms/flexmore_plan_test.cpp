@@ -16,9 +16,11 @@ class FlexMorePlan : public testing::Test, public RunState {
   std::unique_ptr<Method> method(const std::vector<std::string>& overrides) {
     const auto recipe = load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/flexmore/olmo2-7b.yaml", overrides);
     core::Json fingerprints = {{"public", "p"}};
-    for (const auto& d : recipe.values.at("domains")) fingerprints[d.at("name").get<std::string>()] = "data of " + d.at("name").get<std::string>();
+    for (const auto& d : recipe.values.at("domains"))
+      fingerprints[d.at("name").get<std::string>()] = "data of " + d.at("name").get<std::string>();
     const core::Json architecture = recipe.method->inputs().at("architecture");
-    return find_method("flexmore").restore(recipe.values, {{"architecture", architecture}, {"fingerprints", fingerprints}, {"model", "dir:1"}});
+    return find_method("flexmore")
+        .restore(recipe.values, {{"architecture", architecture}, {"fingerprints", fingerprints}, {"model", "dir:1"}});
   }
 
   std::optional<std::string> result(const std::string& unit) const override {
@@ -33,10 +35,18 @@ class FlexMorePlan : public testing::Test, public RunState {
 
   // Finishes a unit; evaluations score `bits` per byte.
   void finish(const Unit& unit, double bits = 2) {
-    const core::Json result = {{"nats", bits * 1000 * 0.6931471805599453}, {"tokens", 1000}, {"bytes", 1000}, {"correct", 10}};
+    const core::Json result = {
+        {"nats", bits * 1000 * 0.6931471805599453}, {"tokens", 1000}, {"bytes", 1000}, {"correct", 10}};
     const core::Json load = {{"experts", core::Json::array({"public"})}, {"selected", {{1.0}}}};
-    results_[unit.id()] = core::Artefact::create(unit.kind, {{"of", unit.id()}, {"result", result}, {"rank", 0}, {"parameters", 1}, {"added_parameters", 1},
-                                                             {"curve", core::Json::array()}, {"load", load}}, {});
+    results_[unit.id()] = core::Artefact::create(unit.kind,
+                                                 {{"of", unit.id()},
+                                                  {"result", result},
+                                                  {"rank", 0},
+                                                  {"parameters", 1},
+                                                  {"added_parameters", 1},
+                                                  {"curve", core::Json::array()},
+                                                  {"load", load}},
+                                                 {});
   }
 
   std::map<std::string, core::ArtefactPtr> results_;
@@ -59,7 +69,8 @@ TEST_F(FlexMorePlan, IsAFanOutAndMergesAndEnds) {
   ASSERT_GE(waves.size(), 4u);
   EXPECT_EQ(waves[0].count("embed_public"), 1u);
   EXPECT_EQ(waves[1].count("train_expert"), 6u);
-  EXPECT_EQ(waves[2].count("merge") + waves[2].count("soup"), 2u);   // all experts are full-size: one merge serves both mixtures
+  EXPECT_EQ(waves[2].count("merge") + waves[2].count("soup"),
+            2u);  // all experts are full-size: one merge serves both mixtures
   EXPECT_EQ(waves.back().count("evaluate"), waves.back().size());
 }
 
@@ -80,12 +91,14 @@ TEST_F(FlexMorePlan, AChangedKeyRedoesOnlyWhatItDetermines) {
   EXPECT_EQ(kinds(method({"top_k=3"})->plan(*this).pending).count("train_expert"), 0u);
   EXPECT_GT(kinds(method({"top_k=3"})->plan(*this).pending).count("evaluate"), 0u);
   EXPECT_EQ(kinds(method({"train.steps=7"})->plan(*this).pending).count("train_expert"), 6u);
-  // Who computes low-rank experts changes bits, of evaluations and of experts that are trained as low rank, nothing else's.
+  // Who computes low-rank experts changes bits, of evaluations and of experts that are trained as low rank, nothing
+  // else's.
   EXPECT_EQ(kinds(method({"kernels=reference"})->plan(*this).pending).count("train_expert"), 0u);
   EXPECT_GT(kinds(method({"kernels=reference"})->plan(*this).pending).count("evaluate"), 0u);
   EXPECT_TRUE(method({"train.checkpoint_every=7", "workers.local=3"})->plan(*this).pending.empty());
   EXPECT_FALSE(method({"workers.threads=2"})->plan(*this).pending.empty());
-  EXPECT_EQ(kinds(method({"workers.group_size=2"})->plan(*this).pending).count("embed_public"), 1u) << "which everything waits for";
+  EXPECT_EQ(kinds(method({"workers.group_size=2"})->plan(*this).pending).count("embed_public"), 1u)
+      << "which everything waits for";
   EXPECT_TRUE(method({"workers.bucket_mib=1", "workers.overlap=false"})->plan(*this).pending.empty());
 }
 
@@ -113,9 +126,16 @@ TEST_F(FlexMorePlan, ComparisonsAddUnitsAndChangeNone) {
   std::map<std::string, int> added;
   for (const auto& unit : after)
     if (!old_ids.count(unit.id())) ++added[unit.label.substr(0, unit.label.find('/', 5))];
-  // Two experts on three texts, own ones known already; a sweep of two ranks, of which each expert's chosen one is known.
-  EXPECT_EQ(added, (std::map<std::string, int>{{"test/btm", 3}, {"test/cross", 4}, {"train", 1}, {"test/joint", 3}, {"extract", 2},
-                                               {"test/random_subspace", 4}, {"test/rank", 2}, {"test/scaled", 6}}));
+  // Two experts on three texts, own ones known already; a sweep of two ranks, of which each expert's chosen one is
+  // known.
+  EXPECT_EQ(added, (std::map<std::string, int>{{"test/btm", 3},
+                                               {"test/cross", 4},
+                                               {"train", 1},
+                                               {"test/joint", 3},
+                                               {"extract", 2},
+                                               {"test/random_subspace", 4},
+                                               {"test/rank", 2},
+                                               {"test/scaled", 6}}));
   for (const auto& unit : after) {
     if (unit.label == "train/joint") {
       EXPECT_EQ(unit.spec.at("train").at("steps"), 2 * 100) << "two experts' default number of steps";
@@ -150,13 +170,15 @@ TEST_F(FlexMorePlan, KernelsAreTrainedIntoDirectExperts) {
 TEST_F(FlexMorePlan, RanksAreTheBestChoiceWithinTheBudget) {
   const auto flexmore = method({"domains=[{name: a}, {name: b}]", "ranks.candidates=[1024, 512]", "ranks.budget=0.26"});
   // budget 0.26 * 2 F / unit = 1552 units of rank: one expert at 1024 and one at 512.
-  const std::map<std::string, double> bits = {{"validate/a/r512", 3.0}, {"validate/a/r1024", 2.9}, {"validate/b/r512", 4.0}, {"validate/b/r1024", 3.5}};
+  const std::map<std::string, double> bits = {
+      {"validate/a/r512", 3.0}, {"validate/a/r1024", 2.9}, {"validate/b/r512", 4.0}, {"validate/b/r1024", 3.5}};
   Plan plan;
   for (plan = flexmore->plan(*this); !plan.pending.empty(); plan = flexmore->plan(*this))
     for (const auto& unit : plan.pending) finish(unit, bits.count(unit.label) ? bits.at(unit.label) : 2);
   std::map<std::string, int64_t> chosen;
   for (const auto& unit : plan.finished) {
-    if (unit.label.starts_with("test/low_rank_expert/")) chosen[unit.label.substr(21)] = unit.spec.at("rank").get<int64_t>();
+    if (unit.label.starts_with("test/low_rank_expert/"))
+      chosen[unit.label.substr(21)] = unit.spec.at("rank").get<int64_t>();
   }
   EXPECT_EQ(chosen, (std::map<std::string, int64_t>{{"a", 512}, {"b", 1024}}));
 }

@@ -33,9 +33,12 @@ MixtureModel sample(int64_t low_rank = 3, bool with_full = true) {
   Expert full{"full", {}, {}, {}}, low{"low", {}, {}, {}};
   for (size_t l = 0; l < static_cast<size_t>(base.config().num_layers); ++l) {
     const auto& frozen = base.base(ffn_slot(l));
-    const auto noisy = [&](const at::Tensor& weight) { return weight + random_tensor(weight.sizes().vec(), ++seed, 0.2); };
+    const auto noisy = [&](const at::Tensor& weight) {
+      return weight + random_tensor(weight.sizes().vec(), ++seed, 0.2);
+    };
     const auto pair = [&](const at::Tensor& weight) {
-      return models::LowRank{random_tensor({low_rank, weight.size(1)}, ++seed, 0.3), random_tensor({weight.size(0), low_rank}, ++seed, 0.3)};
+      return models::LowRank{random_tensor({low_rank, weight.size(1)}, ++seed, 0.3),
+                             random_tensor({weight.size(0), low_rank}, ++seed, 0.3)};
     };
     const auto row = [&] { return random_tensor({base.config().hidden_size}, ++seed, 0.3); };
     full.layers.push_back({noisy(frozen.gate), noisy(frozen.up), noisy(frozen.down), {}, {}, {}});
@@ -61,9 +64,11 @@ TEST(MixtureFiles, FlexMoreDirectoryReadsBackByteForByte) {
   const MixtureModel read = read_mixture_directory(directory / "a");
   EXPECT_EQ(read.mixture.experts.at(0).name, "full");
   EXPECT_EQ(read.mixture.experts.at(1).rank(), 3);
-  EXPECT_LE(models::relative_error(logits(assemble(read, at::kDouble)), logits(assemble(model, at::kDouble))), kRounding);
+  EXPECT_LE(models::relative_error(logits(assemble(read, at::kDouble)), logits(assemble(model, at::kDouble))),
+            kRounding);
   write_flexmore_directory(read, directory / "b");
-  for (const char* file : {"model.safetensors", "config.json"}) EXPECT_EQ(core::read_text(directory / "a" / file), core::read_text(directory / "b" / file)) << file;
+  for (const char* file : {"model.safetensors", "config.json"})
+    EXPECT_EQ(core::read_text(directory / "a" / file), core::read_text(directory / "b" / file)) << file;
 }
 
 TEST(MixtureFiles, FlexOlmoDirectoryComputesTheSame) {
@@ -73,9 +78,12 @@ TEST(MixtureFiles, FlexOlmoDirectoryComputesTheSame) {
   const auto dense = models::Decoder::from_directory(directory.path(), std::nullopt);
   EXPECT_EQ(dense.config().family, DecoderConfig::Family::kFlexOlmo);
   EXPECT_EQ(dense.dtype(), at::kDouble);
-  EXPECT_LE(models::relative_error(logits(models::Decoder::from_directory(directory.path(), std::nullopt)), logits(assemble(model, at::kDouble))), kRounding);
+  EXPECT_LE(models::relative_error(logits(models::Decoder::from_directory(directory.path(), std::nullopt)),
+                                   logits(assemble(model, at::kDouble))),
+            kRounding);
   const MixtureModel read = read_mixture_directory(directory.path());
-  for (size_t l = 0; l < model.mixture.public_rows.size(); ++l) EXPECT_TRUE(models::same_bits(read.mixture.experts[0].layers[l].down, model.mixture.experts[0].layers[l].down));
+  for (size_t l = 0; l < model.mixture.public_rows.size(); ++l)
+    EXPECT_TRUE(models::same_bits(read.mixture.experts[0].layers[l].down, model.mixture.experts[0].layers[l].down));
 }
 
 TEST(MixtureFiles, TypesThatMixAreWidenedNotRounded) {
@@ -93,14 +101,17 @@ TEST(MixtureFiles, RouterBiasIsKeptBesideFlexMoreKeysAndRefusedByFlexOlmo) {
   MixtureModel model = sample();
   for (auto& expert : model.mixture.experts)
     for (size_t l = 0; l < expert.layers.size(); ++l) expert.biases.push_back(at::full({1}, -0.75, at::kDouble));
-  EXPECT_THAT(models::thrown<core::UserError>([&] { write_flexolmo_directory(model, directory / "no", std::nullopt); }), HasSubstr("router bias"));
+  EXPECT_THAT(models::thrown<core::UserError>([&] { write_flexolmo_directory(model, directory / "no", std::nullopt); }),
+              HasSubstr("router bias"));
   EXPECT_FALSE(std::filesystem::exists(directory / "no"));
   write_flexmore_directory(model, directory / "yes");
   const auto with_bias = logits(assemble(read_mixture_directory(directory / "yes"), at::kDouble));
   EXPECT_LE(models::relative_error(with_bias, logits(assemble(model, at::kDouble))), kRounding);
   EXPECT_GE(models::relative_error(with_bias, logits(assemble(sample(), at::kDouble))), 1e-3);
-  write_flexmore_directory(sample(), directory / "yes");   // an older bias must not stay behind
-  EXPECT_LE(models::relative_error(logits(assemble(read_mixture_directory(directory / "yes"), at::kDouble)), logits(assemble(sample(), at::kDouble))), kRounding);
+  write_flexmore_directory(sample(), directory / "yes");  // an older bias must not stay behind
+  EXPECT_LE(models::relative_error(logits(assemble(read_mixture_directory(directory / "yes"), at::kDouble)),
+                                   logits(assemble(sample(), at::kDouble))),
+            kRounding);
 }
 
 TEST(MixtureFiles, AnExpertAsLoraIsTheDenseModelWithItsFfn) {
@@ -132,9 +143,13 @@ TEST(MixtureFiles, AnExpertAsLoraIsTheDenseModelWithItsFfn) {
 
 TEST(MixtureFiles, ExportChoosesExpertsAndRefusesWhatHasNoForm) {
   const TemporaryDirectory directory;
-  const auto message = [&](const ExportRequest& request) { return models::thrown<core::UserError>([&] { export_mixture(sample(), request); }); };
-  EXPECT_THAT(message({"peft", directory / "out", "", {}, "", ""}), AllOf(HasSubstr("'full' is full-size"), HasSubstr("--experts")));
-  EXPECT_THAT(message({"peft", directory / "out", "", {"lwo"}, "", ""}), AllOf(HasSubstr("no expert 'lwo'"), HasSubstr("did you mean 'low'")));
+  const auto message = [&](const ExportRequest& request) {
+    return models::thrown<core::UserError>([&] { export_mixture(sample(), request); });
+  };
+  EXPECT_THAT(message({"peft", directory / "out", "", {}, "", ""}),
+              AllOf(HasSubstr("'full' is full-size"), HasSubstr("--experts")));
+  EXPECT_THAT(message({"peft", directory / "out", "", {"lwo"}, "", ""}),
+              AllOf(HasSubstr("no expert 'lwo'"), HasSubstr("did you mean 'low'")));
   EXPECT_THAT(message({"hf", directory / "out", "", {}, "", "bfloat16"}), HasSubstr("--dtype"));
   EXPECT_FALSE(std::filesystem::exists(directory / "out"));
   export_mixture(sample(), {"peft", directory / "out", "", {"low"}, "", ""});
@@ -148,7 +163,8 @@ TEST(MixtureFiles, ExportChoosesExpertsAndRefusesWhatHasNoForm) {
 TEST(MixtureFiles, DirectoriesThatAreNoMixtureAreRefused) {
   const TemporaryDirectory directory;
   directory.write("config.json", models::tiny_config(DecoderConfig::Family::kOlmo2).to_json().dump());
-  EXPECT_THAT(models::thrown<core::UserError>([&] { read_mixture_directory(directory.path()); }), AllOf(HasSubstr("no mixture"), HasSubstr("olmo2")));
+  EXPECT_THAT(models::thrown<core::UserError>([&] { read_mixture_directory(directory.path()); }),
+              AllOf(HasSubstr("no mixture"), HasSubstr("olmo2")));
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ namespace {
 
 double squared_norm(const at::Tensor& t) { return t.to(at::kDouble).square().sum().item<double>(); }
 
-// Eckart-Young: what a rank-r cut leaves is the sum of the squared singular values behind r, so more rank is never worse.
+// Eckart-Young: what a rank-r cut leaves is the sum of the squared singular values behind r, so more rank is never
+// worse.
 TEST(PhLora, ErrorOfEveryRankIsTheTailOfTheSpectrum) {
   const at::Tensor base = models::random_tensor({13, 9}, 1), tuned = models::random_tensor({13, 9}, 2);
   const Spectrum spectrum = spectrum_of_difference(tuned, base);
@@ -25,22 +26,25 @@ TEST(PhLora, ErrorOfEveryRankIsTheTailOfTheSpectrum) {
     const auto pair = low_rank_of(spectrum, rank);
     const double error = squared_norm(difference - at::matmul(pair.b.to(at::kDouble), pair.a.to(at::kDouble)));
     const double tail = rank < 9 ? squared_norm(spectrum.s.narrow(0, rank, 9 - rank)) : 0;
-    EXPECT_NEAR(error, tail, 1e-4) << "rank " << rank;   // float32 SVD of numbers of order 1: 1e-7 * ||D||^2, with margin
+    EXPECT_NEAR(error, tail, 1e-4) << "rank "
+                                   << rank;  // float32 SVD of numbers of order 1: 1e-7 * ||D||^2, with margin
     EXPECT_LE(error, before);
     before = error;
   }
 }
 
 TEST(PhLora, SplitIsBalanced) {
-  const Spectrum spectrum = spectrum_of_difference(models::random_tensor({7, 11}, 3), models::random_tensor({7, 11}, 4));
+  const Spectrum spectrum =
+      spectrum_of_difference(models::random_tensor({7, 11}, 3), models::random_tensor({7, 11}, 4));
   const auto pair = low_rank_of(spectrum, 5);
   const at::Tensor expected = at::diag(spectrum.s.narrow(0, 0, 5));
-  EXPECT_LT(models::relative_error(at::matmul(pair.a, pair.a.t()), expected), 1e-5);   // float32 orthogonality
+  EXPECT_LT(models::relative_error(at::matmul(pair.a, pair.a.t()), expected), 1e-5);  // float32 orthogonality
   EXPECT_LT(models::relative_error(at::matmul(pair.b.t(), pair.b), expected), 1e-5);
 }
 
 TEST(PhLora, SlicingALargerRankIsTheSmallerExtraction) {
-  const Spectrum spectrum = spectrum_of_difference(models::random_tensor({16, 12}, 5), models::random_tensor({16, 12}, 6));
+  const Spectrum spectrum =
+      spectrum_of_difference(models::random_tensor({16, 12}, 5), models::random_tensor({16, 12}, 6));
   const auto sliced = slice(low_rank_of(spectrum, 10), 4), direct = low_rank_of(spectrum, 4);
   EXPECT_TRUE(models::same_bits(sliced.a, direct.a));
   EXPECT_TRUE(models::same_bits(sliced.b, direct.b));
@@ -59,7 +63,8 @@ TEST(PhLora, AnUnchangedMatrixHasNoCorrection) {
 }
 
 TEST(PhLora, BadRanksAreRefused) {
-  const Spectrum spectrum = spectrum_of_difference(models::random_tensor({6, 4}, 10), models::random_tensor({6, 4}, 11));
+  const Spectrum spectrum =
+      spectrum_of_difference(models::random_tensor({6, 4}, 10), models::random_tensor({6, 4}, 11));
   EXPECT_THROW(low_rank_of(spectrum, 0), core::UserError);
   EXPECT_THROW(low_rank_of(spectrum, -4), core::UserError);
   EXPECT_THROW(slice(low_rank_of(spectrum, 2), 3), core::UserError);

@@ -21,8 +21,8 @@ std::string text_of(const fs::path& file) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-// Folders of plug-in kinds hold many small things, those of shared machinery what a family of methods has in common; every
-// other folder is a whole method.
+// Folders of plug-in kinds hold many small things, those of shared machinery what a family of methods has in common;
+// every other folder is a whole method.
 TEST(Registry, EveryMethodFolderIsRegisteredAndHasReadmeRecipeAndTest) {
   const std::set<std::string> shared = {"adapters", "routers", "mergers", "federated", "continual"};
   std::set<std::string> names, used;

@@ -62,8 +62,8 @@ TEST(RunDirectory, RefusesAnotherRecipeAndListsWhatDiffers) {
 TEST(RunDirectory, TellsIdentityFromTheWayTheWorkIsDone) {
   for (const char* key : {"seed", "train.steps", "experts.0.rank", "workers.threads", "workers.group_size"})
     EXPECT_TRUE(is_identity_key(key)) << key;
-  for (const char* key : {"name", "run_dir", "workers.device", "workers.local", "workers.bucket_mib", "logging.level", "train.log_every",
-                          "base.train.checkpoint_every"}) {
+  for (const char* key : {"name", "run_dir", "workers.device", "workers.local", "workers.bucket_mib", "logging.level",
+                          "train.log_every", "base.train.checkpoint_every"}) {
     EXPECT_FALSE(is_identity_key(key)) << key;
   }
   EXPECT_THAT(recipe_changes({{"a", 1}, {"b", core::Json::array()}}, {{"a", 1.5}, {"b", {1}}}),

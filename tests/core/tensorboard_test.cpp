@@ -40,10 +40,19 @@ TEST(TensorBoard, WritesTheBytesOfTheFormat) {
   EXPECT_EQ(file.substr(0, 12), std::string("\x18\0\0\0\0\0\0\0\xa3\x7f\x4b\x22", 12));
   const auto found = messages(file);
   ASSERT_EQ(found.size(), 3u);
-  EXPECT_EQ(found[0], "\x1a\x0d" "brain.Event:2");
+  EXPECT_EQ(found[0],
+            "\x1a\x0d"
+            "brain.Event:2");
   // step 300 = varint ac 02; summary 13 bytes, value 11 bytes, tag "loss", simple_value 1.5f = 00 00 c0 3f.
-  EXPECT_EQ(found[1], std::string("\x10\xac\x02" "\x2a\x0d\x0a\x0b\x0a\x04" "loss" "\x15\0\0\xc0\x3f", 18));
-  EXPECT_EQ(found[2], std::string("\x2a\x0d\x0a\x0b\x0a\x04" "loss" "\x15\0\0\0\xc0", 15));
+  EXPECT_EQ(found[1], std::string("\x10\xac\x02"
+                                  "\x2a\x0d\x0a\x0b\x0a\x04"
+                                  "loss"
+                                  "\x15\0\0\xc0\x3f",
+                                  18));
+  EXPECT_EQ(found[2], std::string("\x2a\x0d\x0a\x0b\x0a\x04"
+                                  "loss"
+                                  "\x15\0\0\0\xc0",
+                                  15));
 }
 
 TEST(TensorBoard, LabelsStayInsideTheDirectory) {

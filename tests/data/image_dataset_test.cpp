@@ -19,7 +19,8 @@ using testing::HasSubstr;
 class Images : public testing::Test {
  protected:
   // Two training images of 1 x 1 x 2 and one test image; `change` spoils the file.
-  void write(const std::function<void(core::Hdf5File&)>& change = {}, int64_t label = 1, int64_t width = 2, int64_t version = 1) {
+  void write(const std::function<void(core::Hdf5File&)>& change = {}, int64_t label = 1, int64_t width = 2,
+             int64_t version = 1) {
     core::Hdf5File file(path_, core::Hdf5File::Mode::kCreate);
     file.set_attribute("format", "moraine-images");
     file.set_attribute("format_version", version);
@@ -53,7 +54,7 @@ TEST_F(Images, AreNormalisedAndComeInTheOrderAskedFor) {
   EXPECT_EQ(dataset.info().pixels(), 2);
   EXPECT_THAT(dataset.labels("train"), ElementsAre(0, 1));
   const std::vector<int64_t> rows = {1, 0, 1};
-  EXPECT_THAT(dataset.batch("train", rows, 0.5, 0.5),   // (x / 255 - 0.5) / 0.5
+  EXPECT_THAT(dataset.batch("train", rows, 0.5, 0.5),  // (x / 255 - 0.5) / 0.5
               ElementsAre(FloatEq(-0.6F), FloatEq(-0.2F), FloatEq(-1), FloatEq(1), FloatEq(-0.6F), FloatEq(-0.2F)));
   EXPECT_THROW(dataset.batch("train", std::vector<int64_t>{2}, 0, 1), core::InternalError);
   EXPECT_THROW(dataset.labels("validation"), core::UserError);

@@ -29,7 +29,8 @@ class TaskStreams : public testing::Test {
     for (const auto& [split, size] : {std::pair{"train", 42}, std::pair{"test", 21}}) {
       std::vector<int64_t> labels;
       for (int64_t row = 0; row < size; ++row) labels.push_back(row % 7);
-      file.write<uint8_t>(std::string(split) + "/images", std::vector<uint8_t>(static_cast<size_t>(4 * size), 9), {size, 1, 2, 2});
+      file.write<uint8_t>(std::string(split) + "/images", std::vector<uint8_t>(static_cast<size_t>(4 * size), 9),
+                          {size, 1, 2, 2});
       file.write<int64_t>(std::string(split) + "/labels", labels, {size});
     }
     file.close();
@@ -51,11 +52,13 @@ class TaskStreams : public testing::Test {
 // np.random.seed(1993); np.random.permutation(100), and other sizes and seeds, from NumPy 2.2.
 TEST(ClassOrder, IsNumPysPermutation) {
   const auto hundred = class_order(100, 1993);
-  EXPECT_THAT(std::vector<int64_t>(hundred.begin(), hundred.begin() + 10), ElementsAre(68, 56, 78, 8, 23, 84, 90, 65, 74, 76));
+  EXPECT_THAT(std::vector<int64_t>(hundred.begin(), hundred.begin() + 10),
+              ElementsAre(68, 56, 78, 8, 23, 84, 90, 65, 74, 76));
   EXPECT_EQ(std::set<int64_t>(hundred.begin(), hundred.end()).size(), 100u);
   EXPECT_THAT(class_order(10, 1993), ElementsAre(4, 2, 7, 6, 0, 3, 5, 8, 9, 1));
   EXPECT_THAT(class_order(7, 0), ElementsAre(6, 2, 1, 3, 0, 5, 4));
-  EXPECT_THAT(class_order(16, 1994), ElementsAre(13, 1, 7, 12, 9, 5, 14, 15, 8, 4, 10, 0, 11, 2, 3, 6));   // a power of two: the mask has no slack
+  EXPECT_THAT(class_order(16, 1994), ElementsAre(13, 1, 7, 12, 9, 5, 14, 15, 8, 4, 10, 0, 11, 2, 3,
+                                                 6));  // a power of two: the mask has no slack
   EXPECT_THAT(class_order(1, 5), ElementsAre(0));
 }
 
@@ -76,18 +79,27 @@ TEST_F(TaskStreams, ExplicitListsKeepTheirMembersAndAreReordered) {
   EXPECT_THAT(make(spec).classes_until(2), ElementsAre(5, 0, 1, 2, 6));
   spec.order = 3;
   std::vector<int64_t> expected;
-  for (const int64_t task : class_order(3, 3)) expected.insert(expected.end(), spec.tasks[static_cast<size_t>(task)].begin(), spec.tasks[static_cast<size_t>(task)].end());
+  for (const int64_t task : class_order(3, 3))
+    expected.insert(expected.end(), spec.tasks[static_cast<size_t>(task)].begin(),
+                    spec.tasks[static_cast<size_t>(task)].end());
   EXPECT_EQ(make(spec).classes_until(2), expected);
 }
 
 TEST_F(TaskStreams, AClassKeepsItsImagesInEveryOrderAndSplitsNeverMeet) {
   const auto rows_of_class_2 = [&](int64_t order, bool validation) {
-    const TaskStream stream = make({.increment = 1, .train_per_class = 3, .test_per_class = 2, .validation_per_class = 2, .evaluate_validation = validation, .seed = 8, .order = order});
+    const TaskStream stream = make({.increment = 1,
+                                    .train_per_class = 3,
+                                    .test_per_class = 2,
+                                    .validation_per_class = 2,
+                                    .evaluate_validation = validation,
+                                    .seed = 8,
+                                    .order = order});
     for (const auto& task : stream.tasks)
       if (task.classes[0] == 2) return task;
     return TaskStream::Task{};
   };
-  const auto task = rows_of_class_2(-1, false), other_order = rows_of_class_2(4, false), validation = rows_of_class_2(-1, true);
+  const auto task = rows_of_class_2(-1, false), other_order = rows_of_class_2(4, false),
+             validation = rows_of_class_2(-1, true);
   EXPECT_EQ(task.train.size(), 3u);
   EXPECT_EQ(task.test.size(), 2u);
   EXPECT_EQ(task.train, other_order.train);
@@ -108,11 +120,14 @@ TEST_F(TaskStreams, TheHashNamesContentsAndOrder) {
 }
 
 TEST_F(TaskStreams, WrongClassListsAreNamed) {
-  EXPECT_THAT(refusal({.tasks = {{0, 1}, {2, 1}}, .leave_out = {3, 4, 5, 6}}), HasSubstr("class 1 stands twice: in task 0 and in task 1"));
+  EXPECT_THAT(refusal({.tasks = {{0, 1}, {2, 1}}, .leave_out = {3, 4, 5, 6}}),
+              HasSubstr("class 1 stands twice: in task 0 and in task 1"));
   EXPECT_THAT(refusal({.tasks = {{0, 1, 2}, {4, 5, 6}}}), HasSubstr("class 3 is in no task"));
-  EXPECT_THAT(refusal({.tasks = {{0, 1, 2, 3}, {4, 5, 6, 7}}}), HasSubstr("class 7 of task 1 is outside the data set's 0..6"));
+  EXPECT_THAT(refusal({.tasks = {{0, 1, 2, 3}, {4, 5, 6, 7}}}),
+              HasSubstr("class 7 of task 1 is outside the data set's 0..6"));
   EXPECT_THAT(refusal({.tasks = {{0, 1, 2, 3, 4, 5, 6}, {}}}), HasSubstr("task 1 has no class"));
-  EXPECT_THAT(refusal({.tasks = {{0, 1, 2, 3, 4, 5, 6}}, .leave_out = {6}}), HasSubstr("class 6 stands twice: in leave_out and in task 0"));
+  EXPECT_THAT(refusal({.tasks = {{0, 1, 2, 3, 4, 5, 6}}, .leave_out = {6}}),
+              HasSubstr("class 6 stands twice: in leave_out and in task 0"));
   EXPECT_THAT(refusal({.base_classes = 8}), HasSubstr("base_classes 8 is more than the 7 classes"));
   EXPECT_THAT(refusal({.leave_out = {0, 1, 2, 3, 4, 5}}), HasSubstr("leaves 1 of 7"));
   EXPECT_THAT(refusal({.validation_per_class = 6}), HasSubstr("class 0 (a) has no image left to train on"));

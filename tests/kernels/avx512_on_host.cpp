@@ -1,5 +1,5 @@
-// The AVX-512 families with their vectors written out in plain C++, so that their tile shapes, tails and packing run on any
-// processor. The intrinsics themselves (cpu_vec_x86.h) are only run where the processor has them.
+// The AVX-512 families with their vectors written out in plain C++, so that their tile shapes, tails and packing run on
+// any processor. The intrinsics themselves (cpu_vec_x86.h) are only run where the processor has them.
 #include <cmath>
 
 #include "kernels/cpu_primitives.h"
@@ -43,7 +43,9 @@ struct VecHost512 {
       for (int i = 0; i < half; ++i) x[i] += x[i + half];
     return x[0];
   }
-  static void sum4(Reg a, Reg b, Reg c, Reg d, float* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
+  static void sum4(Reg a, Reg b, Reg c, Reg d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  }
   [[gnu::noinline]] static Reg sigmoid(Reg x) {
     for (int i = 0; i < kWidth; ++i) x[i] = 1.0f / (1.0f + std::exp(-x[i]));
     return x;
@@ -65,9 +67,12 @@ bool path_available(Path path) { return path != Path::kAvx2; }
 const Backend* avx2_backend(DType) { return nullptr; }
 const Backend* avx512_backend(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return &Cpu<VecHost512, float>::table();
-    case DType::kBF16: return &Cpu<VecHost512, BFloat16>::table();
-    default: return scalar_backend(dtype);  // F16 and F64 add no shapes
+    case DType::kF32:
+      return &Cpu<VecHost512, float>::table();
+    case DType::kBF16:
+      return &Cpu<VecHost512, BFloat16>::table();
+    default:
+      return scalar_backend(dtype);  // F16 and F64 add no shapes
   }
 }
 const Backend* avx512_bf16_backend(DType dtype) {

@@ -65,28 +65,106 @@ TEST(BadInput, AGateThatIsNotFiniteIsRefused) {
 }
 
 TEST(BadInput, ShapesOffsetsPointersAndWorkspaceAreChecked) {
-  expect_error<InternalError>([] { SmallCall c; c.space.bytes = 1000; c.run(); }, "workspace too small: have 1000 bytes, need");
-  expect_error<InternalError>([] { SmallCall c; c.space.data = static_cast<char*>(c.space.data) + 4; c.run(); }, "not aligned");
-  expect_error<InternalError>([] { SmallCall c; c.args.x.data = static_cast<const char*>(c.args.x.data) + 1; c.run(); }, "x: not aligned");
-  expect_error<InternalError>([] { SmallCall c; c.args.x.data = nullptr; c.run(); }, "x: missing");
-  expect_error<InternalError>([] { SmallCall c; c.args.x.ld = 15; c.run(); }, "leading dimension 15 is below the width 16");
-  expect_error<InternalError>([] { SmallCall c; c.args.gates = nullptr; c.run(); }, "gates missing");
-  expect_error<InternalError>([] { SmallCall c; c.args.route = nullptr; c.run(); }, "route missing");
-  expect_error<InternalError>([] { SmallCall c; c.device.view.num_experts = 1; c.run(); }, "route is for 2 experts");
-  expect_error<InternalError>([] { SmallCall c; c.device.view.d_out = 0; c.run(); }, "bad shape");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.space.bytes = 1000;
+        c.run();
+      },
+      "workspace too small: have 1000 bytes, need");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.space.data = static_cast<char*>(c.space.data) + 4;
+        c.run();
+      },
+      "not aligned");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.args.x.data = static_cast<const char*>(c.args.x.data) + 1;
+        c.run();
+      },
+      "x: not aligned");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.args.x.data = nullptr;
+        c.run();
+      },
+      "x: missing");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.args.x.ld = 15;
+        c.run();
+      },
+      "leading dimension 15 is below the width 16");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.args.gates = nullptr;
+        c.run();
+      },
+      "gates missing");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.args.route = nullptr;
+        c.run();
+      },
+      "route missing");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.device.view.num_experts = 1;
+        c.run();
+      },
+      "route is for 2 experts");
+  expect_error<InternalError>(
+      [] {
+        SmallCall c;
+        c.device.view.d_out = 0;
+        c.run();
+      },
+      "bad shape");
   const int64_t decreasing[3] = {0, 5, 2};
-  expect_error<InternalError>([&] { SmallCall c; c.device.view.row_offsets = decreasing; c.run(); }, "decrease at expert 1");
-  expect_error<InternalError>([&] { SmallCall c; c.device.view.bt = nullptr; c.run(); }, "dense expert 0 has 2 rows");
-  expect_error<UserError>([] { SmallCall c; c.device.view.dtype = DType::kI32; c.run(); }, "no kernels for dtype I32");
+  expect_error<InternalError>(
+      [&] {
+        SmallCall c;
+        c.device.view.row_offsets = decreasing;
+        c.run();
+      },
+      "decrease at expert 1");
+  expect_error<InternalError>(
+      [&] {
+        SmallCall c;
+        c.device.view.bt = nullptr;
+        c.run();
+      },
+      "dense expert 0 has 2 rows");
+  expect_error<UserError>(
+      [] {
+        SmallCall c;
+        c.device.view.dtype = DType::kI32;
+        c.run();
+      },
+      "no kernels for dtype I32");
   expect_error<InternalError>([] { route_build(nullptr, 1, 129, 1, {}, {}); }, "more than 128 slots");
   expect_error<InternalError>([] { route_build(nullptr, 1 << 30, 4, 1, {}, {}); }, "more than 2^31 pairs");
-  expect_error<InternalError>([] { int32_t index = 0; route_build(&index, 1, 1, 1, {}, {}); }, "workspace too small");
+  expect_error<InternalError>(
+      [] {
+        int32_t index = 0;
+        route_build(&index, 1, 1, 1, {}, {});
+      },
+      "workspace too small");
 }
 
 TEST(BadInput, FfnDtypesAndShapesMustAgree) {
   Random random;
   const Target target;
-  const Ffn x{random.experts(16, 24, {2}, DType::kF32), random.experts(16, 24, {2}, DType::kF32), random.experts(24, 16, {2}, DType::kF32)};
+  const Ffn x{random.experts(16, 24, {2}, DType::kF32), random.experts(16, 24, {2}, DType::kF32),
+              random.experts(24, 16, {2}, DType::kF32)};
   const DeviceExperts gate(target, x.gate), up(target, x.up), down(target, x.down);
   const DeviceRoute route(target, random.routing(3, 1, 1, false), 1);
   FfnExperts experts{gate.view, up.view, down.view};
@@ -101,7 +179,8 @@ TEST(BadInput, MissingInstructionSetsAndDevicesAreRefusedNotReplaced) {
   for (const Path path : {Path::kAvx2, Path::kAvx512, Path::kAvx512Bf16})
     if (!path_available(path))
       expect_error<UserError>([&] { backend_for({Device::kCpu, path}, DType::kF32); }, "cannot run");
-  if (!cuda_available()) expect_error<UserError>([&] { backend_for({Device::kCuda}, DType::kF32); }, "no usable device");
+  if (!cuda_available())
+    expect_error<UserError>([&] { backend_for({Device::kCuda}, DType::kF32); }, "no usable device");
 }
 
 TEST(Strides, RowsMayLieFurtherApartThanTheyAreWide) {
@@ -110,7 +189,8 @@ TEST(Strides, RowsMayLieFurtherApartThanTheyAreWide) {
   const Vec packed = get(call.y, 6 * 24, DType::kF32);
   const Vec x = get(*call.x, 6 * 16, DType::kF32);
   Vec wide(6 * 21, std::numeric_limits<double>::quiet_NaN());
-  for (size_t t = 0; t < 6; ++t) std::copy_n(x.begin() + static_cast<int64_t>(t) * 16, 16, wide.begin() + static_cast<int64_t>(t) * 21);
+  for (size_t t = 0; t < 6; ++t)
+    std::copy_n(x.begin() + static_cast<int64_t>(t) * 16, 16, wide.begin() + static_cast<int64_t>(t) * 21);
   const auto spread = put(call.target.exec, wide, DType::kF32);
   Memory y(call.target.exec, 6 * 31 * 4);
   call.args.x = {spread->data(), 21};
@@ -126,7 +206,8 @@ TEST(Strides, RowsMayLieFurtherApartThanTheyAreWide) {
 TEST(Inference, TheFfnGivesTheSameBitsWithoutSavingAnything) {
   Random random;
   const Target target;
-  const Ffn x{random.experts(16, 40, {2, 0}, DType::kF32), random.experts(16, 40, {3, 0}, DType::kF32), random.experts(40, 16, {1, 0}, DType::kF32)};
+  const Ffn x{random.experts(16, 40, {2, 0}, DType::kF32), random.experts(16, 40, {3, 0}, DType::kF32),
+              random.experts(40, 16, {1, 0}, DType::kF32)};
   const Routing routing = random.routing(7, 2, 2);
   const Vec in = random.normal(7 * 16, DType::kF32), base = random.normal(7 * 40, DType::kF32);
   const FfnOut saved = run_ffn(target, x, routing, in, base, base, in, base).out;
@@ -136,8 +217,15 @@ TEST(Inference, TheFfnGivesTheSameBitsWithoutSavingAnything) {
   const auto dev_x = put(target.exec, in, DType::kF32), dev_base = put(target.exec, base, DType::kF32);
   Memory hidden(target.exec, 7 * 40 * 4), y(target.exec, 7 * 16 * 4);
   Memory workspace(target.exec, ffn_forward_workspace(experts, 7, 2, target.exec));
-  ffn_forward({&experts, &route.route, route.gates, {dev_x->data(), 16}, {dev_base->data(), 40}, {dev_base->data(), 40},
-               {hidden.data(), 40}, {y.data(), 16}, nullptr},
+  ffn_forward({&experts,
+               &route.route,
+               route.gates,
+               {dev_x->data(), 16},
+               {dev_base->data(), 40},
+               {dev_base->data(), 40},
+               {hidden.data(), 40},
+               {y.data(), 16},
+               nullptr},
               {workspace.data(), workspace.bytes()}, target.exec);
   expect_same_bits(get(hidden, 7 * 40, DType::kF32), saved.hidden_sum, "hidden_sum");
   expect_same_bits(get(y, 7 * 16, DType::kF32), saved.y_delta, "y_delta");
@@ -150,11 +238,13 @@ TEST(Threads, OneAndManyThreadsGiveTheSameBits) {
   // Large enough to be spread over a team (more than two MFLOP per step).
   const Experts x = random.experts(264, 200, {16, 0, 65, 3, 130}, DType::kF32);
   const Routing r = random.routing(300, 2, 5);
-  const Vec in = random.normal(300 * 264, DType::kF32), y0 = random.normal(300 * 200, DType::kF32), dy = random.normal(300 * 200, DType::kF32);
+  const Vec in = random.normal(300 * 264, DType::kF32), y0 = random.normal(300 * 200, DType::kF32),
+            dy = random.normal(300 * 200, DType::kF32);
   const Ffn ffn{random.experts(64, 264, {16, 0, 9}, DType::kF32), random.experts(64, 264, {16, 0, 9}, DType::kF32),
                 random.experts(264, 64, {16, 0, 9}, DType::kF32)};
   const Routing ffn_route = random.routing(300, 2, 3);
-  const Vec base = random.normal(300 * 264, DType::kF32), q = random.normal(300 * 264, DType::kF32), narrow = random.normal(300 * 64, DType::kF32);
+  const Vec base = random.normal(300 * 264, DType::kF32), q = random.normal(300 * 264, DType::kF32),
+            narrow = random.normal(300 * 64, DType::kF32);
   const int before = omp_get_max_threads();
   std::vector<DeltaResult> deltas;
   std::vector<FfnResult> ffns;
@@ -197,7 +287,8 @@ TEST(Layout, EveryTileBelongsToTheExpertThatCountedIt) {
     std::vector<int32_t> base{0};
     std::vector<int> owner;
     for (int e = 0; e < experts; ++e) {
-      const int32_t tiles = shrink_tile_count(random.pick<int64_t>({0, 1, 63, 64, 65, 200}), random.pick<int64_t>({0, 1, 64, 100}), 64);
+      const int32_t tiles =
+          shrink_tile_count(random.pick<int64_t>({0, 1, 63, 64, 65, 200}), random.pick<int64_t>({0, 1, 64, 100}), 64);
       base.push_back(base.back() + tiles);
       owner.insert(owner.end(), static_cast<size_t>(tiles), e);
     }
@@ -233,7 +324,8 @@ TEST(Layout, TilesOfAnExpertAreInTheTableOfItsClassOnly) {
       const int64_t n = offsets[i + 1] - offsets[i], r = rows[i + 1] - rows[i];
       const bool large = rule.enabled && r >= rule.min_rank && n >= rule.min_pairs;
       const int block = large ? 128 : 64;
-      const int32_t expected[3] = {shrink_tile_count(n, r, block), expand_tile_count(n, r, block), outer_tile_count(r, block)};
+      const int32_t expected[3] = {shrink_tile_count(n, r, block), expand_tile_count(n, r, block),
+                                   outer_tile_count(r, block)};
       for (size_t product = 0; product < 3; ++product) {
         const auto tiles = [&](size_t table) { return tables[table][i + 1] - tables[table][i]; };
         EXPECT_EQ(tiles(product + (large ? 3 : 0)), expected[product]);

@@ -72,8 +72,8 @@ struct Fiber {
   bool done = false;
   int committed = 0;
   std::vector<PendingCopy> pending;
-  std::vector<PendingCopy> issued;    // copies this thread has not waited for, landed or not
-  std::vector<size_t> unfenced;       // 16-byte pieces of shared memory it has waited for, but not fenced
+  std::vector<PendingCopy> issued;  // copies this thread has not waited for, landed or not
+  std::vector<size_t> unfenced;     // 16-byte pieces of shared memory it has waited for, but not fenced
   std::vector<IssuedWgmma> wgmmas;
   int64_t wgmma_count = 0;
   int wgmma_groups = 0;
@@ -203,8 +203,8 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Con
   std::memcpy(w.a[lane], a, sizeof a);
   std::memcpy(w.b[lane], b, sizeof b);
   sync_warp();
-  // A element (row, k): lane 4 (row % 8) + (k % 8) / 2, register (row / 8) + 2 (k / 8); B element (k, n): lane 4 n + (k % 8) / 2,
-  // register k / 8; C element i of a lane: row lane / 4 + 8 (i / 2), column 2 (lane % 4) + i % 2.
+  // A element (row, k): lane 4 (row % 8) + (k % 8) / 2, register (row / 8) + 2 (k / 8); B element (k, n): lane 4 n + (k
+  // % 8) / 2, register k / 8; C element i of a lane: row lane / 4 + 8 (i / 2), column 2 (lane % 4) + i % 2.
   const auto half = [](uint32_t pair, unsigned index) { return static_cast<uint16_t>(pair >> (16 * index)); };
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4 + 8 * (i / 2), n = 2 * (lane % 4) + i % 2;
@@ -231,7 +231,8 @@ void matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   for (unsigned m = 0; m < 4; ++m) {
     uint16_t pair[2];
     for (unsigned i = 0; i < 2; ++i) {
-      const unsigned r_in = transposed ? 2 * (lane % 4) + i : lane / 4, c_in = transposed ? lane / 4 : 2 * (lane % 4) + i;
+      const unsigned r_in = transposed ? 2 * (lane % 4) + i : lane / 4,
+                     c_in = transposed ? lane / 4 : 2 * (lane % 4) + i;
       std::memcpy(&pair[i], static_cast<const unsigned char*>(w.rows[8 * m + r_in]) + 2 * c_in, 2);
     }
     r[m] = static_cast<uint32_t>(pair[0]) | static_cast<uint32_t>(pair[1]) << 16;
@@ -284,7 +285,8 @@ void wait_copies_until(int groups_left) {
   self.issued.swap(still);
 }
 
-// ---- mbarrier: [63..48] a mark, [47] the current phase's parity, [46..24] arrivals pending, [23..0] arrivals per phase --------
+// ---- mbarrier: [63..48] a mark, [47] the current phase's parity, [46..24] arrivals pending, [23..0] arrivals per
+// phase --------
 
 namespace {
 constexpr uint64_t kMark = 0xb7a1;
@@ -322,12 +324,14 @@ void fence_async_proxy() {
   self.unfenced.clear();
 }
 
-// ---- wgmma ---------------------------------------------------------------------------------------------------------------------
+// ---- wgmma
+// ---------------------------------------------------------------------------------------------------------------------
 
 namespace {
 
-// Eight elements that lie side by side in memory, of an operand behind a descriptor. K-major: (8,m),(8,2k) : (128 B, SBO),
-// (2 B, 16 B). Stored by depth: (64,m),(8,k) : (2 B, LBO),(128 B, SBO). Then bits 4..6 of the address are xored with bits 7..9.
+// Eight elements that lie side by side in memory, of an operand behind a descriptor. K-major: (8,m),(8,2k) : (128 B,
+// SBO), (2 B, 16 B). Stored by depth: (64,m),(8,k) : (2 B, LBO),(128 B, SBO). Then bits 4..6 of the address are xored
+// with bits 7..9.
 template <class Take>
 void decode(uint64_t descriptor, int extent, bool by_depth, Take take) {
   const auto field = [&](int bit) { return (descriptor >> bit & 0x3fff) << 4; };
@@ -465,7 +469,9 @@ void run_grid(int64_t blocks, int threads, size_t shared, const std::function<vo
 
 }  // namespace moraine::kernels::device
 
-void __syncthreads() { moraine::kernels::device::wait_at(moraine::kernels::device::machine.block, moraine::kernels::device::machine.threads); }
+void __syncthreads() {
+  moraine::kernels::device::wait_at(moraine::kernels::device::machine.block, moraine::kernels::device::machine.threads);
+}
 
 cudaError_t cudaMalloc(void** out, size_t bytes) {
   *out = std::aligned_alloc(256, (bytes + 255) / 256 * 256);

@@ -1,10 +1,11 @@
 #pragma once
 
-// Runs the CUDA kernels on the host: blocks one after another, the threads of a block as fibers that switch at barriers and
-// warp collectives. Fragment layouts of ldmatrix and mma follow the PTX manual, cp.async lands at a random time between issue
-// and wait, shared memory starts as NaN. wgmma decodes its descriptors as the manual defines them and runs at a random time
-// between issue and wait; it reads a second copy of shared memory, where a write is NaN until the thread that made it has
-// waited for it and fenced the async proxy. What this cannot show: speed, and races between warps that a switch never exposes.
+// Runs the CUDA kernels on the host: blocks one after another, the threads of a block as fibers that switch at barriers
+// and warp collectives. Fragment layouts of ldmatrix and mma follow the PTX manual, cp.async lands at a random time
+// between issue and wait, shared memory starts as NaN. wgmma decodes its descriptors as the manual defines them and
+// runs at a random time between issue and wait; it reads a second copy of shared memory, where a write is NaN until the
+// thread that made it has waited for it and fenced the async proxy. What this cannot show: speed, and races between
+// warps that a switch never exposes.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -32,7 +33,9 @@ void __syncthreads();
 
 struct __nv_bfloat16 : moraine::kernels::BFloat16 {};
 struct __half : moraine::kernels::Float16 {};
-inline float __bfloat162float(__nv_bfloat16 x) { return moraine::kernels::widen(static_cast<moraine::kernels::BFloat16>(x)); }
+inline float __bfloat162float(__nv_bfloat16 x) {
+  return moraine::kernels::widen(static_cast<moraine::kernels::BFloat16>(x));
+}
 inline float __half2float(__half x) { return moraine::kernels::widen(static_cast<moraine::kernels::Float16>(x)); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   __nv_bfloat16 out;

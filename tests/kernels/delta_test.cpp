@@ -22,8 +22,8 @@ struct Case {
   Vec x, y0, dy;
 };
 
-Case make_case(Random& random, DType dtype, int64_t tokens, int64_t slots, const std::vector<int64_t>& ranks, int64_t d_in,
-               int64_t d_out, bool dense = false) {
+Case make_case(Random& random, DType dtype, int64_t tokens, int64_t slots, const std::vector<int64_t>& ranks,
+               int64_t d_in, int64_t d_out, bool dense = false) {
   Case c;
   c.experts = random.experts(d_in, d_out, ranks, dtype, dense);
   c.routing = random.routing(tokens, slots, static_cast<int64_t>(ranks.size()));
@@ -42,7 +42,8 @@ void expect_matches_oracle(const Target& target, const Case& c) {
   // Stored on the way: w v once, u once, w u once more (the CPU keeps all three in the accumulate type).
   const GradMagnitudes size = delta_backward_magnitudes(c.experts, c.routing, c.x, c.dy);
   const int64_t depth = c.experts.d_in + c.experts.d_out + c.routing.tokens * c.routing.slots + 8;
-  const auto check = [&](const Vec& got, const Vec& expected, const Vec& stored, const Vec& summed, int roundings, const char* what) {
+  const auto check = [&](const Vec& got, const Vec& expected, const Vec& stored, const Vec& summed, int roundings,
+                         const char* what) {
     expect_close_terms(got, expected, stored, summed, roundings, depth, target.dtype, what);
   };
   check(out.grads.da, ref.da, size.stored.da, size.summed.da, 1, "dA");
@@ -53,7 +54,8 @@ void expect_matches_oracle(const Target& target, const Case& c) {
   }
   check(out.grads.dgates, ref.dgates, size.stored.dgates, size.summed.dgates, 1, "dgates");
   // Below 64 pairs nothing averages over gates whose ranks cancel, and the norm says no more than the bound above.
-  if (c.routing.index.size() >= 64) expect_close_norm(out.grads.dgates, ref.dgates, gate_tolerance(target.dtype), "dgates");
+  if (c.routing.index.size() >= 64)
+    expect_close_norm(out.grads.dgates, ref.dgates, gate_tolerance(target.dtype), "dgates");
 }
 
 TEST_P(Delta, ForwardAndBackwardEqualTheOracleOverRaggedShapes) {
@@ -100,11 +102,13 @@ TEST_P(Delta, PermutingTokensPermutesOutputsBitForBit) {
   const Case c = make_case(random, GetParam().dtype, tokens, k, {1, 16, 0, 33, 100}, d_in, d_out);
   std::vector<size_t> order(static_cast<size_t>(tokens));
   std::iota(order.begin(), order.end(), 0);
-  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
+  for (size_t i = order.size(); i > 1; --i)
+    std::swap(order[i - 1], order[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
   const auto permuted = [&](const Vec& rows, int64_t width) {
     Vec out;
     for (const size_t t : order)
-      out.insert(out.end(), rows.begin() + static_cast<int64_t>(t) * width, rows.begin() + static_cast<int64_t>(t + 1) * width);
+      out.insert(out.end(), rows.begin() + static_cast<int64_t>(t) * width,
+                 rows.begin() + static_cast<int64_t>(t + 1) * width);
     return out;
   };
   Case p = c;
@@ -128,7 +132,9 @@ TEST_P(Delta, RelabelingExpertsLeavesOutputsBitForBit) {
   const auto offsets = c.experts.offsets();
   for (int64_t e = last; e >= 0; --e) {
     const auto from = static_cast<size_t>(e);
-    const auto slab = [&](const Vec& w, int64_t d) { return Vec(w.begin() + offsets[from] * d, w.begin() + offsets[from + 1] * d); };
+    const auto slab = [&](const Vec& w, int64_t d) {
+      return Vec(w.begin() + offsets[from] * d, w.begin() + offsets[from + 1] * d);
+    };
     const Vec a = slab(c.experts.a, 48), bt = slab(c.experts.bt, 56);
     p.experts.a.insert(p.experts.a.end(), a.begin(), a.end());
     p.experts.bt.insert(p.experts.bt.end(), bt.begin(), bt.end());
@@ -147,7 +153,8 @@ TEST_P(Delta, ATokenComputesTheSameBitsAloneAndInAnyBatch) {
   const int64_t tokens = 150, k = 2, d_in = 560, d_out = 136;
   const Case c = make_case(random, GetParam().dtype, tokens, k, {1, 7, 0, 40, 130}, d_in, d_out);
   const Vec whole = run_delta_forward(GetParam(), c.experts, c.routing, c.x, c.y0);
-  for (const auto& [first, count] : std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {77, 1}, {149, 1}, {3, 5}, {40, 70}}) {
+  for (const auto& [first, count] :
+       std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {77, 1}, {149, 1}, {3, 5}, {40, 70}}) {
     const auto part = [&](const auto& rows, int64_t width) {
       return std::decay_t<decltype(rows)>(rows.begin() + first * width, rows.begin() + (first + count) * width);
     };
@@ -176,9 +183,12 @@ TEST_P(Delta, NothingLeaksFromUnusedExpertsOrNeighbours) {
   onto.da = random.normal(20 * 64, DType::kF32), onto.dbt = random.normal(20 * 40, DType::kF32);
   const DeltaResult added = run_delta(GetParam(), poisoned.experts, c.routing, c.x, c.y0, c.dy, &onto);
   for (size_t i = 5 * 64; i < 17 * 64; ++i) ASSERT_EQ(added.grads.da[i], onto.da[i]);
-  const DeltaResult chosen = run_delta(GetParam(), poisoned.experts, c.routing, c.x, c.y0, c.dy, &onto, WeightGrads::kChosenOnly);
-  for (size_t i = 0; i < 20 * 64; ++i) ASSERT_EQ(chosen.grads.da[i], i / 64 >= 5 && i / 64 < 17 ? onto.da[i] : clean.grads.da[i]);
-  for (size_t i = 0; i < 20 * 40; ++i) ASSERT_EQ(chosen.grads.dbt[i], i / 40 >= 5 && i / 40 < 17 ? onto.dbt[i] : clean.grads.dbt[i]);
+  const DeltaResult chosen =
+      run_delta(GetParam(), poisoned.experts, c.routing, c.x, c.y0, c.dy, &onto, WeightGrads::kChosenOnly);
+  for (size_t i = 0; i < 20 * 64; ++i)
+    ASSERT_EQ(chosen.grads.da[i], i / 64 >= 5 && i / 64 < 17 ? onto.da[i] : clean.grads.da[i]);
+  for (size_t i = 0; i < 20 * 40; ++i)
+    ASSERT_EQ(chosen.grads.dbt[i], i / 40 >= 5 && i / 40 < 17 ? onto.dbt[i] : clean.grads.dbt[i]);
 }
 
 TEST_P(Delta, WithoutRanksOrPairsYIsY0BitForBit) {
@@ -197,7 +207,8 @@ TEST_P(Delta, WithoutRanksOrPairsYIsY0BitForBit) {
   c = make_case(random, dtype, 9, 2, {}, 16, 24);
   expect_same_bits(run_delta(GetParam(), c.experts, c.routing, c.x, c.y0, c.dy).y, c.y0, "no experts");
   c = make_case(random, dtype, 0, 2, {4, 3}, 16, 24);
-  expect_same_bits(run_delta(GetParam(), c.experts, c.routing, c.x, c.y0, c.dy).grads.da, Vec(7 * 16, 0.0), "no tokens");
+  expect_same_bits(run_delta(GetParam(), c.experts, c.routing, c.x, c.y0, c.dy).grads.da, Vec(7 * 16, 0.0),
+                   "no tokens");
 }
 
 TEST_P(Delta, AZeroGateAddsNothingButStillHasAGradient) {
@@ -269,7 +280,8 @@ TEST_P(Delta, SkewedRoutesEqualTheOracle) {
 }
 
 TEST_P(Delta, AHundredThousandZipfPairsEqualTheOracle) {
-  const int64_t tokens = GetParam().exec.path == Path::kScalar || GetParam().exec.device == Device::kCuda ? 5000 : 50000;
+  const int64_t tokens =
+      GetParam().exec.path == Path::kScalar || GetParam().exec.device == Device::kCuda ? 5000 : 50000;
   Case c = make_case(random, GetParam().dtype, tokens, 2, std::vector<int64_t>{1, 2, 0, 8, 3, 1, 1, 2}, 8, 16);
   Vec mass(8);
   for (size_t e = 0; e < 8; ++e) mass[e] = 1 / std::pow(static_cast<double>(e + 1), 1.2);
@@ -344,7 +356,8 @@ TEST_P(Materialise, AMaterialisedExpertEqualsItsFactorsForwardAndBackward) {
     for (int64_t i = offsets[e]; i < offsets[e + 1]; ++i)
       for (int64_t o = 0; o < 40; ++o)
         for (int64_t c = 0; c < 24; ++c) {
-          const auto w = e * 960 + static_cast<size_t>(o * 24 + c), a = static_cast<size_t>(i * 24 + c), b = static_cast<size_t>(i * 40 + o);
+          const auto w = e * 960 + static_cast<size_t>(o * 24 + c), a = static_cast<size_t>(i * 24 + c),
+                     b = static_cast<size_t>(i * 40 + o);
           ref[w] += x.bt[b] * x.a[a];
           ref_da[a] += x.bt[b] * dw[w];
           ref_dbt[b] += x.a[a] * dw[w];
@@ -352,8 +365,10 @@ TEST_P(Materialise, AMaterialisedExpertEqualsItsFactorsForwardAndBackward) {
   expect_close(get(weights, 4 * 40 * 24, accumulate), ref, output_tolerance(accumulate), "W");
   if (target.dtype != accumulate) return;  // backward is for full-precision factors
   const auto dev_dw = put(target.exec, dw, target.dtype);
-  Memory da(target.exec, x.a.size() * core::size_of(accumulate)), dbt(target.exec, x.bt.size() * core::size_of(accumulate));
-  materialise_backward(device.view, dev_dw->data(), da.data(), dbt.data(), {workspace.data(), workspace.bytes()}, target.exec);
+  Memory da(target.exec, x.a.size() * core::size_of(accumulate)),
+      dbt(target.exec, x.bt.size() * core::size_of(accumulate));
+  materialise_backward(device.view, dev_dw->data(), da.data(), dbt.data(), {workspace.data(), workspace.bytes()},
+                       target.exec);
   expect_close(get(da, static_cast<int64_t>(x.a.size()), accumulate), ref_da, output_tolerance(accumulate), "dA");
   expect_close(get(dbt, static_cast<int64_t>(x.bt.size()), accumulate), ref_dbt, output_tolerance(accumulate), "dBt");
 }

@@ -26,8 +26,8 @@ Case make_case(Random& random, DType dtype, int64_t tokens, int64_t slots, int64
           random.normal(tokens * f, dtype)};
 }
 
-// a, b, h, dh, da and db are rounded to the storage type on the way, each at most half an ulp of relative error on top of the
-// linear operation's own: allow twice its bound, and three times where two rounded factors meet in a product.
+// a, b, h, dh, da and db are rounded to the storage type on the way, each at most half an ulp of relative error on top
+// of the linear operation's own: allow twice its bound, and three times where two rounded factors meet in a product.
 void expect_matches_oracle(const Target& target, const Case& c) {
   const FfnResult out = run_ffn(target, c.experts, c.routing, c.x, c.gate_base, c.up_base, c.dy, c.q);
   const FfnOut ref = ffn_forward(c.experts, c.routing, c.x, c.gate_base, c.up_base);
@@ -51,8 +51,10 @@ void expect_matches_oracle(const Target& target, const Case& c) {
 }
 
 TEST_P(FfnExpert, ForwardAndBackwardEqualTheOracle) {
-  expect_matches_oracle(GetParam(), make_case(random, GetParam().dtype, 37, 2, 48, 136, {0, 3, 16, 9}, {0, 3, 16, 9}, {0, 3, 16, 9}));
-  expect_matches_oracle(GetParam(), make_case(random, GetParam().dtype, 20, 3, 24, 264, {2, 0, 5}, {0, 4, 1}, {7, 0, 1}));
+  expect_matches_oracle(
+      GetParam(), make_case(random, GetParam().dtype, 37, 2, 48, 136, {0, 3, 16, 9}, {0, 3, 16, 9}, {0, 3, 16, 9}));
+  expect_matches_oracle(GetParam(),
+                        make_case(random, GetParam().dtype, 20, 3, 24, 264, {2, 0, 5}, {0, 4, 1}, {7, 0, 1}));
   expect_matches_oracle(GetParam(), make_case(random, GetParam().dtype, 7, 1, 16, 40, {12}, {10}, {8}));
   expect_matches_oracle(GetParam(), make_case(random, GetParam().dtype, 0, 2, 16, 40, {2, 1}, {1, 3}, {8, 0}));
 }
@@ -103,7 +105,8 @@ TEST(FfnGradcheck, BackwardIsTheDerivativeOfTheWholeFfn) {
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t o = 0; o < d; ++o)
       for (int64_t i = 0; i < f; ++i)
-        c.q[static_cast<size_t>(t * f + i)] += wd[static_cast<size_t>(o * f + i)] * c.dy[static_cast<size_t>(t * d + o)];
+        c.q[static_cast<size_t>(t * f + i)] +=
+            wd[static_cast<size_t>(o * f + i)] * c.dy[static_cast<size_t>(t * d + o)];
   const auto run = [&] { return run_ffn(target, c.experts, c.routing, c.x, c.gate_base, c.up_base, c.dy, c.q); };
   const auto loss = [&] {
     const FfnResult r = run();  // <dy, Wd hidden + delta> = <q, hidden> + <dy, delta>

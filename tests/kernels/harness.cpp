@@ -35,10 +35,14 @@ double round_mantissa(double x, int mantissa, int min_exponent) {
 
 double rounded(double x, DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return round_mantissa(x, 7, -126);
-    case DType::kF16: return round_mantissa(x, 10, -14);
-    case DType::kF32: return static_cast<float>(x);
-    default: return x;
+    case DType::kBF16:
+      return round_mantissa(x, 7, -126);
+    case DType::kF16:
+      return round_mantissa(x, 10, -14);
+    case DType::kF32:
+      return static_cast<float>(x);
+    default:
+      return x;
   }
 }
 
@@ -179,7 +183,8 @@ Vec get(const Memory& memory, int64_t count, DType dtype) {
 
 Random::Random() {
   const char* given = std::getenv("MORAINE_TEST_SEED");
-  seed_ = given != nullptr ? std::strtoull(given, nullptr, 10) : 20260208;   // fixed, so that a change of the code is the only thing that can break a test
+  seed_ = given != nullptr ? std::strtoull(given, nullptr, 10)
+                           : 20260208;  // fixed, so that a change of the code is the only thing that can break a test
   engine_.seed(seed_);
 }
 
@@ -203,7 +208,8 @@ Experts Random::experts(int64_t d_in, int64_t d_out, std::vector<int64_t> ranks,
     const Vec bt = normal(rank * d_out, dtype, 1 / std::sqrt(static_cast<double>(std::max<int64_t>(rank, 1))));
     x.bt.insert(x.bt.end(), bt.begin(), bt.end());
   }
-  for (int64_t e = 0; e < x.num(); ++e) x.scale.push_back(rounded(0.5 + static_cast<double>(below(100)) / 100, DType::kF32));
+  for (int64_t e = 0; e < x.num(); ++e)
+    x.scale.push_back(rounded(0.5 + static_cast<double>(below(100)) / 100, DType::kF32));
   return x;
 }
 
@@ -224,8 +230,15 @@ DeviceExperts::DeviceExperts(const Target& target, const Experts& x) : offsets_(
   held_.push_back(put(target.exec, x.scale, DType::kF32));
   held_.push_back(std::make_unique<Memory>(target.exec, offsets_.size() * 8));
   held_.back()->upload(offsets_.data(), offsets_.size() * 8);
-  view = {x.num(),        x.d_in, x.d_out, target.dtype, held_[0]->data(), x.dense ? nullptr : held_[1]->data(),
-          offsets_.data(), static_cast<const int64_t*>(held_[3]->data()), static_cast<const float*>(held_[2]->data())};
+  view = {x.num(),
+          x.d_in,
+          x.d_out,
+          target.dtype,
+          held_[0]->data(),
+          x.dense ? nullptr : held_[1]->data(),
+          offsets_.data(),
+          static_cast<const int64_t*>(held_[3]->data()),
+          static_cast<const float*>(held_[2]->data())};
 }
 
 DeviceRoute::DeviceRoute(const Target& target, const Routing& r, int64_t experts) {
@@ -244,8 +257,13 @@ Vec run_delta_forward(const Target& t, const Experts& x, const Routing& r, const
   const auto dev_x = put(t.exec, in, t.dtype), dev_y0 = put(t.exec, y0, t.dtype);
   Memory y(t.exec, y0.size() * core::size_of(t.dtype));
   Memory workspace(t.exec, delta_forward_workspace(experts.view, r.tokens, r.slots, t.exec));
-  delta_forward({&experts.view, &route.route, route.gates, {dev_x->data(), x.d_in}, {dev_y0->data(), x.d_out},
-                 {y.data(), x.d_out}, nullptr},
+  delta_forward({&experts.view,
+                 &route.route,
+                 route.gates,
+                 {dev_x->data(), x.d_in},
+                 {dev_y0->data(), x.d_out},
+                 {y.data(), x.d_out},
+                 nullptr},
                 {workspace.data(), workspace.bytes()}, t.exec);
   return get(y, r.tokens * x.d_out, t.dtype);
 }
@@ -266,11 +284,26 @@ DeltaResult run_delta(const Target& t, const Experts& x, const Routing& r, const
                                    : std::make_unique<Memory>(t.exec, x.bt.size() * core::size_of(accumulate));
   Memory forward_space(t.exec, delta_forward_workspace(experts.view, r.tokens, r.slots, t.exec));
   Memory backward_space(t.exec, delta_backward_workspace(experts.view, r.tokens, r.slots, t.exec));
-  delta_forward({&experts.view, &route.route, route.gates, {dev_x->data(), x.d_in}, {dev_y0->data(), x.d_out},
-                 {y.data(), x.d_out}, u.data()},
+  delta_forward({&experts.view,
+                 &route.route,
+                 route.gates,
+                 {dev_x->data(), x.d_in},
+                 {dev_y0->data(), x.d_out},
+                 {y.data(), x.d_out},
+                 u.data()},
                 {forward_space.data(), forward_space.bytes()}, t.exec);
-  delta_backward({&experts.view, &route.route, route.gates, {dev_x->data(), x.d_in}, {dev_dy->data(), x.d_out}, {}, u.data(),
-                  {dx.data(), x.d_in}, dgates.data(), da->data(), x.dense ? nullptr : dbt->data(), grads},
+  delta_backward({&experts.view,
+                  &route.route,
+                  route.gates,
+                  {dev_x->data(), x.d_in},
+                  {dev_dy->data(), x.d_out},
+                  {},
+                  u.data(),
+                  {dx.data(), x.d_in},
+                  dgates.data(),
+                  da->data(),
+                  x.dense ? nullptr : dbt->data(),
+                  grads},
                  {backward_space.data(), backward_space.bytes()}, t.exec);
   return {get(y, r.tokens * x.d_out, t.dtype),
           {get(dx, r.tokens * x.d_in, t.dtype), get(*da, static_cast<int64_t>(x.a.size()), accumulate),
@@ -278,37 +311,64 @@ DeltaResult run_delta(const Target& t, const Experts& x, const Routing& r, const
            get(dgates, r.tokens * r.slots, accumulate)}};
 }
 
-FfnResult run_ffn(const Target& t, const Ffn& x, const Routing& r, const Vec& in, const Vec& gate_base, const Vec& up_base,
-                  const Vec& dy, const Vec& q) {
+FfnResult run_ffn(const Target& t, const Ffn& x, const Routing& r, const Vec& in, const Vec& gate_base,
+                  const Vec& up_base, const Vec& dy, const Vec& q) {
   const DType accumulate = accumulate_dtype(t.dtype);
   const size_t element = core::size_of(t.dtype), wide = core::size_of(accumulate);
   const DeviceExperts gate(t, x.gate), up(t, x.up), down(t, x.down);
   const FfnExperts experts{gate.view, up.view, down.view};
   const DeviceRoute route(t, r, x.gate.num());
   const int64_t d = x.gate.d_in, f = x.gate.d_out, pairs = r.tokens * r.slots;
-  const auto dev_x = put(t.exec, in, t.dtype), dev_gate = put(t.exec, gate_base, t.dtype), dev_up = put(t.exec, up_base, t.dtype);
+  const auto dev_x = put(t.exec, in, t.dtype), dev_gate = put(t.exec, gate_base, t.dtype),
+             dev_up = put(t.exec, up_base, t.dtype);
   const auto dev_dy = put(t.exec, dy, t.dtype), dev_q = put(t.exec, q, t.dtype);
   const FfnSavedSizes sizes = ffn_saved_sizes(experts, pairs, t.exec.device);
-  Memory a(t.exec, sizes.a), b(t.exec, sizes.b), ug(t.exec, sizes.u_gate), uu(t.exec, sizes.u_up), ud(t.exec, sizes.u_down);
+  Memory a(t.exec, sizes.a), b(t.exec, sizes.b), ug(t.exec, sizes.u_gate), uu(t.exec, sizes.u_up),
+      ud(t.exec, sizes.u_down);
   const FfnSaved saved{a.data(), b.data(), ug.data(), uu.data(), ud.data()};
   Memory hidden(t.exec, at(r.tokens * f) * element), y(t.exec, at(r.tokens * d) * element);
   Memory forward_space(t.exec, ffn_forward_workspace(experts, r.tokens, r.slots, t.exec));
-  ffn_forward({&experts, &route.route, route.gates, {dev_x->data(), d}, {dev_gate->data(), f}, {dev_up->data(), f},
-               {hidden.data(), f}, {y.data(), d}, &saved},
+  ffn_forward({&experts,
+               &route.route,
+               route.gates,
+               {dev_x->data(), d},
+               {dev_gate->data(), f},
+               {dev_up->data(), f},
+               {hidden.data(), f},
+               {y.data(), d},
+               &saved},
               {forward_space.data(), forward_space.bytes()}, t.exec);
-  Memory dgate(t.exec, at(r.tokens * f) * element), dup(t.exec, at(r.tokens * f) * element), dx(t.exec, at(r.tokens * d) * element);
+  Memory dgate(t.exec, at(r.tokens * f) * element), dup(t.exec, at(r.tokens * f) * element),
+      dx(t.exec, at(r.tokens * d) * element);
   Memory dgates(t.exec, at(pairs) * wide);
   std::vector<std::unique_ptr<Memory>> grads;
   for (const Experts* part : {&x.gate, &x.up, &x.down})
-    for (const Vec* weight : {&part->a, &part->bt}) grads.push_back(std::make_unique<Memory>(t.exec, weight->size() * wide));
+    for (const Vec* weight : {&part->a, &part->bt})
+      grads.push_back(std::make_unique<Memory>(t.exec, weight->size() * wide));
   Memory backward_space(t.exec, ffn_backward_workspace(experts, r.tokens, r.slots, t.exec));
-  ffn_backward({&experts, &route.route, route.gates, {dev_x->data(), d}, {dev_dy->data(), d}, {dev_q->data(), f}, &saved,
-                {dgate.data(), f}, {dup.data(), f}, {dx.data(), d}, dgates.data(), grads[0]->data(), grads[1]->data(),
-                grads[2]->data(), grads[3]->data(), grads[4]->data(), grads[5]->data()},
+  ffn_backward({&experts,
+                &route.route,
+                route.gates,
+                {dev_x->data(), d},
+                {dev_dy->data(), d},
+                {dev_q->data(), f},
+                &saved,
+                {dgate.data(), f},
+                {dup.data(), f},
+                {dx.data(), d},
+                dgates.data(),
+                grads[0]->data(),
+                grads[1]->data(),
+                grads[2]->data(),
+                grads[3]->data(),
+                grads[4]->data(),
+                grads[5]->data()},
                {backward_space.data(), backward_space.bytes()}, t.exec);
   const auto grads_of = [&](const Experts& part, size_t i) {
-    return DeltaGrads{{}, get(*grads[i], static_cast<int64_t>(part.a.size()), accumulate),
-                      get(*grads[i + 1], static_cast<int64_t>(part.bt.size()), accumulate), {}};
+    return DeltaGrads{{},
+                      get(*grads[i], static_cast<int64_t>(part.a.size()), accumulate),
+                      get(*grads[i + 1], static_cast<int64_t>(part.bt.size()), accumulate),
+                      {}};
   };
   return {{get(hidden, r.tokens * f, t.dtype), get(y, r.tokens * d, t.dtype)},
           {get(dgate, r.tokens * f, t.dtype), get(dup, r.tokens * f, t.dtype), get(dx, r.tokens * d, t.dtype),
@@ -317,19 +377,27 @@ FfnResult run_ffn(const Target& t, const Ffn& x, const Routing& r, const Vec& in
 
 Tolerance output_tolerance(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return {4e-3, 1e-2, 0.025};
-    case DType::kF16: return {6e-4, 1.3e-3, 3.5e-3};
-    case DType::kF32: return {3e-6, 1e-5, 3e-5};
-    default: return {1e-13, 1e-12, 1e-12};
+    case DType::kBF16:
+      return {4e-3, 1e-2, 0.025};
+    case DType::kF16:
+      return {6e-4, 1.3e-3, 3.5e-3};
+    case DType::kF32:
+      return {3e-6, 1e-5, 3e-5};
+    default:
+      return {1e-13, 1e-12, 1e-12};
   }
 }
 
 double gate_tolerance(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return 4e-3;
-    case DType::kF16: return 6e-4;
-    case DType::kF32: return 1e-5;
-    default: return 1e-12;
+    case DType::kBF16:
+      return 4e-3;
+    case DType::kF16:
+      return 6e-4;
+    case DType::kF32:
+      return 1e-5;
+    default:
+      return 1e-12;
   }
 }
 
@@ -342,7 +410,8 @@ void expect_close_norm(const Vec& out, const Vec& ref, double relative, const st
     norm += ref[i] * ref[i];
   }
   const double floor = 0.1 * std::sqrt(static_cast<double>(ref.size()));
-  EXPECT_LE(std::sqrt(error), relative * (std::sqrt(norm) + floor)) << what << ": relative error " << std::sqrt(error / norm);
+  EXPECT_LE(std::sqrt(error), relative * (std::sqrt(norm) + floor))
+      << what << ": relative error " << std::sqrt(error / norm);
 }
 
 void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, const std::string& what) {
@@ -358,18 +427,23 @@ void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, co
 namespace {
 double unit_roundoff(DType dtype) {
   switch (dtype) {
-    case DType::kBF16: return std::ldexp(1.0, -8);
-    case DType::kF16: return std::ldexp(1.0, -11);
-    case DType::kF32: return std::ldexp(1.0, -24);
-    default: return std::ldexp(1.0, -53);
+    case DType::kBF16:
+      return std::ldexp(1.0, -8);
+    case DType::kF16:
+      return std::ldexp(1.0, -11);
+    case DType::kF32:
+      return std::ldexp(1.0, -24);
+    default:
+      return std::ldexp(1.0, -53);
   }
 }
 }  // namespace
 
-void expect_close_terms(const Vec& out, const Vec& ref, const Vec& stored, const Vec& summed, int roundings, int64_t depth,
-                        DType dtype, const std::string& what) {
+void expect_close_terms(const Vec& out, const Vec& ref, const Vec& stored, const Vec& summed, int roundings,
+                        int64_t depth, DType dtype, const std::string& what) {
   ASSERT_EQ(out.size(), ref.size()) << what;
-  const double u = roundings * unit_roundoff(dtype), wide = static_cast<double>(depth) * unit_roundoff(accumulate_dtype(dtype));
+  const double u = roundings * unit_roundoff(dtype),
+               wide = static_cast<double>(depth) * unit_roundoff(accumulate_dtype(dtype));
   for (size_t i = 0; i < ref.size(); ++i)
     ASSERT_LE(std::abs(out[i] - ref[i]), u * stored[i] + wide * summed[i])
         << what << "[" << i << "] = " << out[i] << ", expected " << ref[i];
@@ -384,7 +458,8 @@ void expect_same_bits(const Vec& a, const Vec& b, const std::string& what) {
 void OnTarget::SetUp() {
   const std::string reason = skip_reason(GetParam());
   if (!reason.empty()) GTEST_SKIP() << reason;
-  trace_ = std::make_unique<testing::ScopedTrace>(__FILE__, __LINE__, "MORAINE_TEST_SEED=" + std::to_string(random.seed()));
+  trace_ =
+      std::make_unique<testing::ScopedTrace>(__FILE__, __LINE__, "MORAINE_TEST_SEED=" + std::to_string(random.seed()));
 }
 
 }  // namespace moraine::kernels::test

@@ -13,7 +13,8 @@
 #include "kernels/rankwise.h"
 #include "tests/kernels/oracle.h"
 
-/// Runs the kernels on double data rounded to a storage type and gives doubles back; outputs and workspaces start as NaN.
+/// Runs the kernels on double data rounded to a storage type and gives doubles back; outputs and workspaces start as
+/// NaN.
 namespace moraine::kernels::test {
 
 /// A processor family (or CUDA) and a storage type.
@@ -101,8 +102,10 @@ struct DeltaResult {
 };
 /// Forward and backward. `onto`: what da and dbt hold before; backward then adds to it unless told otherwise.
 DeltaResult run_delta(const Target& target, const Experts& experts, const Routing& routing, const Vec& x, const Vec& y0,
-                      const Vec& dy, const DeltaGrads* onto = nullptr, WeightGrads grads_onto = WeightGrads::kAccumulate);
-Vec run_delta_forward(const Target& target, const Experts& experts, const Routing& routing, const Vec& x, const Vec& y0);
+                      const Vec& dy, const DeltaGrads* onto = nullptr,
+                      WeightGrads grads_onto = WeightGrads::kAccumulate);
+Vec run_delta_forward(const Target& target, const Experts& experts, const Routing& routing, const Vec& x,
+                      const Vec& y0);
 
 struct FfnResult {
   FfnOut out;
@@ -111,24 +114,25 @@ struct FfnResult {
 FfnResult run_ffn(const Target& target, const Ffn& experts, const Routing& routing, const Vec& x, const Vec& gate_base,
                   const Vec& up_base, const Vec& dy, const Vec& q);
 
-/// Allowed deviation: ||out - ref|| <= relative (||ref|| + 0.1 sqrt(n)), and |out - ref| <= element |ref| + rms_share rms(ref)
-/// everywhere, rms at least 0.1. Random operands make results of order 1 and more; the floor is for the rare case of one or
-/// two numbers (one token, rank 1) that all but cancel. Relative 0 means exact. The numbers are measured rounding errors of a simulation that rounds where the kernels do, times about 1.7.
+/// Allowed deviation: ||out - ref|| <= relative (||ref|| + 0.1 sqrt(n)), and |out - ref| <= element |ref| + rms_share
+/// rms(ref) everywhere, rms at least 0.1. Random operands make results of order 1 and more; the floor is for the rare
+/// case of one or two numbers (one token, rank 1) that all but cancel. Relative 0 means exact. The numbers are measured
+/// rounding errors of a simulation that rounds where the kernels do, times about 1.7.
 struct Tolerance {
   double relative, element, rms_share;
 };
 Tolerance output_tolerance(DType dtype);
 double gate_tolerance(DType dtype);  // on the vector over all pairs: single entries cancel
 void expect_close(const Vec& out, const Vec& ref, const Tolerance& tolerance, const std::string& what);
-/// Bound by condition, for sums whose terms may cancel and whose terms have heavy tails (products of normal variables: with two
-/// pairs of an expert an element can be 0.036 rms off by correct rounding alone, above rms_share):
+/// Bound by condition, for sums whose terms may cancel and whose terms have heavy tails (products of normal variables:
+/// with two pairs of an expert an element can be 0.036 rms off by correct rounding alone, above rms_share):
 ///
 ///   |out - ref| <= roundings u stored + depth u' summed
 ///
-/// u, u': unit roundoffs of the storage and accumulate types; roundings: times a factor of each product was stored; depth:
-/// longest chain of additions behind an element. First order, rigorous for any order of summation.
-void expect_close_terms(const Vec& out, const Vec& ref, const Vec& stored, const Vec& summed, int roundings, int64_t depth,
-                        DType dtype, const std::string& what);
+/// u, u': unit roundoffs of the storage and accumulate types; roundings: times a factor of each product was stored;
+/// depth: longest chain of additions behind an element. First order, rigorous for any order of summation.
+void expect_close_terms(const Vec& out, const Vec& ref, const Vec& stored, const Vec& summed, int roundings,
+                        int64_t depth, DType dtype, const std::string& what);
 void expect_close_norm(const Vec& out, const Vec& ref, double relative, const std::string& what);
 void expect_same_bits(const Vec& a, const Vec& b, const std::string& what);
 

@@ -29,7 +29,8 @@ Vec apply_expert(const Experts& x, int64_t e, const double* in) {
   return out;
 }
 
-Vec expert_backward(const Experts& x, int64_t e, const double* in, const double* dout, double weight, DeltaGrads& grads) {
+Vec expert_backward(const Experts& x, int64_t e, const double* in, const double* dout, double weight,
+                    DeltaGrads& grads) {
   Vec din(at(x.d_in), 0.0);
   const int64_t first = x.offsets()[at(e)];
   for (int64_t i = 0; i < x.ranks[at(e)]; ++i) {
@@ -141,12 +142,19 @@ FfnOut ffn_forward(const Ffn& x, const Routing& r, const Vec& in, const Vec& gat
   return out;
 }
 
-FfnGrads ffn_backward(const Ffn& x, const Routing& r, const Vec& in, const Vec& gate_base, const Vec& up_base, const Vec& dy,
-                      const Vec& q) {
+FfnGrads ffn_backward(const Ffn& x, const Routing& r, const Vec& in, const Vec& gate_base, const Vec& up_base,
+                      const Vec& dy, const Vec& q) {
   const int64_t d = x.gate.d_in, f = x.gate.d_out;
-  const auto zeros = [](const Experts& part) { return DeltaGrads{{}, Vec(part.a.size(), 0.0), Vec(part.bt.size(), 0.0), {}}; };
-  FfnGrads g{Vec(at(r.tokens * f), 0.0), Vec(at(r.tokens * f), 0.0), Vec(at(r.tokens * d), 0.0), Vec(r.gates.size(), 0.0),
-             zeros(x.gate), zeros(x.up), zeros(x.down)};
+  const auto zeros = [](const Experts& part) {
+    return DeltaGrads{{}, Vec(part.a.size(), 0.0), Vec(part.bt.size(), 0.0), {}};
+  };
+  FfnGrads g{Vec(at(r.tokens * f), 0.0),
+             Vec(at(r.tokens * f), 0.0),
+             Vec(at(r.tokens * d), 0.0),
+             Vec(r.gates.size(), 0.0),
+             zeros(x.gate),
+             zeros(x.up),
+             zeros(x.down)};
   for (int64_t p = 0; p < r.tokens * r.slots; ++p) {
     const int64_t e = r.index[at(p)], t = p / r.slots;
     if (e < 0) continue;
@@ -172,14 +180,15 @@ FfnGrads ffn_backward(const Ffn& x, const Routing& r, const Vec& in, const Vec& 
   return g;
 }
 
-Vec rankwise_forward(const Vec& a, const Vec& bt, int64_t tokens, int64_t rank, int64_t d_in, int64_t d_out, double scale,
-                     const Vec& in, const Vec& mask, const Vec& y0) {
+Vec rankwise_forward(const Vec& a, const Vec& bt, int64_t tokens, int64_t rank, int64_t d_in, int64_t d_out,
+                     double scale, const Vec& in, const Vec& mask, const Vec& y0) {
   Vec y = y0;
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < rank; ++i) {
       double u = 0;
       for (int64_t c = 0; c < d_in; ++c) u += a[at(i * d_in + c)] * in[at(t * d_in + c)];
-      for (int64_t c = 0; c < d_out; ++c) y[at(t * d_out + c)] += scale * u * mask[at(t * rank + i)] * bt[at(i * d_out + c)];
+      for (int64_t c = 0; c < d_out; ++c)
+        y[at(t * d_out + c)] += scale * u * mask[at(t * rank + i)] * bt[at(i * d_out + c)];
     }
   return y;
 }

@@ -17,8 +17,15 @@ struct Case {
 
 Case make_case(Random& random, DType dtype, int64_t tokens, int64_t rank, int64_t d_in, int64_t d_out) {
   const Experts weights = random.experts(d_in, d_out, {rank}, dtype);
-  return {tokens, rank, d_in, d_out, weights.a, weights.bt, random.normal(tokens * d_in, dtype),
-          random.normal(tokens * d_out, dtype), random.normal(tokens * d_out, dtype)};
+  return {tokens,
+          rank,
+          d_in,
+          d_out,
+          weights.a,
+          weights.bt,
+          random.normal(tokens * d_in, dtype),
+          random.normal(tokens * d_out, dtype),
+          random.normal(tokens * d_out, dtype)};
 }
 
 struct Result {
@@ -29,7 +36,8 @@ struct Result {
 Vec with_ld(const Vec& rows, int64_t tokens, int64_t from, int64_t to, double fill) {
   Vec out(static_cast<size_t>(tokens * to), fill);
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < std::min(from, to); ++i) out[static_cast<size_t>(t * to + i)] = rows[static_cast<size_t>(t * from + i)];
+    for (int64_t i = 0; i < std::min(from, to); ++i)
+      out[static_cast<size_t>(t * to + i)] = rows[static_cast<size_t>(t * from + i)];
   return out;
 }
 
@@ -39,17 +47,25 @@ Result run(const Target& target, const Case& c, Vec mask, int64_t keep, double s
   const size_t element = core::size_of(target.dtype), wide = core::size_of(accumulate);
   const int64_t ld = padded_rank(c.rank);
   const auto a = put(target.exec, c.a, target.dtype), bt = put(target.exec, c.bt, target.dtype);
-  const auto x = put(target.exec, c.x, target.dtype), y0 = put(target.exec, c.y0, target.dtype), dy = put(target.exec, c.dy, target.dtype);
+  const auto x = put(target.exec, c.x, target.dtype), y0 = put(target.exec, c.y0, target.dtype),
+             dy = put(target.exec, c.dy, target.dtype);
   Memory offsets(target.exec, 16);
   const int64_t values[2] = {0, c.rank};
   offsets.upload(values, 16);
-  const RankwiseAdapter adapter{c.rank, c.d_in, c.d_out, target.dtype, a->data(), bt->data(), static_cast<float>(scale),
+  const RankwiseAdapter adapter{c.rank,
+                                c.d_in,
+                                c.d_out,
+                                target.dtype,
+                                a->data(),
+                                bt->data(),
+                                static_cast<float>(scale),
                                 static_cast<const int64_t*>(offsets.data())};
   Memory workspace(target.exec, rankwise_workspace(adapter, c.tokens, target.exec));
   const Workspace space{workspace.data(), workspace.bytes()};
   const auto count = static_cast<size_t>(c.tokens * ld);
   Memory u(target.exec, count * wide), dmask(target.exec, count * wide), y(target.exec, c.y0.size() * element);
-  Memory dx(target.exec, c.x.size() * element), da(target.exec, c.a.size() * wide), dbt(target.exec, c.bt.size() * wide);
+  Memory dx(target.exec, c.x.size() * element), da(target.exec, c.a.size() * wide),
+      dbt(target.exec, c.bt.size() * wide);
   rankwise_project(adapter, {x->data(), c.d_in}, c.tokens, u.data(), space, target.exec);
   const Vec padded_u = get(u, c.tokens * ld, accumulate);
   if (mask.empty()) {
@@ -60,18 +76,33 @@ Result run(const Target& target, const Case& c, Vec mask, int64_t keep, double s
     mask = with_ld(get(chosen, c.tokens * ld, accumulate), c.tokens, ld, c.rank, 0);
   }
   const auto dev_mask = put(target.exec, with_ld(mask, c.tokens, c.rank, ld, 0.0), accumulate);
-  rankwise_forward({&adapter, c.tokens, u.data(), dev_mask->data(), {y0->data(), c.d_out}, {y.data(), c.d_out}}, space, target.exec);
-  rankwise_backward({&adapter, c.tokens, u.data(), dev_mask->data(), {x->data(), c.d_in}, {dy->data(), c.d_out}, {},
-                     {dx.data(), c.d_in}, mask_gradient ? dmask.data() : nullptr, da.data(), dbt.data(), false},
+  rankwise_forward({&adapter, c.tokens, u.data(), dev_mask->data(), {y0->data(), c.d_out}, {y.data(), c.d_out}}, space,
+                   target.exec);
+  rankwise_backward({&adapter,
+                     c.tokens,
+                     u.data(),
+                     dev_mask->data(),
+                     {x->data(), c.d_in},
+                     {dy->data(), c.d_out},
+                     {},
+                     {dx.data(), c.d_in},
+                     mask_gradient ? dmask.data() : nullptr,
+                     da.data(),
+                     dbt.data(),
+                     false},
                     space, target.exec);
-  return {with_ld(padded_u, c.tokens, ld, c.rank, 0), mask, get(y, c.tokens * c.d_out, target.dtype),
-          {get(dx, c.tokens * c.d_in, target.dtype), get(da, c.rank * c.d_in, accumulate), get(dbt, c.rank * c.d_out, accumulate),
+  return {with_ld(padded_u, c.tokens, ld, c.rank, 0),
+          mask,
+          get(y, c.tokens * c.d_out, target.dtype),
+          {get(dx, c.tokens * c.d_in, target.dtype), get(da, c.rank * c.d_in, accumulate),
+           get(dbt, c.rank * c.d_out, accumulate),
            with_ld(get(dmask, c.tokens * ld, accumulate), c.tokens, ld, c.rank, 0)}};
 }
 
 void expect_matches_oracle(const Target& target, const Case& c, const Result& out, double scale) {
   const Tolerance t = output_tolerance(target.dtype);
-  expect_close(out.y, rankwise_forward(c.a, c.bt, c.tokens, c.rank, c.d_in, c.d_out, scale, c.x, out.mask, c.y0), t, "y");
+  expect_close(out.y, rankwise_forward(c.a, c.bt, c.tokens, c.rank, c.d_in, c.d_out, scale, c.x, out.mask, c.y0), t,
+               "y");
   const RankwiseGrads ref = rankwise_backward(c.a, c.bt, c.tokens, c.rank, c.d_in, c.d_out, scale, c.x, out.mask, c.dy);
   expect_close(out.grads.dx, ref.dx, t, "dx");
   expect_close(out.grads.da, ref.da, t, "dA");
@@ -114,7 +145,8 @@ TEST_P(Rankwise, FewSelectedRanksWithoutMaskGradientEqualTheOracle) {
   }
 }
 
-// Few selected ranks take another way through the CPU's code than many; 40 tokens that select all push the whole batch there.
+// Few selected ranks take another way through the CPU's code than many; 40 tokens that select all push the whole batch
+// there.
 TEST_P(Rankwise, ATokensRowsDoNotDependOnHowManyRanksOthersSelect) {
   const int64_t rank = 32;
   const Case many = make_case(random, GetParam().dtype, 50, rank, 72, 1096);
@@ -124,7 +156,8 @@ TEST_P(Rankwise, ATokensRowsDoNotDependOnHowManyRanksOthersSelect) {
   Vec mask(50 * 32, 1.0);
   for (size_t t = 0; t < 10; ++t)
     for (size_t i = 0; i < 32; ++i) mask[t * 32 + i] = (i + t) % 11 == 0 ? 0.7 : 0.0;
-  const Result all = run(GetParam(), many, mask, 0, 1.5), some = run(GetParam(), few, Vec(mask.begin(), mask.begin() + 320), 0, 1.5);
+  const Result all = run(GetParam(), many, mask, 0, 1.5),
+               some = run(GetParam(), few, Vec(mask.begin(), mask.begin() + 320), 0, 1.5);
   EXPECT_EQ(Vec(all.y.begin(), all.y.begin() + 10 * 1096), some.y);
   EXPECT_EQ(Vec(all.grads.dx.begin(), all.grads.dx.begin() + 10 * 72), some.grads.dx);
 }

@@ -26,7 +26,8 @@ constexpr double kTolerance = 1e-5;
 class GoldenFile {
  public:
   explicit GoldenFile(const std::string& name)
-      : file_(core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + name + ".safetensors")) {}
+      : file_(
+            core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + name + ".safetensors")) {}
   at::Tensor operator()(const std::string& name) const { return copy_of(*file_.find(name)); }
   core::Json config() const { return core::parse_json(file_.metadata().at("config"), "golden"); }
   std::vector<core::TensorView> weights() const {
@@ -47,14 +48,18 @@ class GoldenFile {
 };
 
 // What lies under the mask does not count; transformers computes something there as well.
-at::Tensor masked(const at::Tensor& states, const at::Tensor& mask) { return states * mask.unsqueeze(-1).to(states.scalar_type()); }
+at::Tensor masked(const at::Tensor& states, const at::Tensor& mask) {
+  return states * mask.unsqueeze(-1).to(states.scalar_type());
+}
 
 TEST(BertGolden, HiddenStatesPoolerAndEmbeddingsEqualTransformers) {
   for (const char* name : {"bert", "bert_classifier"}) {
     const GoldenFile golden(name);
     Bert bert = golden.model();
     const at::Tensor tokens = golden("tokens"), mask = golden("mask");
-    EXPECT_LE(relative_error(masked(bert.hidden_states(tokens, mask), mask), masked(golden("hidden"), mask)), kTolerance) << name;
+    EXPECT_LE(relative_error(masked(bert.hidden_states(tokens, mask), mask), masked(golden("hidden"), mask)),
+              kTolerance)
+        << name;
     EXPECT_LE(relative_error(bert.pooled(tokens, mask), golden("pooled")), kTolerance) << name;
     EXPECT_LE(relative_error(bert.embed(tokens, mask), golden("embedding")), kTolerance) << name;
   }
@@ -72,35 +77,41 @@ TEST(BertGolden, ClassifierAndItsGradientsEqualTransformers) {
   loss.backward();
   ASSERT_EQ(weights.size(), golden.weights().size());
   for (const auto& [name, weight] : weights) {
-    if (name.ends_with("self.key.bias")) {   // a constant added to all logits of a row: the softmax removes it
+    if (name.ends_with("self.key.bias")) {  // a constant added to all logits of a row: the softmax removes it
       EXPECT_LE(weight.grad().abs().max().item<double>(), 1e-6) << name;
       continue;
     }
-    EXPECT_LE(relative_error(weight.grad(), golden("gradient/" + name)), 2 * kTolerance) << name;  // backward doubles the operations
+    EXPECT_LE(relative_error(weight.grad(), golden("gradient/" + name)), 2 * kTolerance)
+        << name;  // backward doubles the operations
   }
 }
 
 TEST(BertGolden, BFloat16StaysNearFloat32) {
   const GoldenFile golden("bert");
   Bert bert = golden.model(at::kBFloat16);
-  const at::Tensor embedding = bert.embed(golden("tokens"), golden("mask")).to(at::kFloat), expected = golden("embedding");
-  EXPECT_LT(((embedding - expected).abs().mean() / expected.abs().mean()).item<double>(), 0.05);  // 8 bits of mantissa, some ten roundings
+  const at::Tensor embedding = bert.embed(golden("tokens"), golden("mask")).to(at::kFloat),
+                   expected = golden("embedding");
+  EXPECT_LT(((embedding - expected).abs().mean() / expected.abs().mean()).item<double>(),
+            0.05);  // 8 bits of mantissa, some ten roundings
 }
 
 TEST(BertMiniLm, PublishedWeightsGiveSentenceTransformersEmbeddings) {
   const std::filesystem::path directory = MORAINE_SOURCE_DIR "/.cache/encoders/all-minilm-l6-v2";
-  if (!std::filesystem::exists(directory / "model.safetensors")) GTEST_SKIP() << "no encoder there: run scripts/fetch_encoder";
+  if (!std::filesystem::exists(directory / "model.safetensors"))
+    GTEST_SKIP() << "no encoder there: run scripts/fetch_encoder";
   const GoldenFile golden("bert_minilm");
   Bert bert = Bert::from_directory(directory, std::nullopt);
   EXPECT_EQ(bert.config().total_parameters(), 22'713'216);
   const at::Tensor embedding = bert.embed(golden("tokens").to(at::kLong), golden("mask"));
-  // Six float32 layers of width 384 and another order of summation; transformers' own eager and fused forms differ as much.
+  // Six float32 layers of width 384 and another order of summation; transformers' own eager and fused forms differ as
+  // much.
   EXPECT_LE(relative_error(embedding, golden("embedding")), 1e-5);
 }
 
 TEST(Bert, PaddingDoesNotMatter) {
   BertConfig config;
-  config.vocab_size = 30, config.hidden_size = 16, config.intermediate_size = 24, config.num_layers = 2, config.num_heads = 4;
+  config.vocab_size = 30, config.hidden_size = 16, config.intermediate_size = 24, config.num_layers = 2,
+  config.num_heads = 4;
   config.max_position_embeddings = 12, config.initializer_range = 0.3;
   Bert bert = Bert::from_config(config, 3, at::kDouble);
   const at::Tensor tokens = random_tokens(2, 8, 30, 5);
@@ -116,7 +127,9 @@ TEST(Bert, PaddingDoesNotMatter) {
 class Added final : public SlotFunction {
  public:
   explicit Added(at::Tensor delta) : delta_(std::move(delta)) {}
-  at::Tensor forward(const at::Tensor& x, const SlotBase& base) override { return base.forward(x) + at::matmul(x, delta_.t()); }
+  at::Tensor forward(const at::Tensor& x, const SlotBase& base) override {
+    return base.forward(x) + at::matmul(x, delta_.t());
+  }
   NamedTensors parameters() const override { return {}; }
 
  private:
@@ -167,24 +180,29 @@ TEST(Bert, BadInputSaysWhatIsWrong) {
   EXPECT_THAT(thrown<core::UserError>([&] { bert.embed(tokens, tokens.lt(0)); }), HasSubstr("without any token"));
   std::vector<core::TensorView> weights = golden.weights();
   weights.erase(weights.begin());
-  EXPECT_THAT(thrown<core::UserError>([&] { Bert::from_tensors(bert.config(), weights, "x", std::nullopt); }), HasSubstr("missing (1)"));
+  EXPECT_THAT(thrown<core::UserError>([&] { Bert::from_tensors(bert.config(), weights, "x", std::nullopt); }),
+              HasSubstr("missing (1)"));
 }
 
 TEST(BertConfigJson, RoundTripsAndRefusesWhatItCannotDo) {
   BertConfig config;
   config.num_layers = 3, config.layer_norm_eps = 1e-6;
   EXPECT_EQ(BertConfig::from_json(config.to_json(), "test").to_json(), config.to_json());
-  const std::pair<const char*, core::Json> changes[] = {{"hidden_act", "relu"},   {"position_embedding_type", "relative_key"},
-                                                        {"hidden_size", 0},       {"num_attention_heads", 7},
-                                                        {"layer_norm_eps", "no"}, {"is_decoder", true},
-                                                        {"rope_theta", 10000}};
+  const std::pair<const char*, core::Json> changes[] = {
+      {"hidden_act", "relu"},   {"position_embedding_type", "relative_key"},
+      {"hidden_size", 0},       {"num_attention_heads", 7},
+      {"layer_norm_eps", "no"}, {"is_decoder", true},
+      {"rope_theta", 10000}};
   for (const auto& [key, value] : changes) {
     core::Json json = config.to_json();
     json[key] = value;
     EXPECT_THAT(thrown<core::UserError>([&] { BertConfig::from_json(json, "base/config.json"); }),
                 testing::AllOf(HasSubstr(std::string("'") + key + "'"), HasSubstr("base/config.json")));
   }
-  EXPECT_THAT(thrown<core::UserError>([&] { BertConfig::from_json({{"model_type", "roberta"}}, "c"); }), HasSubstr("roberta"));
+  EXPECT_THAT(thrown<core::UserError>([&] {
+                BertConfig::from_json({{"model_type", "roberta"}}, "c");
+              }),
+              HasSubstr("roberta"));
 }
 
 }  // namespace

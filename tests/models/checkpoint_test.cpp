@@ -29,7 +29,8 @@ std::vector<LazyTensor> lazy(const NamedTensors& tensors) {
 TEST(Checkpoint, ShardsReadBackAsWritten) {
   const TemporaryDirectory directory;
   NamedTensors tensors;
-  for (int i = 0; i < 7; ++i) tensors.emplace_back(fmt::format("t{}", i), random_tensor({i + 1, 4}, i).to(i % 2 ? at::kFloat : at::kBFloat16));
+  for (int i = 0; i < 7; ++i)
+    tensors.emplace_back(fmt::format("t{}", i), random_tensor({i + 1, 4}, i).to(i % 2 ? at::kFloat : at::kBFloat16));
   write_checkpoint(directory.path(), {{"a", 1}}, lazy(tensors), /*shard_bytes=*/100);
   EXPECT_FALSE(std::filesystem::exists(directory / "model.safetensors"));
   const core::Json index = core::read_json(directory / "model.safetensors.index.json");
@@ -51,7 +52,8 @@ TEST(Checkpoint, ShardsReadBackAsWritten) {
 
 TEST(Checkpoint, ATensorOfAnotherSizeThanAnnouncedIsOurBug) {
   const TemporaryDirectory directory;
-  EXPECT_THROW(write_checkpoint(directory.path(), {}, {{"t", 3, [] { return random_tensor({2}, 1); }}}), core::InternalError);
+  EXPECT_THROW(write_checkpoint(directory.path(), {}, {{"t", 3, [] { return random_tensor({2}, 1); }}}),
+               core::InternalError);
 }
 
 // The golden mixture of transformers, its experts packed as transformers 5 packs them.
@@ -60,12 +62,15 @@ TEST(Checkpoint, PackedExpertsGiveTransformersLogits) {
   const auto config = DecoderConfig::from_json(core::parse_json(file.metadata().at("config"), "golden"), "golden");
   NamedTensors tensors;
   for (const auto& view : file.tensors())
-    if (view.name.starts_with("weight/") && view.name.find(".experts.") == std::string::npos) tensors.emplace_back(view.name.substr(7), copy_of(view));
+    if (view.name.starts_with("weight/") && view.name.find(".experts.") == std::string::npos)
+      tensors.emplace_back(view.name.substr(7), copy_of(view));
   for (int64_t l = 0; l < config.num_layers; ++l) {
     const std::string path = layer_path(l) + ".mlp.experts";
     std::vector<at::Tensor> gate_up, down;
     for (int64_t e = 0; e < config.num_experts; ++e) {
-      const auto part = [&](const char* name) { return copy_of(*file.find(fmt::format("weight/{}.{}.{}_proj.weight", path, e, name))); };
+      const auto part = [&](const char* name) {
+        return copy_of(*file.find(fmt::format("weight/{}.{}.{}_proj.weight", path, e, name)));
+      };
       gate_up.push_back(at::cat({part("gate"), part("up")}));
       down.push_back(part("down"));
     }
@@ -75,15 +80,19 @@ TEST(Checkpoint, PackedExpertsGiveTransformersLogits) {
   std::vector<at::Tensor> keep;
   const at::NoGradGuard no_grad;
   Decoder decoder = Decoder::from_tensors(config, views_of(tensors, keep), "packed", std::nullopt);
-  for (const auto& [name, weight] : decoder.weights()) EXPECT_TRUE(same_bits(weight, copy_of(*file.find("weight/" + name)))) << name;
+  for (const auto& [name, weight] : decoder.weights())
+    EXPECT_TRUE(same_bits(weight, copy_of(*file.find("weight/" + name)))) << name;
   // The bound of the golden tests: float32 rounding over two layers of width 16.
-  EXPECT_LE(relative_error(decoder.forward(copy_of(*file.find("tokens")).slice(1, 0, -1)), copy_of(*file.find("logits"))), 1e-5);
+  EXPECT_LE(
+      relative_error(decoder.forward(copy_of(*file.find("tokens")).slice(1, 0, -1)), copy_of(*file.find("logits"))),
+      1e-5);
 }
 
 TEST(Checkpoint, PackedTensorsOfAnotherShapeAreNamed) {
   std::vector<at::Tensor> keep;
   const auto odd = views_of({{"model.layers.0.mlp.experts.gate_up_proj", random_tensor({2, 5, 3}, 1)}}, keep);
-  EXPECT_THAT(thrown<core::UserError>([&] { unpack_experts(odd, "file"); }), AllOf(HasSubstr("file"), HasSubstr("gate_up_proj"), HasSubstr("[2, 5, 3]")));
+  EXPECT_THAT(thrown<core::UserError>([&] { unpack_experts(odd, "file"); }),
+              AllOf(HasSubstr("file"), HasSubstr("gate_up_proj"), HasSubstr("[2, 5, 3]")));
   const auto flat = views_of({{"model.layers.0.mlp.experts.down_proj", random_tensor({6, 3}, 1)}}, keep);
   EXPECT_THAT(thrown<core::UserError>([&] { unpack_experts(flat, "file"); }), HasSubstr("[E, d, h]"));
 }

@@ -13,7 +13,8 @@ namespace {
 using Family = DecoderConfig::Family;
 using testing::HasSubstr;
 
-constexpr Family kAll[] = {Family::kLlama, Family::kMistral, Family::kQwen2, Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore};
+constexpr Family kAll[] = {Family::kLlama, Family::kMistral,  Family::kQwen2,
+                           Family::kOlmo2, Family::kFlexOlmo, Family::kFlexMore};
 
 DecoderConfig flex_7b(std::vector<int64_t> ranks) {
   DecoderConfig c;
@@ -81,7 +82,8 @@ TEST(ParameterCounts, EqualTheSumOverExpectedTensors) {
   biased.attention_bias = biased.mlp_bias = true;
   EXPECT_EQ(sum_of_shapes(biased), biased.total_parameters());
   // Two layers, d = 16, 4 heads of 4: biases on q, k and v only.
-  EXPECT_EQ(tiny_config(Family::kQwen2).total_parameters() - tiny_config(Family::kMistral).total_parameters(), 2 * 3 * 16);
+  EXPECT_EQ(tiny_config(Family::kQwen2).total_parameters() - tiny_config(Family::kMistral).total_parameters(),
+            2 * 3 * 16);
   EXPECT_EQ(sum_of_shapes(flex_7b({0, 0, 64, 1})), flex_7b({0, 0, 64, 1}).total_parameters());
 }
 
@@ -119,7 +121,7 @@ TEST(DecoderConfigJson, AbsentKeysTakeTransformersDefaults) {
 }
 
 TEST(DecoderConfigJson, AbsentAndNullDifferAsInTransformers) {
-  core::Json json = {{"model_type", "mistral"},  {"vocab_size", 40},       {"hidden_size", 64},
+  core::Json json = {{"model_type", "mistral"}, {"vocab_size", 40},       {"hidden_size", 64},
                      {"intermediate_size", 24}, {"num_hidden_layers", 2}, {"num_attention_heads", 16}};
   DecoderConfig c = DecoderConfig::from_json(json, "test");
   EXPECT_EQ(c.num_kv_heads, 8);
@@ -144,10 +146,15 @@ TEST(DecoderConfigJson, AbsentAndNullDifferAsInTransformers) {
 TEST(DecoderConfigJson, RotaryTypesThatAreNotImplementedOrIncompleteSaySo) {
   const std::pair<core::Json, const char*> cases[] = {
       {{{"rope_type", "dynamic"}, {"factor", 2.0}}, "only the rotary types default, linear and llama3"},
-      {{{"rope_type", "llama3"}, {"factor", 8.0}}, "lacks high_freq_factor, low_freq_factor, original_max_position_embeddings"},
+      {{{"rope_type", "llama3"}, {"factor", 8.0}},
+       "lacks high_freq_factor, low_freq_factor, original_max_position_embeddings"},
       {{{"type", "linear"}, {"factor", -1.0}}, "no positive number"},
       {{{"type", "linear"}, {"factor", 2.0}, {"beta_fast", 32}}, "'beta_fast'"},
-      {{{"rope_type", "llama3"}, {"factor", 8.0}, {"low_freq_factor", 4.0}, {"high_freq_factor", 1.0}, {"original_max_position_embeddings", 16}},
+      {{{"rope_type", "llama3"},
+        {"factor", 8.0},
+        {"low_freq_factor", 4.0},
+        {"high_freq_factor", 1.0},
+        {"original_max_position_embeddings", 16}},
        "high_freq_factor 1 must be above"},
       {"linear", "not implemented"}};
   for (const auto& [scaling, expected] : cases) {

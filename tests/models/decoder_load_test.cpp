@@ -194,7 +194,10 @@ TEST(DecoderPlus, ChangesTheNamedWeightsAndSharesAllOthers) {
       EXPECT_EQ(tensor.const_data_ptr(), base.weights().at(other).const_data_ptr()) << other;
     }
   }
-  EXPECT_THAT(thrown<core::UserError>([&] { (void)base.plus({{"model.nothing.weight", before}}); }), HasSubstr("model.nothing.weight"));
+  EXPECT_THAT(thrown<core::UserError>([&] {
+                (void)base.plus({{"model.nothing.weight", before}});
+              }),
+              HasSubstr("model.nothing.weight"));
   EXPECT_THAT(thrown<core::UserError>([&] { (void)base.plus({{name, before.narrow(0, 0, 1)}}); }), HasSubstr(name));
 }
 

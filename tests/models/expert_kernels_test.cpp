@@ -51,7 +51,8 @@ TEST(RaggedFfn, RefusesAnIndexOutOfRange) {
 
 TEST(RaggedFfn, WithoutTokensReturnsNothingAndNoGradients) {
   Call call;
-  for (at::Tensor* rows : {&call.x, &call.gate_base, &call.up_base, &call.gates, &call.index}) *rows = rows->narrow(0, 0, 0);
+  for (at::Tensor* rows : {&call.x, &call.gate_base, &call.up_base, &call.gates, &call.index})
+    *rows = rows->narrow(0, 0, 0);
   call.expert.gate_delta.a.set_requires_grad(true);
   const auto [hidden, delta] = call.run();
   EXPECT_EQ(hidden.sizes(), (std::vector<int64_t>{0, 10}));
@@ -75,7 +76,9 @@ TEST(RaggedFfn, AnExpertNobodyChoseGetsNoGradient) {
 TEST(RaggedFfn, KeptWeightsAreThoseOfTheCallUntilOneChanges) {
   Call call;
   PackedExperts kept;
-  const auto run = [&] { return ragged_ffn(call.x, call.gate_base, call.up_base, call.gates, call.index, call.experts, &kept); };
+  const auto run = [&] {
+    return ragged_ffn(call.x, call.gate_base, call.up_base, call.gates, call.index, call.experts, &kept);
+  };
   const auto equals_fresh = [&] {
     const auto [hidden, delta] = run();
     const auto [fresh_hidden, fresh_delta] = call.run();

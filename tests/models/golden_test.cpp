@@ -79,9 +79,9 @@ TEST_P(Golden, BFloat16StaysNearFloat32) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, Golden,
-                         testing::Values("llama_gqa_biases", "llama_tied", "llama3_rope", "llama_linear_rope", "mistral",
-                                         "mistral_window", "qwen2", "qwen2_window", "olmo2", "olmo2_gqa", "flexolmo",
-                                         "flexolmo_renormalised"),
+                         testing::Values("llama_gqa_biases", "llama_tied", "llama3_rope", "llama_linear_rope",
+                                         "mistral", "mistral_window", "qwen2", "qwen2_window", "olmo2", "olmo2_gqa",
+                                         "flexolmo", "flexolmo_renormalised"),
                          [](const auto& test) { return std::string(test.param); });
 
 }  // namespace

@@ -67,7 +67,8 @@ MixtureFfn make_mixture(const World& w, int64_t top_k, MixtureForward forward = 
 }
 
 MixtureFfn make_reference(const World& w, int64_t top_k) {
-  return MixtureFfn({w.router}, w.bias, w.experts, {top_k, false, MixtureForward::kFactored, MixtureKernels::kReference});
+  return MixtureFfn({w.router}, w.bias, w.experts,
+                    {top_k, false, MixtureForward::kFactored, MixtureKernels::kReference});
 }
 
 FfnExpert densified(const FfnExpert& e, const SlotBase& base) {
@@ -125,9 +126,10 @@ at::Tensor loop_mixture(const World& w, int64_t top_k, bool renormalise) {
   return out;
 }
 
-const std::vector<std::pair<MixtureForward, MixtureKernels>> kForms = {{MixtureForward::kFactored, MixtureKernels::kAuto},
-                                                                      {MixtureForward::kFactored, MixtureKernels::kReference},
-                                                                      {MixtureForward::kPerExpert, MixtureKernels::kReference}};
+const std::vector<std::pair<MixtureForward, MixtureKernels>> kForms = {
+    {MixtureForward::kFactored, MixtureKernels::kAuto},
+    {MixtureForward::kFactored, MixtureKernels::kReference},
+    {MixtureForward::kPerExpert, MixtureKernels::kReference}};
 const std::vector<std::vector<int64_t>> kWorlds = {{2, 0, 1, 5}, {3, 4}, {0, 0, 0}, {2}, {0}};
 
 TEST(MixtureFfn, AllFormsEqualPlainLoopsOverDenseExperts) {
@@ -302,14 +304,17 @@ TEST(MixtureFfn, GradientsEqualFiniteDifferences) {
 
 World in_dtype(const World& w, at::ScalarType activations, at::ScalarType trained) {
   World out = w;
-  const auto cast = [](at::Tensor& tensor, at::ScalarType type) { tensor = tensor.detach().to(type, false, /*copy=*/true); };
+  const auto cast = [](at::Tensor& tensor, at::ScalarType type) {
+    tensor = tensor.detach().to(type, false, /*copy=*/true);
+  };
   for (at::Tensor* tensor : {&out.x, &out.base.gate, &out.base.up, &out.base.down}) cast(*tensor, activations);
   cast(out.router, trained), cast(out.bias, trained);
   for (FfnExpert& e : out.experts) {
     if (e.full()) {
       for (at::Tensor* tensor : {&e.gate, &e.up, &e.down}) cast(*tensor, trained);
     } else {
-      for (LowRank* delta : {&e.gate_delta, &e.up_delta, &e.down_delta}) cast(delta->a, trained), cast(delta->b, trained);
+      for (LowRank* delta : {&e.gate_delta, &e.up_delta, &e.down_delta})
+        cast(delta->a, trained), cast(delta->b, trained);
     }
   }
   return out;
@@ -323,10 +328,13 @@ double norm_error(const at::Tensor& a, const at::Tensor& b) {
 // Output and gradients of x, router, bias, base and every A and B: kernels against ATen in float64, in float32 and in
 // bfloat16 with float32 masters. Everything is first rounded to the tested type, so that only the computation differs.
 TEST(MixtureFfn, KernelsEqualTheReferenceInForwardAndTraining) {
-  // float32: sums of some hundred terms, 2^-24 each. bfloat16: ATen and the kernels round x A^T, a, b, h and their gradients
-  // to 2^-8 in different places, up to six times in a row; 4 x 2^-8 of the norm. float64: as float32 with 2^-53.
-  const struct { at::ScalarType activations, trained; double tolerance; } kCases[] = {
-      {at::kDouble, at::kDouble, 1e-13}, {at::kFloat, at::kFloat, 3e-6}, {at::kBFloat16, at::kFloat, 1.6e-2}};
+  // float32: sums of some hundred terms, 2^-24 each. bfloat16: ATen and the kernels round x A^T, a, b, h and their
+  // gradients to 2^-8 in different places, up to six times in a row; 4 x 2^-8 of the norm. float64: as float32 with
+  // 2^-53.
+  const struct {
+    at::ScalarType activations, trained;
+    double tolerance;
+  } kCases[] = {{at::kDouble, at::kDouble, 1e-13}, {at::kFloat, at::kFloat, 3e-6}, {at::kBFloat16, at::kFloat, 1.6e-2}};
   for (const auto& c : kCases) {
     for (const int64_t top_k : {1, 2, 4}) {
       World rounded = in_dtype(make_world({2, 0, 1, 5}), c.activations, c.activations);
@@ -337,7 +345,8 @@ TEST(MixtureFfn, KernelsEqualTheReferenceInForwardAndTraining) {
       World& reference = world[1];
       const std::vector<at::Tensor> leaves = make_leaves(w), expected = make_leaves(reference);
       const at::Tensor dy = random_tensor({kTokens, kWidth}, 10).to(c.activations);
-      const at::Tensor y = make_mixture(w, top_k).forward(w.x, w.base), y_ref = make_reference(reference, top_k).forward(reference.x, reference.base);
+      const at::Tensor y = make_mixture(w, top_k).forward(w.x, w.base),
+                       y_ref = make_reference(reference, top_k).forward(reference.x, reference.base);
       EXPECT_LE(norm_error(y, y_ref), c.tolerance) << "y, top_k " << top_k;
       y.backward(dy);
       y_ref.backward(dy.to(y_ref.scalar_type()));
@@ -356,7 +365,8 @@ TEST(MixtureFfn, KernelsEqualTheReferenceInForwardAndTraining) {
 TEST(MixtureFfn, KernelsRefuseGatesThatAreNotFinite) {
   World w = make_world({2, 3});
   w.x[1][0] = std::nan("");
-  EXPECT_THAT(thrown<core::NumericError>([&] { make_mixture(w, 2).forward(w.x, w.base); }), HasSubstr("gate of token 1"));
+  EXPECT_THAT(thrown<core::NumericError>([&] { make_mixture(w, 2).forward(w.x, w.base); }),
+              HasSubstr("gate of token 1"));
 }
 
 TEST(MixtureFfn, PositiveBiasIsClampedAndGetsNoGradient) {

@@ -26,7 +26,8 @@ constexpr double kTolerance = 1e-5;
 class VitGolden : public testing::TestWithParam<const char*> {
  protected:
   VitGolden()
-      : file_(core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + GetParam() + ".safetensors")) {}
+      : file_(core::Safetensors::open(std::string(MORAINE_SOURCE_DIR "/tests/models/golden/") + GetParam() +
+                                      ".safetensors")) {}
   at::Tensor stored(const std::string& name) const { return copy_of(*file_.find(name)); }
   core::Json config() const { return core::parse_json(file_.metadata().at("config"), "golden"); }
   std::vector<core::TensorView> weights() const {
@@ -78,7 +79,8 @@ TEST_P(VitGolden, ConfigAndWeightsReadBackTheSame) {
   TemporaryDirectory folder;
   std::vector<at::Tensor> keep;
   const NamedTensors weights(vit.weights().begin(), vit.weights().end());
-  core::write_atomically(folder / "model.safetensors", core::serialize_safetensors(views_of(weights, keep), {{"format", "pt"}}));
+  core::write_atomically(folder / "model.safetensors",
+                         core::serialize_safetensors(views_of(weights, keep), {{"format", "pt"}}));
   core::write_atomically(folder / "config.json", vit.config().to_json().dump());
   Vit again = Vit::from_directory(folder.path(), std::nullopt);
   EXPECT_TRUE(again.logits(stored("images")).equal(vit.logits(stored("images"))));
@@ -92,7 +94,9 @@ TEST_P(VitGolden, ConfigAndWeightsReadBackTheSame) {
 
 TEST_P(VitGolden, AMissingOrForeignKeyIsNamed) {
   auto tensors = weights();
-  std::erase_if(tensors, [](const auto& view) { return view.name.ends_with("1.mlp.fc1.bias") || view.name.ends_with("layer.1.intermediate.dense.bias"); });
+  std::erase_if(tensors, [](const auto& view) {
+    return view.name.ends_with("1.mlp.fc1.bias") || view.name.ends_with("layer.1.intermediate.dense.bias");
+  });
   core::TensorView foreign = tensors.front();
   foreign.name = "reg_token";
   tensors.push_back(foreign);
@@ -121,14 +125,19 @@ TEST(VitConfig, WrongValuesAreNamedTogether) {
     return "accepted";
   };
   EXPECT_THAT(refusal({{"model_type", "bert"}}), HasSubstr("model_type"));
-  const std::string wrong = refusal({{"model_type", "vit"}, {"image_size", 30}, {"patch_size", 4}, {"hidden_act", "relu"}, {"num_attention_heads", 7}});
+  const std::string wrong = refusal({{"model_type", "vit"},
+                                     {"image_size", 30},
+                                     {"patch_size", 4},
+                                     {"hidden_act", "relu"},
+                                     {"num_attention_heads", 7}});
   for (const char* part : {"image_size", "hidden_act", "num_attention_heads"}) EXPECT_THAT(wrong, HasSubstr(part));
   EXPECT_THAT(refusal({{"model_type", "vit"}, {"hidden_size", "wide"}}), HasSubstr("'hidden_size' has the wrong type"));
 }
 
 TEST(Vit, ImagesOfAnotherSizeAreRefused) {
   VitConfig config;
-  config.image_size = 8, config.patch_size = 4, config.num_channels = 1, config.hidden_size = 8, config.intermediate_size = 8, config.num_layers = 1, config.num_heads = 2;
+  config.image_size = 8, config.patch_size = 4, config.num_channels = 1, config.hidden_size = 8,
+  config.intermediate_size = 8, config.num_layers = 1, config.num_heads = 2;
   Vit vit = Vit::from_config(config, 1, at::kFloat);
   EXPECT_THROW(vit.features(random_tensor({2, 1, 8, 12}, 1)), core::UserError);
   EXPECT_THROW(vit.features(random_tensor({2, 3, 8, 8}, 1)), core::UserError);

@@ -14,7 +14,9 @@ models::Vit vit_of(const core::ArtefactPtr& artefact, const LearnerSite& site) {
   std::vector<core::TensorView> weights;
   for (const auto& view : artefact->file().tensors())
     if (!view.name.starts_with("head.")) weights.push_back(view);
-  return models::Vit::from_tensors(site.base->config().to_json(), weights, artefact->file().origin(), std::nullopt, artefact).on(site.context.device());
+  return models::Vit::from_tensors(site.base->config().to_json(), weights, artefact->file().origin(), std::nullopt,
+                                   artefact)
+      .on(site.context.device());
 }
 
 class WeightsClassifier final : public HeadClassifier {
@@ -29,11 +31,14 @@ class WeightsClassifier final : public HeadClassifier {
 
 }  // namespace
 
-std::string Finetune::title() const { return local_ ? "fine-tuning, logits of the task" : "fine-tuning, logits of all seen"; }
+std::string Finetune::title() const {
+  return local_ ? "fine-tuning, logits of the task" : "fine-tuning, logits of all seen";
+}
 
-std::vector<UnitRequest> Finetune::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task, int64_t seed,
-                                         const std::vector<std::string>& before) const {
-  return {{fmt::format("task{}", task), training_spec(config.train, stream, task, task, local_, seed), before, trained_images(config.train)}};
+std::vector<UnitRequest> Finetune::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task,
+                                         int64_t seed, const std::vector<std::string>& before) const {
+  return {{fmt::format("task{}", task), training_spec(config.train, stream, task, task, local_, seed), before,
+           trained_images(config.train)}};
 }
 
 core::ArtefactPtr Finetune::execute(const Unit& unit, const LearnerSite& site) const {
@@ -46,16 +51,21 @@ core::ArtefactPtr Finetune::execute(const Unit& unit, const LearnerSite& site) c
     head = Head::read(*before, site.context.device());
   }
   models::NamedTensors weights = vit.make_trainable();
-  return train_head_and(kind(), unit, site, site.config.train, weights, std::move(head),
-                        [&](const at::Tensor& images) { return vit.features(images); },
-                        [&] { return models::NamedTensors(vit.weights().begin(), vit.weights().end()); });
+  return train_head_and(
+      kind(), unit, site, site.config.train, weights, std::move(head),
+      [&](const at::Tensor& images) { return vit.features(images); },
+      [&] { return models::NamedTensors(vit.weights().begin(), vit.weights().end()); });
 }
 
-std::unique_ptr<Classifier> Finetune::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed, const LearnerSite& site) const {
+std::unique_ptr<Classifier> Finetune::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed,
+                                                 const LearnerSite& site) const {
   if (state.empty()) return std::make_unique<WeightsClassifier>(site.base->share(), Head{}, seed);
-  return std::make_unique<WeightsClassifier>(vit_of(state.at(0), site), Head::read(*state.at(0), site.context.device()), seed);
+  return std::make_unique<WeightsClassifier>(vit_of(state.at(0), site), Head::read(*state.at(0), site.context.device()),
+                                             seed);
 }
 
-int64_t Finetune::trained_parameters(const ContinualConfig&, const models::Vit& base) const { return base.config().backbone_parameters(); }
+int64_t Finetune::trained_parameters(const ContinualConfig&, const models::Vit& base) const {
+  return base.config().backbone_parameters();
+}
 
 }  // namespace moraine::algorithms::continual

@@ -45,8 +45,8 @@ class LoraClassifier final : public HeadClassifier {
 
 std::string SeqLora::title() const { return local_ ? "one LoRA, logits of the task" : "one LoRA, logits of all seen"; }
 
-std::vector<UnitRequest> SeqLora::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task, int64_t seed,
-                                        const std::vector<std::string>& before) const {
+std::vector<UnitRequest> SeqLora::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task,
+                                        int64_t seed, const std::vector<std::string>& before) const {
   core::Json spec = training_spec(config.lora_training(), stream, task, task, local_, seed);
   spec["lora"] = adapters::lora_schema().to_json(config.lora);
   spec["lora_seed"] = core::derive_seed(static_cast<uint64_t>(seed), "continual/lora");
@@ -65,15 +65,18 @@ core::ArtefactPtr SeqLora::execute(const Unit& unit, const LearnerSite& site) co
   adapter.attach(vit);
   models::NamedTensors factors;
   for (const auto& [name, tensor] : adapter.parameters()) factors.emplace_back(kPrefix + name, tensor);
-  return train_head_and(kind(), unit, site, site.config.lora_training(), factors, std::move(head),
-                        [&](const at::Tensor& images) { return vit.features(images); }, [&] { return factors; });
+  return train_head_and(
+      kind(), unit, site, site.config.lora_training(), factors, std::move(head),
+      [&](const at::Tensor& images) { return vit.features(images); }, [&] { return factors; });
 }
 
-std::unique_ptr<Classifier> SeqLora::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed, const LearnerSite& site) const {
+std::unique_ptr<Classifier> SeqLora::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed,
+                                                const LearnerSite& site) const {
   MORAINE_CHECK(state.size() == 1, "a LoRA's state is one artefact, not {}", state.size());
   const adapters::LoraAdapter adapter = fresh_adapter(site, 0);
   load(*state[0], adapter);
-  return std::make_unique<LoraClassifier>(site.base->share(), adapter, Head::read(*state[0], site.context.device()), seed);
+  return std::make_unique<LoraClassifier>(site.base->share(), adapter, Head::read(*state[0], site.context.device()),
+                                          seed);
 }
 
 int64_t SeqLora::trained_parameters(const ContinualConfig& config, const models::Vit& base) const {

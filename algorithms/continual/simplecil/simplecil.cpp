@@ -15,13 +15,14 @@
 namespace moraine::algorithms::continual {
 namespace {
 
-constexpr size_t kBatch = 100;   // images per forward pass; fixed, because a prototype's last bits depend on it
+constexpr size_t kBatch = 100;  // images per forward pass; fixed, because a prototype's last bits depend on it
 
 at::Tensor unit_length(const at::Tensor& x) { return x / x.norm(2, {-1}, /*keepdim=*/true).clamp_min(1e-12); }
 
 class CosineClassifier final : public Classifier {
  public:
-  CosineClassifier(models::Vit vit, std::map<int64_t, at::Tensor> prototypes) : vit_(std::move(vit)), prototypes_(std::move(prototypes)) {}
+  CosineClassifier(models::Vit vit, std::map<int64_t, at::Tensor> prototypes)
+      : vit_(std::move(vit)), prototypes_(std::move(prototypes)) {}
   bool knows(int64_t label) const override { return prototypes_.count(label) > 0; }
   at::Tensor scores(const at::Tensor& images, std::span<const int64_t> labels) override {
     std::vector<at::Tensor> rows;
@@ -31,26 +32,30 @@ class CosineClassifier final : public Classifier {
 
  private:
   models::Vit vit_;
-  std::map<int64_t, at::Tensor> prototypes_;   // of unit length
+  std::map<int64_t, at::Tensor> prototypes_;  // of unit length
 };
 
 }  // namespace
 
-std::vector<UnitRequest> SimpleCil::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task, int64_t,
-                                          const std::vector<std::string>&) const {
+std::vector<UnitRequest> SimpleCil::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task,
+                                          int64_t, const std::vector<std::string>&) const {
   std::vector<UnitRequest> out;
   const auto& own = stream.tasks[static_cast<size_t>(task)];
   for (const int64_t label : own.classes)
     out.push_back({fmt::format("class{}", label),
-                   {{"class", label}, {"images_seed", config.seed}, {"train_per_class", config.stream.train_per_class}, {"validation_per_class", config.stream.validation_per_class}},
-                   {}, static_cast<double>(own.train) / static_cast<double>(own.classes.size()) / 3});
+                   {{"class", label},
+                    {"images_seed", config.seed},
+                    {"train_per_class", config.stream.train_per_class},
+                    {"validation_per_class", config.stream.validation_per_class}},
+                   {},
+                   static_cast<double>(own.train) / static_cast<double>(own.classes.size()) / 3});
   return out;
 }
 
 core::ArtefactPtr SimpleCil::execute(const Unit& unit, const LearnerSite& site) const {
   const at::NoGradGuard no_grad;
   const auto label = unit.spec.at("class").get<int64_t>();
-  std::vector<int64_t> rows;   // the same in the stream of every order
+  std::vector<int64_t> rows;  // the same in the stream of every order
   for (const auto& task : site.stream->tasks) {
     const auto labels = site.images->labels("train", task.train);
     for (size_t i = 0; i < labels.size(); ++i)
@@ -70,10 +75,12 @@ core::ArtefactPtr SimpleCil::execute(const Unit& unit, const LearnerSite& site) 
   return core::Artefact::create(kind(), {{"class", label}, {"images", rows.size()}}, models::views_of(tensors, keep));
 }
 
-std::unique_ptr<Classifier> SimpleCil::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t, const LearnerSite& site) const {
+std::unique_ptr<Classifier> SimpleCil::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t,
+                                                  const LearnerSite& site) const {
   std::map<int64_t, at::Tensor> prototypes;
   for (const auto& artefact : state)
-    prototypes[artefact->meta().at("class").get<int64_t>()] = unit_length(models::copy_of(*artefact->file().find("prototype")).to(site.context.device()));
+    prototypes[artefact->meta().at("class").get<int64_t>()] =
+        unit_length(models::copy_of(*artefact->file().find("prototype")).to(site.context.device()));
   return std::make_unique<CosineClassifier>(site.base->share(), std::move(prototypes));
 }
 
