@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,13 @@ class Method {
   virtual Plan plan(const RunState& state) const = 0;
   /// Runs one unit. Throws core::Error; the coordinator retries the unit elsewhere.
   virtual core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const = 0;
+  /// Whether `artefact` can be what execute() made of `unit`: names, shapes, counts, values in range. Called by the
+  /// coordinator before a result is accepted. Throws UserError naming what is wrong; that attempt has failed then
+  /// (problem kind "artefact"), not the run.
+  virtual void check_result(const Unit&, const core::Artefact&) const {}
+  /// Which result a run with nothing pending should have and has not, as one sentence; nullopt when all is there. Such
+  /// a run ends with that sentence and an exit code other than 0.
+  virtual std::optional<std::string> missing_result(const RunState&) const { return std::nullopt; }
   /// Tables, curves and pictures of a finished (or unfinished) run as JSON; docs/formats.md, "summary.json".
   virtual core::Json summary(const RunState& state) const = 0;
   /// Writes what other tools read (a Hugging Face directory, PEFT directories) into the run directory of a finished
