@@ -39,7 +39,7 @@ std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> l
     models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size,
     at::Device device);
 
-/// Points of a training curve as [[step, loss], ...].
+/// Points of a training curve as [[step, loss], ...], every kCurveEvery steps whatever log_every is.
 core::Json curve_json(const TrainOutcome& outcome);
 
 /// Writes config.json and model.safetensors, or shards of it (models/checkpoint.h).

@@ -41,7 +41,7 @@ const core::Schema<TrainConfig>& train_schema() {
     s.field("log_every", &C::log_every)
         .min(1)
         .unit("steps")
-        .doc("Steps between metric points; does not change the weights.");
+        .doc("Steps between metric points; does not change the result.");
     s.check([](const C& c) -> std::optional<std::string> {
       if (c.micro_batch_size > c.batch_size)
         return fmt::format("micro_batch_size {} is larger than batch_size {}", c.micro_batch_size, c.batch_size);

@@ -51,9 +51,13 @@ struct TrainJob {
   int64_t tokens_per_sequence = 0;  // for tokens/s
 };
 
-/// What a finished (or resumed and finished) job reports; curves go to metrics.
+/// Steps between the points of TrainOutcome::curve. Not log_every: curves are stored in artefacts, which do not depend
+/// on how often a run is logged.
+constexpr int64_t kCurveEvery = 10;
+
+/// What a finished (or resumed and finished) job reports.
 struct TrainOutcome {
-  double final_loss = 0;                          // mean nats per target over the last log interval
+  double final_loss = 0;                          // mean nats per target since the last but one point of the curve
   std::vector<std::pair<int64_t, double>> curve;  // (step, mean nats per target since the previous point)
 };
 

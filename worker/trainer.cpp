@@ -26,16 +26,31 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 /// The loop's own state: what a checkpoint carries besides tensors. Doubles survive JSON exactly.
 struct LoopState {
-  int64_t step = 0;     // finished steps
-  double loss_sum = 0;  // of the targets since the last curve point
-  int64_t targets = 0;
+  struct Interval {
+    double loss_sum = 0;
+    int64_t targets = 0;
+
+    void add(double loss, int64_t count) { loss_sum += loss, targets += count; }
+    double take_mean() {
+      const double mean = loss_sum / static_cast<double>(targets);
+      *this = {};
+      return mean;
+    }
+  };
+  int64_t step = 0;  // finished steps
+  Interval logged;   // since the last metric point: log_every
+  Interval kept;     // since the last point of the curve: kCurveEvery
   std::vector<std::pair<int64_t, double>> curve;
 
   core::Json to_json() const {
-    return {{"step", step}, {"loss_sum", loss_sum}, {"targets", targets}, {"curve", curve}};
+    return {{"step", step},
+            {"logged", {logged.loss_sum, logged.targets}},
+            {"kept", {kept.loss_sum, kept.targets}},
+            {"curve", curve}};
   }
   static LoopState from_json(const core::Json& json) {
-    return {json.at("step"), json.at("loss_sum"), json.at("targets"), json.at("curve")};
+    const auto interval = [&](const char* key) { return Interval{json.at(key).at(0), json.at(key).at(1)}; };
+    return {json.at("step"), interval("logged"), interval("kept"), json.at("curve")};
   }
 };
 
@@ -89,7 +104,7 @@ class Loop {
     if (group_.size() > 1) share_start(loop);
     if (loop.is_null()) return;
     state_ = LoopState::from_json(loop);
-    resumed_at_ = state_.step;
+    resumed_at_ = logged_at_ = state_.step;
     core::log::info("training resumed: unit={} step={} of={}", site_.label, state_.step, job_.config.steps);
   }
 
@@ -159,15 +174,17 @@ class Loop {
       throw core::UserError(fmt::format("worker: step {} of {} has no targets", state_.step + 1, site_.label),
                             "check that the training data is not all padding");
     }
-    state_.loss_sum += totals.loss_sum;
-    state_.targets += totals.targets;
+    state_.logged.add(totals.loss_sum, totals.targets);
+    state_.kept.add(totals.loss_sum, totals.targets);
     const double rate = learning_rate(job_.config, state_.step);
     const double norm = scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(totals.targets),
                                                  job_.config.clip_norm);
     if (!std::isfinite(norm)) fail("gradient norm", norm);
     optimizer_.step(rate);
     ++state_.step;
-    if (state_.step % job_.config.log_every == 0 || state_.step == job_.config.steps) log_point(rate, norm);
+    const auto due = [&](int64_t every) { return state_.step % every == 0 || state_.step == job_.config.steps; };
+    if (due(algorithms::kCurveEvery)) state_.curve.emplace_back(state_.step, state_.kept.take_mean());
+    if (due(job_.config.log_every)) log_point(rate, norm);
     return totals.stop > 0;
   }
 
@@ -209,16 +226,12 @@ class Loop {
   }
 
   void log_point(double rate, double norm) {
-    const double mean = state_.loss_sum / static_cast<double>(state_.targets);
-    state_.curve.emplace_back(state_.step, mean);
-    state_.loss_sum = 0;
-    state_.targets = 0;
-    const int64_t before =
-        std::max(resumed_at_, state_.curve.size() > 1 ? state_.curve[state_.curve.size() - 2].first : 0);
-    const auto tokens = static_cast<double>((state_.step - before) * job_.config.batch_size * job_.tokens_per_sequence);
+    const auto tokens =
+        static_cast<double>((state_.step - logged_at_) * job_.config.batch_size * job_.tokens_per_sequence);
+    logged_at_ = state_.step;
     const double elapsed = seconds_since(interval_start_);
     interval_start_ = Clock::now();
-    record("train_loss", mean);
+    record("train_loss", state_.logged.take_mean());
     record("learning_rate", rate);
     record("grad_norm", norm);
     if (elapsed > 0) record("tokens_per_s", tokens / elapsed);
@@ -242,7 +255,7 @@ class Loop {
   GradientExchange exchange_;
   models::NamedTensors checkpointed_;
   LoopState state_;
-  int64_t resumed_at_ = 0;
+  int64_t resumed_at_ = 0, logged_at_ = 0;
   Clock::time_point interval_start_;
 };
 

@@ -158,11 +158,16 @@ TEST_F(Trainer, SgdOnAQuadraticFollowsItsClosedForm) {
   job.loss = [w](int64_t, int64_t, int64_t num) {
     return TrainJob::MicroLoss{w.sub(3).square().sum().mul(0.5 * 2 * static_cast<double>(num)), 2 * num};
   };
-  const TrainResult result = train(job, Recorder().site);
+  Recorder recorder;
+  train(job, recorder.site);
   EXPECT_NEAR(w.item<double>(), 3 - 3 * std::pow(0.75, 20), 1e-6);
-  ASSERT_EQ(result.outcome.curve.size(), 20u);
-  for (const auto& [step, loss] : result.outcome.curve)
-    EXPECT_NEAR(loss, 4.5 * std::pow(0.75, 2.0 * static_cast<double>(step - 1)), 1e-5) << step;
+  int64_t points = 0;
+  for (const auto& record : recorder.records) {
+    if (record.key != "train_loss") continue;
+    EXPECT_EQ(record.step, ++points);
+    EXPECT_NEAR(record.value, 4.5 * std::pow(0.75, 2.0 * static_cast<double>(points - 1)), 1e-5) << points;
+  }
+  EXPECT_EQ(points, 20);
 }
 
 TEST_F(Trainer, OnlyTheJobsParametersReceiveGradients) {
@@ -188,6 +193,20 @@ TEST_F(Trainer, MetricsComeEveryIntervalAndAfterTheLastStep) {
   }
   EXPECT_THAT(steps, ::testing::ElementsAre(4, 8, 11));
   EXPECT_EQ(recorder.records.size(), 4 * steps.size());  // loss, rate, norm, tokens/s
+}
+
+TEST_F(Trainer, TheCurveDoesNotDependOnHowOftenIsLogged) {
+  const auto curve = [&](int64_t log_every) {
+    TrainJob job = tiny_job(25);
+    job.config.log_every = log_every;
+    return train(job, Recorder().site).outcome;
+  };
+  const auto often = curve(1), rarely = curve(1000);
+  EXPECT_EQ(often.curve, rarely.curve);
+  EXPECT_EQ(often.final_loss, rarely.final_loss);
+  ASSERT_EQ(often.curve.size(), 3u);
+  for (size_t i = 0; i < 3; ++i)
+    EXPECT_EQ(often.curve[i].first, std::min<int64_t>(10 * static_cast<int64_t>(i + 1), 25));
 }
 
 TEST_F(Trainer, NanLossEndsWithStepAndUnitAndARetryStartsClean) {
