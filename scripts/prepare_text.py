@@ -4,13 +4,14 @@
 Examples:
   scripts/prepare_text.py --name german --out german.h5 corpus/de/ 'extra/**/*.txt.gz'
   scripts/prepare_text.py --name law --out law.h5 --field body --tokenizer model/tokenizer.json cases.jsonl.gz
+  scripts/prepare_text.py --name sport --out sport.h5 --field article --only topic=sport news.csv
 
-Documents are split into train, validation and test by a hash of their content; near-duplicates stay on one side. The
-result does not depend on the order or the names of the files. Exit codes: 2 bad input, 3 the disk or a file failed.
+A file is one document, unless it holds records: .jsonl, .ndjson, .json, .csv, .tsv and .parquet (.gz or not) give one document per
+record. Documents are split into train, validation and test by a hash of their content; near-duplicates stay on one side. The result
+does not depend on the order or the names of the files. Exit codes: 2 bad input, 3 the disk, a file or a package failed, 130 interrupted.
 """
 import argparse
 import glob
-import gzip
 import hashlib
 import json
 import os
@@ -18,11 +19,11 @@ import pathlib
 import platform
 import sys
 import tempfile
-import zlib
 
 try:
     import h5py
     import numpy as np
+    from preparation import Missing, Refused, check_name, ending, exit_code_of, hdf5_output, output_file, read_bytes, table_rows
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -34,6 +35,8 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 CHUNK = 16384                 # tokens per HDF5 chunk: what the reader decompresses to get at one sequence
 BATCH_BYTES = 4 << 20         # text tokenised at a time
+MAX_SHORT = 0.5               # share of documents that may be dropped as too short; --max-short sets another
+WARN_SHORT = 0.2              # from which a warning says so
 MAX_BAD_SHARE = 0.001         # undecodable sequences per byte up to which a document is repaired instead of refused
 
 SHINGLE = 32                  # bytes; a power of two
@@ -45,86 +48,168 @@ MASK = (1 << 64) - 1
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
-class Refused(Exception):
-    """Input the user has to change. Message and hint as everywhere in Moraine."""
-
-    def __init__(self, message, hint):
-        super().__init__(f"{message}\n  hint: {hint}")
-
-
 # Reading ---------------------------------------------------------------------------------------------------------
 
 def find_files(patterns):
     """Every file the patterns name, each once, sorted. A pattern is a file, a folder or a glob (** recurses)."""
     files = set()
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            matches = [os.path.join(pattern, "**", "*")]
+        if os.path.isfile(pattern):
+            found = {pattern}
         else:
-            matches = [pattern]
-        found = {path for match in matches for path in glob.glob(match, recursive=True) if os.path.isfile(path)}
+            match = os.path.join(glob.escape(pattern), "**", "*") if os.path.isdir(pattern) else pattern
+            found = {path for path in glob.glob(match, recursive=True) if os.path.isfile(path)}
         if not found:
-            raise Refused(f"prepare_text: no file matches '{pattern}'", "check the path; quote globs so that ** recurses")
+            raise Refused(f"no file matches '{pattern}'", "check the path; quote globs so that ** recurses")
         files |= found
     return sorted(files)
-
-
-def read_bytes(path):
-    if not path.endswith(".gz"):
-        return pathlib.Path(path).read_bytes()
-    try:
-        with gzip.open(path) as stream:
-            return stream.read()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise Refused(f"prepare_text: {path} is not an intact gzip file: {error}", "fetch the file again") from error
 
 
 def decode(data, origin, counts):
     """UTF-8 text of one document. Refuses binary data; repairs a few stray bytes and counts the document."""
     hint = "leave the file out, convert it to UTF-8 (iconv), or pass --skip-unreadable"
     if b"\0" in data:
-        raise Refused(f"prepare_text: {origin} is binary: NUL byte at offset {data.index(0)}", hint)
+        raise Refused(f"{origin} is binary: NUL byte at offset {data.index(0)}", hint)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         text = data.decode("utf-8", errors="replace")
         bad = text.count("\ufffd")
         if bad > MAX_BAD_SHARE * len(data):
-            raise Refused(f"prepare_text: {origin} is not UTF-8 text: {bad} undecodable places in {len(data)} bytes, "
+            raise Refused(f"{origin} is not UTF-8 text: {bad} undecodable places in {len(data)} bytes, "
                           f"the first at offset {error.start}", hint) from error
         counts["repaired"] += 1
         return text
 
 
-def json_lines(data, path, field):
+def json_value(data, origin):
+    try:
+        return json.loads(data.decode("utf-8-sig", "surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{origin} is not JSON: {error}", "one JSON object per line, or take the file as text with --whole-files") from error
+
+
+def json_lines(data, path, _):
     for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise Refused(f"prepare_text: {path}:{number} is not JSON: {error}", "one JSON object per line") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise Refused(f"prepare_text: {path}:{number} has no text field '{field}' (it has: {keys})",
-                          "name the field with --field")
-        yield record[field].encode("utf-8", "surrogatepass"), f"{path}:{number}"
+        if line.strip():
+            yield f"{path}:{number}", json_value(line, f"{path}:{number}")
 
 
-def documents(files, field, skip_unreadable, counts):
-    """UTF-8 bytes of every document of the files."""
-    for path in files:
-        data = read_bytes(path)
-        plain = path.removesuffix(".gz")
-        for content, origin in json_lines(data, path, field) if plain.endswith(".jsonl") else [(data, path)]:
-            counts["read"] += 1
-            try:
-                yield decode(content, origin, counts).encode("utf-8")
-            except Refused as refusal:
-                if not skip_unreadable:
-                    raise
-                counts["unreadable"] += 1
-                print(f"skipped: {str(refusal).splitlines()[0]}", file=sys.stderr)
+def json_document(data, path, columns):
+    """A list of records, one record, or records line by line: what is called .json is any of these."""
+    try:
+        value = json_value(data, path)
+    except Refused:
+        yield from json_lines(data, path, columns)
+        return
+    for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+        yield f"{path}: record {number}", record
+
+
+def table(data, path, _):
+    rows = table_rows(data, path)
+    _, names = next(rows, (0, []))
+    if len(set(names)) < len(names):
+        raise Refused(f"{path}: its first line names a column twice: {shortened(', '.join(names))}", "the first line must name the columns")
+    for line, fields in rows:
+        if len(fields) != len(names):
+            raise Refused(f"{path}:{line} has {len(fields)} fields, the first line names {len(names)} columns",
+                          "quote fields that hold a separator, or take the file as text with --whole-files")
+        yield f"{path}:{line}", dict(zip(names, fields))
+
+
+def parquet(data, path, columns):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise Missing(f"{path} is a Parquet file, and {error}", f"install pyarrow ({sys.executable} -m pip install pyarrow), or convert the file to .jsonl") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        if not set(columns) <= set(file.schema_arrow.names):
+            yield path, dict.fromkeys(file.schema_arrow.names)
+            return
+        row = 0
+        for batch in file.iter_batches(columns=columns):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{path}: row {row}", record
+    except (pyarrow.ArrowException, OSError) as error:   # the bytes are in memory: what cannot be read is their fault
+        raise Refused(f"{path} is not an intact Parquet file: {error}", "fetch the file again") from error
+
+
+# How files of records are read: reader(data, path, columns) yields (origin, record).
+RECORDS = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_document, ".csv": table, ".tsv": table, ".parquet": parquet}
+
+
+def readable(texts):
+    """Sorted, with escapes for what is not UTF-8."""
+    return sorted(text.encode("utf-8", "backslashreplace").decode() for text in texts)
+
+
+def shortened(text):
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def as_text(value):
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+class Reader:
+    """Documents of files, under the options that concern reading."""
+
+    def __init__(self, options, counts):
+        self.field, self.whole_files, self.skip_unreadable = options.field or "text", options.whole_files, options.skip_unreadable
+        self.column, _, self.value = (options.only or "").partition("=")
+        self.others = set()      # values of the column that --only passed over
+        self.counts = counts
+
+    def reader_of(self, path):
+        return None if self.whole_files else RECORDS.get(ending(path))
+
+    def documents(self, files):
+        """UTF-8 bytes of every document of the files."""
+        for path in files:
+            reader, data = self.reader_of(path), read_bytes(path)
+            contents = self.chosen_texts(reader, data, path) if reader else [(data, path)]
+            for content, origin in contents:
+                self.counts["read"] += 1
+                try:
+                    yield decode(content, origin, self.counts).encode("utf-8")
+                except Refused as refusal:
+                    if not self.skip_unreadable:
+                        raise
+                    self.counts["unreadable"] += 1
+                    print(f"skipped: {str(refusal).splitlines()[0]}", file=sys.stderr)
+
+    def chosen_texts(self, reader, data, path):
+        columns = [self.field] + [self.column] * (self.column not in ("", self.field))
+        for origin, record in reader(data, path, columns):
+            if self.column:
+                value = as_text(self.member(record, self.column, origin, "--only"))
+                if value != self.value:
+                    self.counts["not_selected"] += 1
+                    self.others.add(value)
+                    continue
+            text = self.member(record, self.field, origin, "--field")
+            if not isinstance(text, str):
+                raise Refused(f"{origin}: '{self.field}' is {shortened(as_text(text))}, not text", "name another field with --field, or leave the record out")
+            yield text.encode("utf-8", "surrogatepass"), origin
+
+    def member(self, record, name, origin, option):
+        if not isinstance(record, dict) or name not in record:
+            keys = ", ".join(record) if isinstance(record, dict) else f"{type(record).__name__}, not named fields"
+            raise Refused(f"{origin} has no field '{name}' (it has: {shortened(keys)})",
+                          f"name the field with {option}, or take files as they are with --whole-files")
+        return record[name]
+
+    def check_options(self, options, files):
+        """Refuses options that would do nothing."""
+        has_records = any(ending(path) in RECORDS for path in files)
+        for option in ("field", "only", "whole_files"):
+            if getattr(options, option) and not has_records:
+                raise Refused(f"--{option.replace('_', '-')} does not apply: no input is a file of records ({' '.join(RECORDS)})",
+                              "leave it out, or give the files the ending that says what they hold")
 
 
 class Spool:
@@ -224,13 +309,16 @@ class HuggingFaceEncoder:
     stores_bytes = True
 
     def __init__(self, path, end_of_document):
-        import tokenizers   # here: text as bytes does not need it
+        try:
+            import tokenizers   # here: text as bytes does not need it
+        except ImportError as error:
+            raise Missing(f"--tokenizer: {error}", "run scripts/setup, or pip install tokenizers") from error
 
         content = pathlib.Path(path).read_bytes()
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:   # tokenizers raises bare Exception
-            raise Refused(f"prepare_text: {path} is not a tokenizer.json: {error}", "pass the file of a Hugging Face model") from error
+            raise Refused(f"{path} is not a tokenizer.json: {error}", "pass the file of a Hugging Face model") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True   # "<s>" inside a document is text
@@ -239,7 +327,7 @@ class HuggingFaceEncoder:
         names = (end_of_document,) if end_of_document else END_OF_DOCUMENT_NAMES
         ids = [i for i in map(self.tokenizer.token_to_id, names) if i is not None]
         if not ids:
-            raise Refused(f"prepare_text: {path} has no token {' or '.join(names)} to end a document with",
+            raise Refused(f"{path} has no token {' or '.join(names)} to end a document with",
                           "name one of its tokens with --end-of-document")
         self.end_of_document = ids[0]
 
@@ -276,8 +364,8 @@ class GrowingDataset:
         return f"{self.dataset.name[1:]} {self.digest.hexdigest()}\n"
 
 
-def write_split(group, digests, spool, encoder):
-    """Writes the documents in order. Returns the counts of the split and its lines of the fingerprint."""
+def write_split(group, digests, spool, encoder, check):
+    """Writes the documents in order; check() throws when the disk took no more. Returns the counts of the split and its lines of the fingerprint."""
     tokens_out = GrowingDataset(group, "tokens", "<u2" if encoder.vocab_size <= 1 << 16 else "<u4", "<u4")
     offsets_out = GrowingDataset(group, "byte_offsets", "<i8", "<i8") if encoder.stores_bytes else None
     if offsets_out:
@@ -295,6 +383,7 @@ def write_split(group, digests, spool, encoder):
         num_bytes = int(offsets[-1])
         if offsets_out:
             offsets_out.append(offsets)
+        check()
     bounds_out = GrowingDataset(group, "documents", "<i8", "<i8")
     bounds_out.append(bounds)
     lines = "".join(out.fingerprint_line() for out in (tokens_out, offsets_out, bounds_out) if out)
@@ -302,33 +391,54 @@ def write_split(group, digests, spool, encoder):
 
 
 def write_domain(path, name, splits, spool, encoder, provenance):
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     fingerprint = hashlib.sha256(f"{FORMAT} {FORMAT_VERSION}\n{encoder.name} {encoder.vocab_size} {encoder.end_of_document}\n".encode())
-    try:
-        with h5py.File(partial, "w") as file:
-            for split in SPLITS:
-                provenance["splits"][split], lines = write_split(file.create_group(split), splits[split], spool, encoder)
-                fingerprint.update(lines.encode())
-            for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("name", name), ("tokenizer", encoder.name),
-                               ("vocab_size", encoder.vocab_size), ("end_of_document", encoder.end_of_document),
-                               ("fingerprint", fingerprint.hexdigest()), ("provenance", json.dumps(provenance, sort_keys=True))):
-                file.attrs[key] = np.int64(value) if isinstance(value, int) else value
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with hdf5_output(path) as (file, stream):
+        for split in SPLITS:
+            provenance["splits"][split], lines = write_split(file.create_group(split), splits[split], spool, encoder, stream.check)
+            fingerprint.update(lines.encode())
+        for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("name", name), ("tokenizer", encoder.name),
+                           ("vocab_size", encoder.vocab_size), ("end_of_document", encoder.end_of_document),
+                           ("fingerprint", fingerprint.hexdigest()), ("provenance", json.dumps(provenance, sort_keys=True))):
+            file.attrs[key] = np.int64(value) if isinstance(value, int) else value
     return fingerprint.hexdigest()
 
 
-def prepare(options):
-    counts = dict.fromkeys(("read", "unreadable", "repaired", "too_short", "exact_duplicates", "beyond_cap"), 0)
-    encoder = HuggingFaceEncoder(options.tokenizer, options.end_of_document) if options.tokenizer else ByteEncoder()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+def refuse_short_text(counts, options):
+    """Says how much was too short; refuses when it is more than the share that is allowed."""
+    holding_text = counts["read"] - counts["unreadable"] - counts["blank"]
+    share = counts["too_short"] / max(1, holding_text)
+    what = f"{counts['too_short']} of {holding_text} documents ({share:.0%}) are shorter than {options.min_document_bytes} bytes"
+    if share > options.max_short:
+        raise Refused(f"{what}; at most {options.max_short:.0%} may be dropped for it", "keep them with a lower --min-document-bytes, or allow it with --max-short 1")
+    if share > WARN_SHORT:
+        print(f"prepare_text: warning: {what} and were dropped; --min-document-bytes sets the limit", file=sys.stderr)
+
+
+def read_all(options, files, counts):
+    """The documents that are long enough, each once, in a temporary file beside the output."""
+    reader = Reader(options, counts)
+    reader.check_options(options, files)
     spool = Spool(options.out.parent)
-    for data in documents(find_files(options.inputs), options.field, options.skip_unreadable, counts):
-        if len(data) < options.min_document_bytes or not data.strip():
+    for data in reader.documents(files):
+        if not data.strip():
+            counts["blank"] += 1
+        elif len(data) < options.min_document_bytes:
             counts["too_short"] += 1
         elif not spool.add(data):
             counts["exact_duplicates"] += 1
+    if options.only and not counts["read"]:
+        raise Refused(f"no record has {options.only}; '{reader.column}' is one of: {shortened(', '.join(sorted(reader.others)))}", "give one of these to --only")
+    return spool
+
+
+def prepare(options):
+    counts = dict.fromkeys(("read", "not_selected", "unreadable", "repaired", "blank", "too_short", "exact_duplicates", "beyond_cap"), 0)
+    check_name(options.name)
+    files = find_files(options.inputs)
+    options.out = output_file(options.out, files + [options.tokenizer] * bool(options.tokenizer))
+    encoder = HuggingFaceEncoder(options.tokenizer, options.end_of_document) if options.tokenizer else ByteEncoder()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    spool = read_all(options, files, counts)
 
     # In the order of their content's hash: a cap takes a random sample that names and file order have no part in.
     digests, total = [], 0
@@ -339,9 +449,10 @@ def prepare(options):
         digests.append(digest)
     counts["beyond_cap"] = len(spool.places) - len(digests)
     if not digests:
-        raise Refused(f"prepare_text: no text left for '{options.name}': {counts['read']} documents read, {counts['too_short']} shorter than "
-                      f"{options.min_document_bytes} bytes or blank, {counts['beyond_cap']} beyond the cap",
+        raise Refused(f"no text left for '{options.name}': {counts['read']} documents read, {counts['blank']} blank, "
+                      f"{counts['too_short']} shorter than {options.min_document_bytes} bytes, {counts['beyond_cap']} beyond the cap",
                       "name more text, lower --min-document-bytes or raise --max-bytes")
+    refuse_short_text(counts, options)
 
     roots = near_duplicate_clusters(np.stack([signature(spool.read(digest)) for digest in digests]))
     splits = {split: [] for split in SPLITS}
@@ -349,59 +460,57 @@ def prepare(options):
         splits[split_of(digests[root], options.validation, options.test)].append(digest)
     for split, share in (("train", 1), ("validation", options.validation), ("test", options.test)):
         if share and not splits[split]:
-            raise Refused(f"prepare_text: no document of '{options.name}' falls into the {split} split: {len(digests)} documents in "
+            raise Refused(f"no document of '{options.name}' falls into the {split} split: {len(digests)} documents in "
                           f"{len(set(roots.tolist()))} groups of near-duplicates", f"name more documents, or set --{split} 0 / a larger share")
 
     counts["near_duplicates"] = int((roots != np.arange(len(roots))).sum())
-    provenance = {"sources": sorted(options.inputs), "notes": sorted(options.note), "documents": counts, "splits": {},
-                  "options": {key: getattr(options, key) for key in ("field", "min_document_bytes", "max_bytes", "validation", "test")},
+    provenance = {"sources": readable(options.inputs), "notes": readable(options.note), "documents": counts, "splits": {},
+                  "options": {key: getattr(options, key) for key in ("field", "only", "whole_files", "min_document_bytes", "max_short", "max_bytes", "validation", "test")},
                   "versions": {"python": platform.python_version(), "numpy": np.__version__, "h5py": h5py.__version__}}
     fingerprint = write_domain(options.out, options.name, splits, spool, encoder, provenance)
     sizes = ", ".join(f"{split} {s['documents']} documents / {s['bytes']} bytes / {s['tokens']} tokens" for split, s in provenance["splits"].items())
-    print(f"{options.out}: {sizes}; dropped {counts['exact_duplicates']} exact duplicates, {counts['too_short']} short, {counts['beyond_cap']} beyond "
+    print(f"{options.out}: {sizes}; dropped {counts['exact_duplicates']} exact duplicates, {counts['too_short']} short, {counts['blank']} blank, {counts['beyond_cap']} beyond "
           f"the cap, {counts['unreadable']} unreadable; {counts['near_duplicates']} near-duplicates kept with their like; fingerprint {fingerprint[:12]}")
 
 
 def parse_options(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob; .gz is unpacked; .jsonl holds one document per line")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob; .gz is unpacked; %s hold one document per record" % " ".join(RECORDS))
     parser.add_argument("--name", required=True, help="name of the domain")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="HDF5 file to write")
     parser.add_argument("--tokenizer", help="tokenizer.json of a Hugging Face model (default: bytes)")
     parser.add_argument("--end-of-document", help="token of --tokenizer that ends a document (default: the first it has of %s)" %
                         " ".join(END_OF_DOCUMENT_NAMES))
-    parser.add_argument("--field", default="text", help="text field of .jsonl records (default: text)")
+    parser.add_argument("--field", help="field or column of records that holds the text (default: text)")
+    parser.add_argument("--only", metavar="FIELD=VALUE", help="take only the records whose field has this value, e.g. label=3")
+    parser.add_argument("--whole-files", action="store_true", help="every file is one document, whatever its ending")
     parser.add_argument("--min-document-bytes", type=int, default=200, help="drop shorter documents (default: 200)")
+    parser.add_argument("--max-short", type=float, default=MAX_SHORT,
+                        help="refuse when more than this share of the documents is shorter (default: %(default)s; 1 allows any)")
     parser.add_argument("--max-bytes", type=int, default=0, help="keep a random sample of documents of at most this size (default: all)")
     parser.add_argument("--validation", type=float, default=0.05, help="share of documents (default: 0.05)")
     parser.add_argument("--test", type=float, default=0.05, help="share of documents (default: 0.05)")
     parser.add_argument("--skip-unreadable", action="store_true", help="skip binary files and other encodings instead of refusing")
     parser.add_argument("--note", action="append", default=[], help="provenance to record, e.g. 'manpages-de 4.18.1-1'; may be repeated")
     options = parser.parse_args(arguments)
-    if min(options.validation, options.test) < 0 or options.validation + options.test >= 1:
+    if not (options.validation >= 0 and options.test >= 0 and options.validation + options.test < 1):
         parser.error(f"--validation and --test must be shares whose sum is below 1: {options.validation} and {options.test}")
     if min(options.min_document_bytes, options.max_bytes) < 0:
         parser.error("--min-document-bytes and --max-bytes must not be negative")
+    if not 0 <= options.max_short <= 1:
+        parser.error(f"--max-short must be a share from 0 to 1: {options.max_short}")
+    if options.end_of_document and not options.tokenizer:
+        parser.error("--end-of-document names a token of --tokenizer; text as bytes has its own")
+    if options.whole_files and (options.field or options.only):
+        parser.error("--whole-files takes no records, so there is no --field or --only")
+    if options.only is not None and not options.only.partition("=")[1]:
+        parser.error(f"--only must be FIELD=VALUE: {options.only}")
     return options
 
 
 def main(arguments=None):
     options = parse_options(arguments)
-    try:
-        prepare(options)
-    except Refused as refusal:
-        print(refusal, file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"prepare_text: {error}\n  hint: --tokenizer needs it: run scripts/setup, or pip install tokenizers", file=sys.stderr)
-        return 3
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        print(f"prepare_text: {error.filename or options.out}: {reason}\n  hint: check the path, its permissions and the free disk space", file=sys.stderr, flush=True)
-        if __name__ == "__main__":
-            os._exit(3)   # HDF5 crashes when it lets go of a file it could not write, so nothing may be freed any more
-        return 3
-    return 0
+    return exit_code_of("prepare_text", lambda: prepare(options), options.out, alone=__name__ == "__main__")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
 """Tests of scripts/prepare_text.py. Test names are claims; docs/data.md states the rules."""
 import contextlib
+import csv
 import gzip
 import hashlib
 import io
 import json
+import os
 import pathlib
+import resource
+import signal
+import subprocess
+import sys
 import tempfile
 import unittest
 
@@ -131,8 +137,8 @@ class PrepareText(unittest.TestCase):
         splits, attributes = self.prepare(self.write_all("in", contents + contents[:3] + ["short", " \n" * 500]), options=["--note", "pkg 1.0"])
         provenance = json.loads(attributes["provenance"])
         self.assertEqual(sum(map(len, splits.values())), 30)
-        self.assertEqual(provenance["documents"], {"read": 35, "exact_duplicates": 3, "too_short": 2, "unreadable": 0, "repaired": 0,
-                                                        "beyond_cap": 0, "near_duplicates": 0})
+        self.assertEqual(provenance["documents"], {"read": 35, "not_selected": 0, "exact_duplicates": 3, "too_short": 1, "blank": 1, "unreadable": 0,
+                                                   "repaired": 0, "beyond_cap": 0, "near_duplicates": 0})
         self.assertEqual(provenance["notes"], ["pkg 1.0"])
         self.assertEqual(provenance["splits"]["test"]["bytes"], sum(map(len, splits["test"])))
 
@@ -171,7 +177,151 @@ class PrepareText(unittest.TestCase):
 
     def test_refuses_json_lines_it_cannot_read_by_line(self):
         self.assertIn("a.jsonl:2 is not JSON", self.refusal(self.write("a.jsonl", '{"text": "x"}\n{"text": \n')))
-        self.assertIn("b.jsonl:1 has no text field 'text' (it has: body, id)", self.refusal(self.write("b.jsonl", '{"body": "x", "id": 3}\n')))
+        self.assertIn("b.jsonl:1 has no field 'text' (it has: body, id)", self.refusal(self.write("b.jsonl", '{"body": "x", "id": 3}\n')))
+
+    def records(self, contents):
+        """The same documents in every form that holds records, as {file name: bytes}."""
+        rows = [{"id": number, "body": content, "kind": "odd" if number % 2 else "even"} for number, content in enumerate(contents)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        tables = {}
+        for name, separator in (("t.csv", ","), ("t.tsv", "\t")):
+            out = io.StringIO(newline="")
+            writer = csv.DictWriter(out, ["id", "body", "kind"], delimiter=separator)
+            writer.writeheader()
+            writer.writerows(rows)
+            tables[name] = out.getvalue().encode()
+        return {"a.jsonl": lines.encode(), "b.ndjson": lines.encode(), "C.JSONL": lines.encode(), "lines.json": lines.encode(),
+                "list.json": json.dumps(rows, indent=1).encode(), "bom.jsonl": b"\xef\xbb\xbf" + lines.encode(),
+                "packed.NDJSON.GZ": gzip.compress(lines.encode()), "packed.csv.gz": gzip.compress(tables["t.csv"]),
+                "bom.csv": b"\xef\xbb\xbf" + tables["t.csv"], **tables}
+
+    def test_every_form_of_records_gives_one_document_per_record(self):
+        contents = [fixtures.text(seed) + 'with "quotes", commas,\tand\nlines' for seed in range(30)]
+        _, as_files = self.prepare(self.write_all("in", contents))
+        _, odd = self.prepare(self.write_all("odd", contents[1::2]))
+        for name, data in self.records(contents).items():
+            path = self.write(f"records/{name}", data)
+            _, as_records = self.prepare(path, options=["--field", "body"])
+            self.assertEqual(as_records["fingerprint"], as_files["fingerprint"], name)
+            _, chosen = self.prepare(path, options=["--field", "body", "--only", "kind=odd"])
+            self.assertEqual(chosen["fingerprint"], odd["fingerprint"], name)
+        self.assertEqual(json.loads(chosen["provenance"])["documents"]["not_selected"], 15)
+
+    def test_rows_of_parquet_files_are_documents(self):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            code, output = self.run_tool(self.write("t.parquet", b"PAR1"))
+            self.assertEqual(code, 3, output)
+            self.assertRegex(output, "No module named 'pyarrow'(.|\n)*hint: install pyarrow")
+            return
+        contents = [fixtures.text(seed) for seed in range(30)]
+        _, as_files = self.prepare(self.write_all("in", contents))
+        pyarrow.parquet.write_table(pyarrow.table({"n": range(30), "body": contents}), self.folder / "t.parquet")
+        _, as_rows = self.prepare(str(self.folder / "t.parquet"), options=["--field", "body"])
+        self.assertEqual(as_rows["fingerprint"], as_files["fingerprint"])
+        (self.folder / "d.h5").unlink()
+        self.assertIn("has no field 'text' (it has: n, body)", self.refusal(str(self.folder / "t.parquet")))
+        self.assertIn("not an intact Parquet", self.refusal(self.write("cut.parquet", (self.folder / "t.parquet").read_bytes()[:-9])))
+
+    def test_markup_of_records_never_becomes_text_unasked(self):
+        contents = [fixtures.text(seed) for seed in range(30)]
+        for name, data in self.records(contents).items():
+            self.assertIn("has no field 'text' (it has: id, body, kind)", self.refusal(self.write(f"records/{name}", data)), name)
+        inputs = self.write_all("code", [fixtures.text(seed) for seed in range(30)])
+        package = json.dumps({"name": fixtures.text(99)})
+        self.write("code/package.json", package)
+        self.assertIn("package.json: record 1 has no field 'text'", self.refusal(inputs))
+        splits, _ = self.prepare(inputs, options=["--whole-files"])
+        self.assertIn(package.encode(), [document for documents in splits.values() for document in documents])
+
+    def test_refuses_records_it_would_misread(self):
+        for name, content, part in (("ragged.csv", "text,n\nabc\n", "ragged.csv:2 has 1 fields, the first line names 2"), ("open.csv", 'text\n"abc\n', "open.csv:2: "),
+                                    ("twice.csv", "text,text\na,b\n", "names a column twice"), ("number.jsonl", '{"text": 3}\n', "'text' is 3, not text"),
+                                    ("null.json", '[{"text": null}]', "'text' is null, not text"), ("bare.jsonl", '"text"\n', "has no field 'text' (it has: str"),
+                                    ("deep.jsonl", "[" * 100000 + "\n", "is not JSON")):
+            self.assertIn(part, self.refusal(self.write(name, content)), name)
+
+    def test_options_that_do_nothing_are_refused(self):
+        inputs = self.write_all("in", [fixtures.text(seed) for seed in range(30)])
+        for options in (["--field", "body"], ["--only", "kind=odd"], ["--whole-files"]):
+            self.assertIn(f"{options[0]} does not apply", self.refusal(inputs, options=options))
+        for options in (["--end-of-document", "</s>"], ["--whole-files", "--field", "body"], ["--only", "kind"], ["--validation", "nan"], ["--max-short", "2"]):
+            with self.assertRaises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()):
+                self.run_tool(inputs, options=options)
+            self.assertEqual(ended.exception.code, 2, options)
+        lines = self.write("t.jsonl", json.dumps({"text": fixtures.text(1), "kind": "odd"}))
+        self.assertIn("'kind' is one of: odd", self.refusal(lines, options=["--only", "kind=even"]))
+
+    def test_refuses_to_drop_most_of_the_text_as_short(self):
+        contents = [fixtures.text(seed) for seed in range(30)]
+        inputs = self.write_all("in", contents + [f"short message {number}" for number in range(70)] + [""] * 200)
+        self.assertIn("70 of 100 documents (70%) are shorter than 200 bytes", self.refusal(inputs))
+        _, output = self.run_tool(inputs, options=["--max-short", "0.7"])
+        self.assertIn("warning: 70 of 100 documents (70%)", output)
+        splits, _ = self.prepare(inputs, options=["--min-document-bytes", "5"])
+        self.assertEqual(sum(map(len, splits.values())), 100)
+
+    def test_never_writes_over_what_it_must_not(self):
+        text = "".join(json.dumps({"text": fixtures.text(seed)}) + "\n" for seed in range(30))
+        source = pathlib.Path(self.write("corpus.jsonl", text))
+        fixtures.write_tokenizer(self.folder / "tokenizer.json")
+        (self.folder / "soft.h5").symlink_to("corpus.jsonl")
+        os.link(source, self.folder / "hard.h5")
+        notes = self.write("notes.txt", "mine")
+        for out, part in (("corpus.jsonl", "is one of the inputs"), ("soft.h5", "is one of the inputs"), ("hard.h5", "is one of the inputs"),
+                          ("tokenizer.json", "is one of the inputs"), ("notes.txt", "is not an HDF5 file"), (".", "is not a regular file"), ("/dev/null", "is not a regular file")):
+            code, output = self.run_tool(str(source), options=["--out", str(self.folder / out), "--tokenizer", str(self.folder / "tokenizer.json")])
+            self.assertEqual((code, part in output), (2, True), f"{out}: {output}")
+        self.assertEqual(source.read_text(), text)
+        self.assertEqual(pathlib.Path(notes).read_text(), "mine")
+        (self.folder / "elsewhere").mkdir()
+        (self.folder / "link.h5").symlink_to("elsewhere/real.h5")
+        self.assertEqual(self.run_tool(str(source), options=["--out", str(self.folder / "link.h5")])[0], 0)
+        self.assertTrue((self.folder / "link.h5").is_symlink() and (self.folder / "elsewhere/real.h5").is_file())
+
+    def test_names_of_files_are_taken_as_they_are(self):
+        inputs = self.write_all("data[1]", [fixtures.text(seed) for seed in range(30)])
+        _, in_brackets = self.prepare(inputs)
+        os.rename(inputs, self.folder / "plain")
+        _, plain = self.prepare(str(self.folder / "plain"))
+        self.assertEqual(in_brackets["fingerprint"], plain["fingerprint"])
+        os.rename(self.folder / "plain/0.txt", os.fsencode(self.folder / "plain") + b"/\xff.txt")
+        one = os.fsdecode(os.fsencode(self.folder / "plain") + b"/\xff.txt")
+        _, odd = self.prepare(str(self.folder / "plain"), one)
+        self.assertEqual(odd["fingerprint"], plain["fingerprint"])
+        json.loads(odd["provenance"])["sources"][0].encode()   # no surrogates, which readers refuse
+        self.assertEqual(self.run_tool(inputs, options=["--name", "a\nb"])[0], 2)
+
+    def program(self, *arguments, **options):
+        line = [sys.executable, prepare_text.__file__, "--name", "d", "--validation", "0.2", "--test", "0.2", *arguments]
+        return subprocess.run(line, capture_output=True, text=True, timeout=100, **options)
+
+    def test_a_file_that_cannot_be_written_ends_with_3_and_leaves_nothing(self):
+        inputs = self.write_all("in", [fixtures.text(seed) for seed in range(30)])   # 29,233 bytes; the output has 36,000
+        (self.folder / "out").mkdir()
+        for limit in (10_000, 33_000):   # the text beside the output does not fit; the output does not
+            def limited(limit=limit):
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            done = self.program("--out", self.folder / "out/d.h5", inputs, preexec_fn=limited)
+            self.assertEqual((done.returncode, os.listdir(self.folder / "out")), (3, []), done.stderr)
+            self.assertIn("hint:", done.stderr)
+        done = self.program("--out", pathlib.Path(self.write("notes.txt", "mine")) / "d.h5", inputs)
+        self.assertEqual((done.returncode, "hint:" in done.stderr), (3, True), done.stderr)
+
+    def test_a_signal_ends_it_without_a_half_written_file(self):
+        inputs = self.write_all("in", [fixtures.text(seed) for seed in range(30)])
+        (self.folder / "out").mkdir()
+        script = ("import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import prepare_text, preparation\n"
+                  "prepare_text.write_split = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+                  "options = prepare_text.parse_options(sys.argv[1:])\n"
+                  "sys.exit(preparation.exit_code_of('prepare_text', lambda: prepare_text.prepare(options), options.out, alone=True))")
+        done = subprocess.run([sys.executable, "-c", script, pathlib.Path(prepare_text.__file__).parent, "--name", "d", "--out", self.folder / "out/d.h5",
+                               "--validation", "0.2", "--test", "0.2", inputs], capture_output=True, text=True, timeout=100)
+        self.assertEqual((done.returncode, os.listdir(self.folder / "out")), (130, []), done.stderr)
+        self.assertIn("interrupted; nothing was written", done.stderr)
 
     def test_bytes_of_tokens_are_exact_per_document(self):
         fixtures.write_tokenizer(self.folder / "tokenizer.json")
