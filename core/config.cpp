@@ -21,10 +21,12 @@ using Kind = ConfigNode::Kind;
 using config_detail::child_path;
 
 constexpr std::string_view kPrefix = "MORAINE_";
-// Variables of the scripts, the build, the log and fault injection (worker/fault.h).
+// Variables of the scripts, the build, the log and fault injection (worker/fault.h); tests/scripts holds every variable
+// that a script reads against this list.
 const std::set<std::string, std::less<>> kNotRecipeKeys = {
-    "MORAINE_BENCH", "MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_FAULT",
-    "MORAINE_LOG",   "MORAINE_RESULTS",   "MORAINE_SKIP_APT",    "MORAINE_TORCH_DIR"};
+    "MORAINE_BENCH",    "MORAINE_BUILD_DIR", "MORAINE_CMAKE_FLAGS", "MORAINE_FAULT",           "MORAINE_KERNEL_BENCH",
+    "MORAINE_LOG",      "MORAINE_MACHINE",   "MORAINE_NCCL_DIR",    "MORAINE_PYTHON",          "MORAINE_RESULTS",
+    "MORAINE_SKIP_APT", "MORAINE_THREADS",   "MORAINE_TORCH_DIR",   "MORAINE_WORKERS_PER_NODE"};
 constexpr std::string_view kTestPrefix = "MORAINE_TEST_";
 
 std::vector<std::string> split_path(std::string_view path) {

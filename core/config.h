@@ -61,9 +61,9 @@ class Problems {
 /// overrides, whose values are read as YAML. Maps are merged key by key, anything else is replaced.
 /// Then resolves `${key.path}` and `${env:NAME}` in scalars: a scalar that is one reference takes the value as it is,
 /// number, list or map; inside longer text only scalars can stand; `$${` is a literal `${`. Rejects duplicate keys,
-/// merge keys, aliases, tags and cyclic references. MORAINE_BENCH, BUILD_DIR, CMAKE_FLAGS, FAULT, LOG, RESULTS,
-/// SKIP_APT, TORCH_DIR and MORAINE_TEST_* are not recipe keys and are ignored here. Reports into `problems`; throws
-/// UserError only if the file is missing or is not YAML.
+/// merge keys, aliases, tags and cyclic references. MORAINE_BENCH, BUILD_DIR, CMAKE_FLAGS, FAULT, KERNEL_BENCH, LOG,
+/// MACHINE, NCCL_DIR, PYTHON, RESULTS, SKIP_APT, THREADS, TORCH_DIR, WORKERS_PER_NODE and MORAINE_TEST_* are not recipe
+/// keys and are ignored here. Reports into `problems`; throws UserError only if the file is missing or is not YAML.
 ConfigNode load_config(const std::filesystem::path& recipe, std::span<const std::string> overrides, Problems& problems);
 
 /// One resolved value for `validate`, `resolved.yaml` and reports.

@@ -65,8 +65,10 @@ TEST_F(ConfigLayersTest, LaterLayersWinKeyByKey) {
   ::setenv("MORAINE_F", "", 1);
   ::setenv("MORAINE_LOG", "debug", 1);   // not a recipe key
   ::setenv("MORAINE_SKIP_APT", "1", 1);  // neither
+  ::setenv("MORAINE_THREADS", "2", 1);   // of scripts/moraine.sbatch
   const auto node = load("defaults: [second.yaml]\nc: 3\nd: 3\ne: 3\nl: [9]\n", {"e=5", "n.new.key=[x, 5]", "l.0=7"});
-  for (const char* name : {"MORAINE_D", "MORAINE_E", "MORAINE_M__Y", "MORAINE_F", "MORAINE_LOG", "MORAINE_SKIP_APT"})
+  for (const char* name :
+       {"MORAINE_D", "MORAINE_E", "MORAINE_M__Y", "MORAINE_F", "MORAINE_LOG", "MORAINE_SKIP_APT", "MORAINE_THREADS"})
     ::unsetenv(name);
   EXPECT_THAT(lines_, ElementsAre());
   EXPECT_EQ(show(node), "{a: 1, b: 2, c: 3, d: 4, e: 5, m: {x: 1, y: 4}, l: [7], n: {new: {key: [x, 5]}}}");
