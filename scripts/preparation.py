@@ -56,9 +56,9 @@ def read_bytes(path):
 def table_rows(data, path):
     """Lines of comma-separated (.tsv: tab-separated) values as (line number, fields); fields may be quoted with ". Blank lines are passed
     over. A byte that is not UTF-8 becomes a surrogate, as in os.fsdecode."""
-    text = data.decode("utf-8-sig", "surrogateescape")
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if ending(path) == ".tsv" else ",", strict=True)
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", "surrogateescape", newline="")
+    reader = csv.reader(text, delimiter="\t" if ending(path) == ".tsv" else ",", strict=True)
     try:
         for row in reader:
             if any(row):
