@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,30 @@ def slurm_jobs_that_cannot_work_are_refused(directory: Path) -> None:
     assert (directory / "scontrol.log").read_text() == "requeue 1\n"
     world.record_mpirun(code=4)
     assert world.job("recipe.yaml").returncode == 4
+
+
+def scripts_say_what_is_wrong(directory: Path) -> None:
+    """In a checkout without set-up, then in one where nothing can be written; each time from another working directory."""
+    shutil.copytree(SOURCE / "scripts", directory / "scripts")
+    fetching, everything = ("fetch_domains", "fetch_images", "fetch_encoder"), ("fetch_domains", "fetch_images", "fetch_encoder", "setup")
+
+    def expect(name: str, code: int, part: str, *arguments: str, **variables: str) -> None:
+        done = subprocess.run([directory / "scripts" / name, *arguments], cwd="/", env=clean_environment(**variables), capture_output=True, text=True, timeout=60)
+        assert (done.returncode, f"{name}: " in done.stderr, part in done.stderr) == (code, True, True), (name, done.returncode, done.stderr)
+
+    for name in everything:
+        expect(name, 2, "--none", "--none")
+    for name in fetching:
+        expect(name, 3, "run scripts/setup")
+    (directory / ".venv").symlink_to(SOURCE / ".venv")
+    (directory / ".cache").touch()   # in the place of the folder
+    for name in everything:
+        expect(name, 3, "then run it again")
+    tools = directory / "tools"
+    tools.mkdir()
+    for program in ("bash", "dirname", "mkdir"):
+        (tools / program).symlink_to(shutil.which(program))
+    expect("build", 3, "cmake is not installed", PATH=str(tools))
 
 
 def main() -> None:
