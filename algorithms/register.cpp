@@ -8,6 +8,7 @@
 #include "algorithms/flora/flora.h"
 #include "algorithms/hetlora/hetlora.h"
 #include "core/error.h"
+#include "core/hash.h"
 #include "core/registry.h"
 
 namespace moraine::algorithms {
@@ -27,6 +28,26 @@ const MethodEntry& find_method(const std::string& name) {
     known.push_back(entry.name);
   }
   throw core::UserError(fmt::format("method: no method '{}'", name), core::name_hint(name, known));
+}
+
+std::string recipe_identity(const ParsedRecipe& recipe) {
+  const MethodEntry& entry = find_method(recipe.run.method);
+  return core::sha256(core::Json{
+      {"method", recipe.run.method}, {"recipe", entry.identity(recipe.values)}, {"inputs", recipe.method->inputs()}}
+                          .dump());
+}
+
+std::unique_ptr<Method> restore_method(const core::Json& values, const core::Json& inputs, const std::string& origin) {
+  constexpr const char* kHint =
+      "the files of the run were changed, or another version wrote them; `moraine run` with the recipe and "
+      "this --run-dir writes them anew and keeps what is finished";
+  try {
+    return find_method(values.at("method").get<std::string>()).restore(values, inputs);
+  } catch (const core::Json::exception& error) {
+    throw core::UserError(fmt::format("{}: not what a run records: {}", origin, error.what()), kHint);
+  } catch (const core::UserError& error) {
+    throw core::UserError(fmt::format("{}: {}", origin, error.what()), kHint);
+  }
 }
 
 ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides) {

@@ -27,6 +27,8 @@ struct MethodEntry {
   ParsedRecipe (*parse)(const core::ConfigNode& root, core::Problems& problems);
   /// The method of a recorded run: `values` as ParsedRecipe::values, `inputs` as Method::inputs(). Opens no file.
   std::unique_ptr<Method> (*restore)(const core::Json& values, const core::Json& inputs);
+  /// Of ParsedRecipe::values what determines results: core::Schema::identity of the method's own table.
+  core::Json (*identity)(const core::Json& values);
   core::Json (*json_schema)();
   std::string (*markdown)();
 };
@@ -36,6 +38,14 @@ const std::vector<MethodEntry>& methods();
 
 /// The entry of that name. Throws UserError listing the methods.
 const MethodEntry& find_method(const std::string& name);
+
+/// SHA-256 of what determines a run's results: method, identity keys and inputs (fingerprints of data, model).
+/// Processes that work on one run must agree on it. Needs Method::open_inputs().
+std::string recipe_identity(const ParsedRecipe& recipe);
+
+/// The method of a recorded run: `values` as ParsedRecipe::values, `inputs` as Method::inputs(), `origin` names the
+/// files for messages. Opens no file. Throws UserError if they are not what a run of this version records.
+std::unique_ptr<Method> restore_method(const core::Json& values, const core::Json& inputs, const std::string& origin);
 
 /// Loads, resolves and parses a recipe. Throws one UserError that lists every problem.
 ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides);

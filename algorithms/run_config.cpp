@@ -1,5 +1,7 @@
 #include "algorithms/run_config.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 
 namespace moraine::algorithms {
@@ -14,6 +16,7 @@ const core::Schema<WorkersConfig>& workers_schema() {
         .field("local", &WorkersConfig::local)
         .min(0)
         .max(1024)
+        .changes_nothing()
         .doc(
             "Working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads, at least one")
         .field("group_size", &WorkersConfig::group_size)
@@ -25,10 +28,12 @@ const core::Schema<WorkersConfig>& workers_schema() {
         .field("bucket_mib", &WorkersConfig::bucket_mib)
         .min(0)
         .max(1024)
+        .changes_nothing()
         .doc(
             "MiB of gradients that travel together within a group: smaller starts sooner, larger costs fewer messages; "
             "0 = each tensor alone")
         .field("overlap", &WorkersConfig::overlap)
+        .changes_nothing()
         .doc("Send gradients while backward still runs; false only to measure what that gains")
         .field("device", &WorkersConfig::device)
         .choices({"cpu", "cuda"})
@@ -36,10 +41,21 @@ const core::Schema<WorkersConfig>& workers_schema() {
         .field("retries", &WorkersConfig::retries)
         .min(1)
         .max(10)
+        .changes_nothing()
         .doc("Attempts per unit before the run gives up");
     return s;
   }();
   return schema;
+}
+
+std::optional<std::string> run_name_problem(const std::string& name) {
+  const bool plain =
+      std::all_of(name.begin(), name.end(), [](unsigned char c) { return c >= 0x20 && c != '/' && c != 0x7f; });
+  if (plain && !name.empty() && name[0] != '.' && name[0] != '-' && name.size() <= 200) return std::nullopt;
+  return fmt::format(
+      "name '{}' must be able to name a directory below runs/: up to 200 bytes without '/' and control characters, not "
+      "beginning with '.' or '-'",
+      name.substr(0, 200));
 }
 
 core::Json compute_identity(const WorkersConfig& workers) {

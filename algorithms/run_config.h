@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "core/config.h"
@@ -35,10 +36,14 @@ core::Json compute_identity(const WorkersConfig& workers);
 /// How many workers `processes` working processes are. Throws UserError if group_size does not divide them.
 int num_workers(const WorkersConfig& workers, int64_t processes);
 
+/// The problem with a run's name as text, nullopt when it can name a directory below runs/.
+std::optional<std::string> run_name_problem(const std::string& name);
+
 /// Adds the RunConfig fields to the table of a method's own configuration, which derives from RunConfig.
 template <typename C>
 void add_run_fields(core::Schema<C>& schema) {
   schema.template field<std::string>("name", &C::name)
+      .changes_nothing()
       .required()
       .doc("Name of the run; its directory is runs/<name>")
       .template field<std::string>("method", &C::method)
@@ -51,7 +56,8 @@ void add_run_fields(core::Schema<C>& schema) {
       .min(0)
       .doc("Seed of everything random in the run")
       .template object<WorkersConfig>("workers", &C::workers, workers_schema())
-      .doc("Who does the work");
+      .doc("Who does the work")
+      .check([](const C& config) { return run_name_problem(config.name); });
 }
 
 }  // namespace moraine::algorithms

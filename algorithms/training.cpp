@@ -37,11 +37,9 @@ const core::Schema<TrainConfig>& train_schema() {
     s.field("checkpoint_every", &C::checkpoint_every)
         .min(1)
         .unit("steps")
-        .doc("Steps between checkpoints; does not change the result. Raising it costs more work after a crash.");
-    s.field("log_every", &C::log_every)
-        .min(1)
-        .unit("steps")
-        .doc("Steps between metric points; does not change the result.");
+        .changes_nothing()
+        .doc("Steps between checkpoints. Raising it costs more work after a crash.");
+    s.field("log_every", &C::log_every).min(1).unit("steps").changes_nothing().doc("Steps between metric points.");
     s.check([](const C& c) -> std::optional<std::string> {
       if (c.micro_batch_size > c.batch_size)
         return fmt::format("micro_batch_size {} is larger than batch_size {}", c.micro_batch_size, c.batch_size);
@@ -57,11 +55,6 @@ const core::Schema<TrainConfig>& train_schema() {
   return schema;
 }
 
-core::Json train_identity(const TrainConfig& config) {
-  core::Json json = train_schema().to_json(config);
-  json.erase("checkpoint_every");
-  json.erase("log_every");
-  return json;
-}
+core::Json train_identity(const TrainConfig& config) { return train_schema().identity(train_schema().to_json(config)); }
 
 }  // namespace moraine::algorithms

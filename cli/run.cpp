@@ -70,7 +70,7 @@ void finish_run(const algorithms::Method& method, const fs::path& directory, boo
 coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments,
                                    const fs::path& directory, comm::Channel& channel) {
   const coordinator::Recipe identity{core::read_text(arguments.recipe), core::resolved_yaml(recipe.resolved),
-                                     recipe.values};
+                                     recipe.values, algorithms::find_method(recipe.run.method).identity};
   const auto run_directory = coordinator::RunDirectory::open(directory, identity, arguments.accept_changes);
   write_plan_file(recipe, directory);
   worker::WorkerOptions options = worker_options(recipe.run, directory, "coordinator", 1);

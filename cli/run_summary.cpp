@@ -90,7 +90,8 @@ core::Json versions() {
 
 std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord& run) {
   const core::Json plan = core::read_json(run.layout.root / kPlanFile);
-  return algorithms::find_method(run.recipe.at("method").get<std::string>()).restore(run.recipe, plan.at("inputs"));
+  return algorithms::restore_method(run.recipe, plan.is_object() ? plan.value("inputs", core::Json()) : core::Json(),
+                                    fmt::format("{}: recipe.json and {}", run.layout.root.string(), kPlanFile));
 }
 
 core::Json summarize(const algorithms::Method& method, const coordinator::RunRecord& run) {

@@ -62,7 +62,8 @@ core::FileLock lock_or_explain(const RunLayout& layout) {
 }
 
 void check_identity(const RunLayout& layout, const Recipe& recipe, bool accept_changes) {
-  const auto changes = recipe_changes(core::read_json(layout.recipe_json()), recipe.values);
+  const auto changes =
+      recipe_changes(recipe.identity(core::read_json(layout.recipe_json())), recipe.identity(recipe.values));
   if (changes.empty()) return;
   if (!accept_changes) {
     throw core::UserError(
@@ -74,14 +75,6 @@ void check_identity(const RunLayout& layout, const Recipe& recipe, bool accept_c
 }
 
 }  // namespace
-
-bool is_identity_key(std::string_view key) {
-  if (key == "workers.threads" || key == "workers.group_size") return true;
-  if (key == "name" || key == "run_dir" || key.starts_with("workers.") || key.starts_with("logging.")) return false;
-  const std::string_view last = key.substr(key.rfind('.') + 1);
-  // Files count by content: unit ids hold their fingerprints.
-  return last != "checkpoint_every" && last != "log_every" && last != "path" && !last.ends_with("_path");
-}
 
 std::vector<std::string> recipe_changes(const core::Json& before, const core::Json& after) {
   std::map<std::string, std::string> old_values, new_values;
@@ -98,7 +91,7 @@ std::vector<std::string> recipe_changes(const core::Json& before, const core::Js
   std::vector<std::string> changes;
   for (const std::string& key : keys) {
     const std::string was = value_of(old_values, key), is = value_of(new_values, key);
-    if (was != is && is_identity_key(key)) changes.push_back(fmt::format("{}: {} -> {}", key, was, is));
+    if (was != is) changes.push_back(fmt::format("{}: {} -> {}", key, was, is));
   }
   return changes;
 }

@@ -1,8 +1,8 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "core/file.h"
@@ -29,14 +29,11 @@ struct Recipe {
   std::string text;      // the file as given
   std::string resolved;  // YAML with the origin of every value
   core::Json values;     // every resolved value, Schema::to_json
+  /// Of such values what makes it this recipe and no other (core::Schema::identity).
+  std::function<core::Json(const core::Json& values)> identity = [](const core::Json& all) { return all; };
 };
 
-/// Whether a change of this key makes it another recipe. Not: `name`, `run_dir`, `logging.*`, `workers.*` but
-/// `workers.threads` and `workers.group_size` (results are bit-equal only for equal ones), and any `checkpoint_every`,
-/// `log_every`, `path` or `*_path` (files count by content, in unit ids).
-bool is_identity_key(std::string_view key);
-
-/// The identity keys that differ, one line each: "train.steps: 100 -> 200".
+/// The keys that differ, one line each: "train.steps: 100 -> 200".
 std::vector<std::string> recipe_changes(const core::Json& before, const core::Json& after);
 
 /// A run directory held for writing: made or found, locked against other processes while the object lives.

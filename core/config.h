@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -82,9 +83,9 @@ std::string resolved_yaml(std::span<const ResolvedValue> values);
 
 namespace moraine::core {
 
-/// The field table of struct C. Supported member types: bool, int64_t, double, std::string, std::optional of these,
-/// std::vector of these, nested structs (object), std::optional of a nested struct (optional_object) and std::vector of
-/// nested structs (list).
+/// The field table of struct C. Supported member types: bool, int64_t, uint64_t, double, std::string, Json (any value,
+/// kept as it is), std::optional of these, std::vector of these, nested structs (object), std::optional of a nested
+/// struct (optional_object), std::vector of nested structs (list) and std::map of them by name (map).
 ///
 ///   static const Schema<TrainConfig> schema = Schema<TrainConfig>()
 ///       .field("steps", &TrainConfig::steps).min(1).doc("Optimiser steps")
@@ -105,6 +106,8 @@ class Schema {
   Schema& optional_object(std::string name, std::optional<S> C::*member, const Schema<S>& schema);
   template <typename S>
   Schema& list(std::string name, std::vector<S> C::*member, const Schema<S>& schema);
+  template <typename S>
+  Schema& map(std::string name, std::map<std::string, S> C::*member, const Schema<S>& schema);
 
   // These refine the field added last.
   Schema& doc(std::string text) {
@@ -144,6 +147,28 @@ class Schema {
     last().is_path = true;
     return *this;
   }
+  /// For lists of scalars: an item that stands twice is a problem.
+  Schema& unique() {
+    last().unique = true;
+    return *this;
+  }
+  /// The field joined when runs had been recorded without it: to_json() leaves it out while it has its default, and
+  /// from_json() takes the default where it is missing. So a new key neither breaks older runs nor changes their units'
+  /// ids. Every field added to a schema that runs or units are recorded with needs it.
+  Schema& joined_later() {
+    last().joined_later = true;
+    return *this;
+  }
+  /// The field changes what is measured or drawn, never what is trained, merged or exported. Its documentation says so.
+  Schema& evaluation_only() {
+    last().effect = config_detail::Effect::kEvaluation;
+    return *this;
+  }
+  /// The field never changes a result: it is no part of identity(). Its documentation says so.
+  Schema& changes_nothing() {
+    last().effect = config_detail::Effect::kNothing;
+    return *this;
+  }
 
   /// Adds a cross-field rule, run when the struct's own fields are free of problems.
   Schema& check(std::function<std::optional<std::string>(const C&)> rule) {
@@ -155,12 +180,16 @@ class Schema {
   void parse(const ConfigNode& node, const std::string& path, C& out, Problems& problems) const;
   /// Every value with its origin, depth first, in table order. A list of scalars is one value.
   void resolve(const ConfigNode& node, const std::string& path, const C& value, std::vector<ResolvedValue>& out) const {
-    config_detail::resolve(table_, &node, path, to_json(value), out);
+    config_detail::resolve(table_, &node, path, write(value, true), out);
   }
-  /// The struct as JSON (all fields, canonical): what unit hashes are made of.
-  Json to_json(const C& value) const;
-  /// Reads back what to_json wrote. Throws UserError on a mismatch.
-  C from_json(const Json& json) const;
+  /// The struct as JSON, canonical: what unit hashes are made of. All fields but those that joined later and have their
+  /// default.
+  Json to_json(const C& value) const { return write(value, false); }
+  /// Reads back what to_json wrote. Throws UserError naming every missing, unknown or ill-typed key of `what`.
+  C from_json(const Json& json, const std::string& what = "stored configuration") const;
+  /// What determines results, of what to_json wrote: without fields that never change one, and without paths, whose
+  /// files count by content.
+  Json identity(const Json& json) const { return config_detail::identity(table_, json); }
   /// JSON schema (draft 2020-12) for editors.
   Json json_schema() const { return config_detail::json_schema(table_, true); }
   /// Markdown table rows: key, type, default, range, doc; nested structs by path.
@@ -174,8 +203,9 @@ class Schema {
   struct Member {
     std::function<void(const config_detail::FieldInfo&, const ConfigNode&, const std::string& path, C&, Problems&)>
         parse;
-    std::function<Json(const C&)> get;
+    std::function<Json(const C&, bool complete)> get;
   };
+  Json write(const C& value, bool complete) const;
   Schema& add(config_detail::FieldInfo info, Member member);
   config_detail::FieldInfo& last();
 
@@ -183,6 +213,18 @@ class Schema {
   std::vector<Member> members_;  // parallel to table_
   std::vector<std::function<std::optional<std::string>(const C&)>> checks_;
 };
+
+/// A unit's specification: written by plan() from a struct, read by execute() into the same struct, so that what runs
+/// is what was planned and hashed, whatever the worker's own recipe says.
+template <typename C>
+Json to_spec(const Schema<C>& schema, const C& value) {
+  return schema.to_json(value);
+}
+/// Throws UserError naming the keys when the specification was written by another version.
+template <typename C>
+C from_spec(const Schema<C>& schema, const Json& spec) {
+  return schema.from_json(spec, "unit specification");
+}
 
 }  // namespace moraine::core
 

@@ -32,6 +32,8 @@ std::string_view noun(ValueType type) {
       return "a number";
     case ValueType::kText:
       return "text";
+    case ValueType::kAny:
+      return "any value";
     case ValueType::kObject:
       break;
   }
@@ -80,10 +82,11 @@ std::optional<double> finite_number(std::string_view text) {
   return value;
 }
 
+template <typename Integer>
 std::optional<Json> parse_integer(const ConfigNode& node, Complaint& complaint) {
   std::string_view text = node.text;
   if (text.starts_with('+')) text.remove_prefix(1);
-  int64_t value = 0;
+  Integer value = 0;
   const auto [end, failed] = std::from_chars(text.data(), text.data() + text.size(), value);
   const bool whole = end == text.data() + text.size();
   std::string hint = hint_for_digits(node.text);
@@ -106,11 +109,13 @@ std::optional<Json> parse_number(const ConfigNode& node, Complaint& complaint) {
   return std::nullopt;
 }
 
-std::optional<Json> parse_scalar(ValueType type, const ConfigNode& node, Complaint& complaint) {
+std::optional<Json> parse_scalar(const FieldInfo& info, const ConfigNode& node, Complaint& complaint) {
+  const ValueType type = info.type;
   if (node.kind == Kind::kScalar) {
     if (type == ValueType::kText) return Json(node.text);
     if (!node.quoted) {
-      if (type == ValueType::kInteger) return parse_integer(node, complaint);
+      if (type == ValueType::kInteger)
+        return info.is_unsigned ? parse_integer<uint64_t>(node, complaint) : parse_integer<int64_t>(node, complaint);
       if (type == ValueType::kNumber) return parse_number(node, complaint);
       if (node.text == "true" || node.text == "false") return Json(node.text == "true");
     }
@@ -147,6 +152,39 @@ std::optional<Complaint> out_of_bounds(const FieldInfo& info, const Json& value)
   return std::nullopt;
 }
 
+ConfigNode node_from_json(const Json& json) {
+  ConfigNode node;
+  if (json.is_array()) {
+    node.kind = Kind::kList;
+    for (const auto& item : json) node.items.push_back(node_from_json(item));
+  } else if (json.is_object()) {
+    node.kind = Kind::kMap;
+    for (const auto& [key, value] : json.items()) {
+      node.members.emplace_back(key, node_from_json(value));
+      node.member_origins.emplace_back("stored");
+    }
+  } else if (!json.is_null()) {
+    node.kind = Kind::kScalar;
+    node.quoted = json.is_string();
+    node.text = json.is_string() ? json.get<std::string>() : json.dump();
+  }
+  node.origin = "stored";
+  return node;
+}
+
+// The reverse, for values that no schema types.
+Json json_from_node(const ConfigNode& node) {
+  if (node.kind == Kind::kNull) return nullptr;
+  if (node.kind == Kind::kScalar) {
+    Json value = node.quoted ? Json(node.text) : Json::parse(node.text, nullptr, /*allow_exceptions=*/false);
+    return value.is_discarded() ? Json(node.text) : value;
+  }
+  Json out = node.kind == Kind::kList ? Json::array() : Json::object();
+  for (const auto& item : node.items) out.push_back(json_from_node(item));
+  for (const auto& [key, member] : node.members) out[key] = json_from_node(member);
+  return out;
+}
+
 Json absolute_path(const ConfigNode& node, const std::string& text) {
   if (text.empty()) return text;
   return std::filesystem::absolute(node.directory / text)
@@ -157,8 +195,9 @@ Json absolute_path(const ConfigNode& node, const std::string& text) {
 std::optional<Json> parse_element(const FieldInfo& info, const ConfigNode& node, const std::string& path,
                                   Problems& problems) {
   if (node.broken) return std::nullopt;
+  if (info.type == ValueType::kAny) return json_from_node(node);
   Complaint complaint;
-  auto value = parse_scalar(info.type, node, complaint);
+  auto value = parse_scalar(info, node, complaint);
   if (value) {
     const auto outside = out_of_bounds(info, *value);
     if (!outside) return info.is_path ? absolute_path(node, value->get<std::string>()) : value;
@@ -193,8 +232,16 @@ std::string yaml_value(const Json& value) {
   return fmt::format("[{}]", fmt::join(items, ", "));
 }
 
+// What the key means and, where it is not "a result", what it can change.
+std::string full_doc(const FieldInfo& info) {
+  std::string doc = info.doc;
+  if (info.effect == Effect::kResult) return doc;
+  if (!doc.empty()) doc += doc.ends_with('.') ? " " : ". ";
+  return doc + (info.effect == Effect::kEvaluation ? "Evaluation only." : "Never changes a result.");
+}
+
 std::string type_text(const FieldInfo& info) {
-  static constexpr std::string_view kNames[] = {"bool", "integer", "number", "text", "object"};
+  static constexpr std::string_view kNames[] = {"bool", "integer", "number", "text", "object", "any value"};
   const auto name = kNames[static_cast<size_t>(info.type)];
   std::string text =
       info.list ? fmt::format("list of {}{}", name, info.type == ValueType::kText ? "" : "s") : std::string(name);
@@ -206,6 +253,7 @@ std::string type_text(const FieldInfo& info) {
 // What one element may be. A reference such as ${train.steps} is text in the file, whatever it stands for.
 Json element_schema(const FieldInfo& info) {
   static const Json reference = {{"type", "string"}, {"pattern", "\\$\\{"}};
+  if (info.type == ValueType::kAny) return Json::object();
   if (info.type == ValueType::kObject) return {{"anyOf", {json_schema(*info.nested, false), reference}}};
   if (!info.choices.empty()) return {{"anyOf", {{{"enum", info.choices}}, reference}}};
   if (info.type == ValueType::kText) return {{"type", "string"}};
@@ -216,32 +264,15 @@ Json element_schema(const FieldInfo& info) {
   return {{"anyOf", {schema, reference}}};
 }
 
-ConfigNode node_from_json(const Json& json) {
-  ConfigNode node;
-  if (json.is_array()) {
-    node.kind = Kind::kList;
-    for (const auto& item : json) node.items.push_back(node_from_json(item));
-  } else if (json.is_object()) {
-    node.kind = Kind::kMap;
-    for (const auto& [key, value] : json.items()) {
-      node.members.emplace_back(key, node_from_json(value));
-      node.member_origins.emplace_back("stored");
-    }
-  } else if (!json.is_null()) {
-    node.kind = Kind::kScalar;
-    node.quoted = json.is_string();
-    node.text = json.is_string() ? json.get<std::string>() : json.dump();
-  }
-  node.origin = "stored";
-  return node;
-}
-
 void require_all(const Table& table, const Json& json, const std::string& path, Problems& problems) {
   if (!json.is_object()) return;  // reported by the parse that follows
   for (const auto& field : table) {
     const std::string at = child_path(path, field.name);
     if (!json.contains(field.name)) {
-      if (!field.required) problems.add("stored", at, "is missing");
+      if (!field.required && !field.joined_later) problems.add("stored", at, "is missing");
+    } else if (field.map && json[field.name].is_object()) {
+      for (const auto& [key, item] : json[field.name].items())
+        require_all(*field.nested, item, child_path(at, key), problems);
     } else if (field.nested && field.list && json[field.name].is_array()) {
       for (size_t i = 0; i < json[field.name].size(); ++i)
         require_all(*field.nested, json[field.name][i], child_path(at, std::to_string(i)), problems);
@@ -288,7 +319,16 @@ std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, c
   for (size_t i = 0; i < items->size(); ++i)
     if (auto value = parse_element(info, (*items)[i], child_path(path, std::to_string(i)), problems))
       values.push_back(std::move(*value));
-  return values.size() == items->size() ? std::optional(values) : std::nullopt;
+  if (values.size() != items->size()) return std::nullopt;
+  if (info.unique)
+    for (size_t i = 0; i < values.size(); ++i)
+      if (std::find(values.begin(), values.begin() + static_cast<ptrdiff_t>(i), values[i]) !=
+          values.begin() + static_cast<ptrdiff_t>(i)) {
+        problems.add((*items)[i].origin, path, fmt::format("{} stands twice", values[i].dump()),
+                     "remove one of the two");
+        return std::nullopt;
+      }
+  return values;
 }
 
 const std::vector<ConfigNode>* parse_items(const ConfigNode& node, const std::string& path, Problems& problems) {
@@ -299,13 +339,24 @@ const std::vector<ConfigNode>* parse_items(const ConfigNode& node, const std::st
   return nullptr;
 }
 
+const std::vector<std::pair<std::string, ConfigNode>>* parse_members(const ConfigNode& node, const std::string& path,
+                                                                     Problems& problems) {
+  if (node.broken) return nullptr;
+  if (node.kind == Kind::kMap || node.kind == Kind::kNull) return &node.members;
+  problems.add(node.origin, path, mismatch(node, ValueType::kObject).what);
+  return nullptr;
+}
+
 void resolve(const Table& table, const ConfigNode* node, const std::string& path, const Json& value,
              std::vector<ResolvedValue>& out) {
   for (const auto& field : table) {
     const ConfigNode* child = node ? node->find(field.name) : nullptr;
     const std::string at = child_path(path, field.name);
-    const Json& part = value[field.name];
-    if (part.is_object()) {
+    const Json& part = value.at(field.name);
+    if (field.map) {
+      for (const auto& [key, item] : part.items())
+        resolve(*field.nested, child ? child->find(key) : nullptr, child_path(at, key), item, out);
+    } else if (field.nested && part.is_object()) {
       resolve(*field.nested, child, at, part, out);
     } else if (field.nested && part.is_array() && !part.empty()) {
       for (size_t i = 0; i < part.size(); ++i) {
@@ -323,13 +374,31 @@ ConfigNode complete_node(const Table& table, const Json& json, const std::string
   return node_from_json(json);
 }
 
+Json identity(const Table& table, const Json& value) {
+  Json out = Json::object();
+  for (const auto& field : table) {
+    const auto part = value.find(field.name);
+    if (part == value.end() || field.is_path || field.effect == Effect::kNothing) continue;
+    Json& kept = out[field.name] = *part;
+    if (!field.nested) continue;
+    if (kept.is_object() && !field.map) {
+      kept = identity(*field.nested, *part);
+    } else if (kept.is_structured()) {
+      for (auto& item : kept) item = identity(*field.nested, item);
+    }
+  }
+  return out;
+}
+
 Json json_schema(const Table& table, bool is_root) {
   Json properties = Json::object(), required = Json::array();
   for (const auto& field : table) {
     Json schema = element_schema(field);
     if (field.list) schema = {{"type", "array"}, {"items", schema}};
+    if (field.list && field.unique) schema["uniqueItems"] = true;
+    if (field.map) schema = {{"type", "object"}, {"additionalProperties", schema}};
     if (field.optional) schema = {{"anyOf", {schema, {{"type", "null"}}}}};
-    if (!field.doc.empty()) schema["description"] = field.doc;
+    if (const std::string doc = full_doc(field); !doc.empty()) schema["description"] = doc;
     if (!field.required && !field.nested) schema["default"] = field.default_value;
     if (field.required) required.push_back(field.name);
     properties[field.name] = std::move(schema);
@@ -352,12 +421,13 @@ std::string markdown(const Table& table, const std::string& path) {
   for (const auto& field : table) {
     const std::string at = child_path(path, field.name);
     std::string doc;
-    for (char c : field.doc) doc += c == '|' ? std::string("\\|") : std::string(1, c);
+    for (char c : full_doc(field)) doc += c == '|' ? std::string("\\|") : std::string(1, c);
     const std::string fallback = field.required                                   ? "required"
                                  : field.nested && !field.list && !field.optional ? ""
                                                                                   : yaml_value(field.default_value);
     rows += fmt::format("| `{}` | {} | {} | {} | {} |\n", at, type_text(field), fallback, bound_text(field), doc);
-    if (field.nested) rows += markdown(*field.nested, field.list ? child_path(at, "N") : at);
+    if (field.nested)
+      rows += markdown(*field.nested, field.list ? child_path(at, "N") : field.map ? child_path(at, "NAME") : at);
   }
   return rows;
 }

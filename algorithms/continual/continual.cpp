@@ -222,6 +222,7 @@ MethodEntry method_entry() {
           [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {
             return std::make_unique<Continual>(continual_schema().from_json(values), inputs);
           },
+          [](const core::Json& values) { return continual_schema().identity(values); },
           [] { return continual_schema().json_schema(); },
           [] { return continual_schema().markdown(); }};
 }

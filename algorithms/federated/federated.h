@@ -125,6 +125,7 @@ MethodEntry method_entry_of(const char* summary) {
             return std::make_unique<Federated>(Variant::kName, std::make_unique<Variant>(),
                                                federated_schema().from_json(values), inputs);
           },
+          [](const core::Json& values) { return federated_schema().identity(values); },
           [] { return federated_schema().json_schema(); },
           [] { return federated_schema().markdown(); }};
 }

@@ -167,6 +167,7 @@ MethodEntry method_entry() {
           [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {
             return std::make_unique<FlexMore>(flexmore_schema().from_json(values), inputs);
           },
+          [](const core::Json& values) { return flexmore_schema().identity(values); },
           [] { return flexmore_schema().json_schema(); },
           [] { return flexmore_schema().markdown(); }};
 }

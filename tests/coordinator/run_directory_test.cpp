@@ -59,15 +59,18 @@ TEST(RunDirectory, RefusesAnotherRecipeAndListsWhatDiffers) {
   EXPECT_EQ(core::read_json(RunLayout{directory.path()}.recipe_json()), changed);
 }
 
-TEST(RunDirectory, TellsIdentityFromTheWayTheWorkIsDone) {
-  for (const char* key : {"seed", "train.steps", "experts.0.rank", "workers.threads", "workers.group_size"})
-    EXPECT_TRUE(is_identity_key(key)) << key;
-  for (const char* key : {"name", "run_dir", "workers.device", "workers.local", "workers.bucket_mib", "logging.level",
-                          "train.log_every", "base.train.checkpoint_every"}) {
-    EXPECT_FALSE(is_identity_key(key)) << key;
-  }
+TEST(RunDirectory, AsksTheMethodWhatMakesARecipeAnother) {
   EXPECT_THAT(recipe_changes({{"a", 1}, {"b", core::Json::array()}}, {{"a", 1.5}, {"b", {1}}}),
               ElementsAre("a: 1 -> 1.5", "b: [] -> (absent)", "b.0: (absent) -> 1"));
+  const TemporaryDirectory directory;
+  Recipe first = recipe(values());
+  first.identity = [](const core::Json& all) { return core::Json{{"seed", all.at("seed")}}; };
+  { RunDirectory::open(directory.path(), first, false); }
+  Recipe second = first;
+  second.values["name"] = "another";
+  EXPECT_NO_THROW(RunDirectory::open(directory.path(), second, false));
+  second.values["seed"] = 99;
+  EXPECT_THROW(RunDirectory::open(directory.path(), second, false), core::UserError);
 }
 
 TEST(RunDirectory, RefusesADirectoryOfSomethingElse) {
