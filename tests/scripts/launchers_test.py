@@ -31,7 +31,7 @@ workers: {threads: THREADS}
 # Prints what it was started with, as JSON, in the place of mpirun.
 RECORDING_MPIRUN = """#!/usr/bin/env python3
 import json, sys
-print(json.dumps(sys.argv[1:]))
+print("mpirun (Open MPI) 4.1" if sys.argv[1:] == ["--version"] else json.dumps(sys.argv[1:]))
 sys.exit(CODE)
 """
 
@@ -125,9 +125,10 @@ def a_slurm_job_takes_threads_from_the_recipe(directory: Path) -> None:
 def a_slurm_job_forwards_the_recipes_variables(directory: Path) -> None:
     world = World(directory)
     world.record_mpirun()
-    line = world.recorded("recipe.yaml", MORAINE_TRAIN__STEPS="3", MORAINE_LOG="debug", MORAINE_THREADS="1", MORAINE_WORKERS_PER_NODE="1")
+    line = world.recorded("recipe.yaml", MORAINE_TRAIN__STEPS="3", MORAINE_LOG="debug", MORAINE_THREADS="1", MORAINE_WORKERS_PER_NODE="1",
+                          HDF5_USE_FILE_LOCKING="FALSE")
     forwarded = {line[i + 1] for i, word in enumerate(line) if word == "-x"}
-    assert forwarded == {"OMP_NUM_THREADS=1", "MORAINE_TRAIN__STEPS", "MORAINE_LOG"}, forwarded
+    assert forwarded == {"OMP_NUM_THREADS=1", "MORAINE_TRAIN__STEPS", "MORAINE_LOG", "HDF5_USE_FILE_LOCKING"}, forwarded
 
 
 def slurm_jobs_that_cannot_work_are_refused(directory: Path) -> None:
@@ -149,6 +150,22 @@ def slurm_jobs_that_cannot_work_are_refused(directory: Path) -> None:
     assert (directory / "scontrol.log").read_text() == "requeue 1\n"
     world.record_mpirun(code=4)
     assert world.job("recipe.yaml").returncode == 4
+
+
+def a_job_starts_wherever_it_is_started(directory: Path) -> None:
+    """More processes than cores, whoever the user is, from another directory, with output into a file."""
+    world = World(directory)
+    launch = [SOURCE / "scripts/launch", "-n", "5", "run", "recipe.yaml", "--run-dir", "out"]
+    environment = clean_environment(MORAINE=str(BINARY), MORAINE_TRAIN__STEPS="3")
+    with (directory / "log").open("wb") as log:
+        code = subprocess.run(launch, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=200).returncode
+    assert code == 0, (directory / "log").read_text()
+    assert json.loads((directory / "out/recipe.json").read_text())["train"]["steps"] == 3
+    world.record_mpirun()
+    line = json.loads(subprocess.run(launch, cwd=directory, env={**environment, "PATH": f"{directory / 'bin'}:{os.environ['PATH']}"},
+                                     capture_output=True, text=True, check=True).stdout)
+    assert "--oversubscribe" in line and ("--allow-run-as-root" in line) == (os.geteuid() == 0), line
+    assert "MORAINE_TRAIN__STEPS" in [line[i + 1] for i, word in enumerate(line) if word == "-x"], line
 
 
 def scripts_say_what_is_wrong(directory: Path) -> None:
