@@ -11,12 +11,17 @@ namespace moraine::core {
 
 namespace {
 
-// nlohmann keeps the last of two equal keys; we refuse, because a reader that keeps the first would see other data.
-class DuplicateKeys {
- public:
-  explicit DuplicateKeys(const std::string& origin) : origin_(origin) {}
+constexpr int kDeepest = 128;  // whoever walks a document does so by recursion
 
-  void see(Json::parse_event_t event, const Json& value) {
+// nlohmann keeps the last of two equal keys; we refuse, because a reader that keeps the first would see other data.
+class Checks {
+ public:
+  explicit Checks(const std::string& origin) : origin_(origin) {}
+
+  void see(int depth, Json::parse_event_t event, const Json& value) {
+    if (depth > kDeepest)
+      throw UserError(fmt::format("{}: values stand more than {} levels inside each other", origin_, kDeepest),
+                      "the file is damaged, or not what it should be: check it or make it again");
     if (event == Json::parse_event_t::object_start) {
       open_.emplace_back();
     } else if (event == Json::parse_event_t::object_end) {
@@ -37,9 +42,9 @@ class DuplicateKeys {
 
 Json parse_json(std::string_view text, const std::string& origin) {
   try {
-    DuplicateKeys keys(origin);
-    return Json::parse(text, [&](int, Json::parse_event_t event, Json& value) {
-      keys.see(event, value);
+    Checks checks(origin);
+    return Json::parse(text, [&](int depth, Json::parse_event_t event, Json& value) {
+      checks.see(depth, event, value);
       return true;
     });
   } catch (const Json::parse_error& error) {
@@ -49,6 +54,9 @@ Json parse_json(std::string_view text, const std::string& origin) {
     std::string what = error.what();  // "[json.exception.parse_error.101] parse error at line 1, column 2: reason"
     if (const size_t reason = what.find(": "); reason != std::string::npos) what.erase(0, reason + 2);
     throw UserError(fmt::format("{}:{}:{}: not valid JSON: {}", origin, line, before.size() - start + 1, what));
+  } catch (const Json::out_of_range&) {  // the only other one that parsing throws; it does not say where
+    throw UserError(fmt::format("{}: a number does not fit in 64 bits", origin),
+                    "the file is damaged, or not what it should be: check it or make it again");
   }
 }
 

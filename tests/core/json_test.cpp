@@ -31,6 +31,19 @@ TEST(Json, RefusesAKeyThatStandsTwice) {
   EXPECT_EQ(complaint(R"({"a":{"k":1,"k":2}})"), "x.json: key 'k' stands twice in one object");
 }
 
+TEST(Json, RefusesNumbersThatNothingHolds) {
+  EXPECT_EQ(complaint("[1e308, -1e308, 18446744073709551615]"), "accepted");
+  EXPECT_EQ(complaint("[1e999]"), "x.json: a number does not fit in 64 bits");
+}
+
+// Parsing needs no stack, but whoever walks the document does.
+TEST(Json, RefusesValuesTooDeepInsideEachOther) {
+  const auto nested = [](size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
+  EXPECT_EQ(complaint(nested(128)), "accepted");
+  EXPECT_EQ(complaint(nested(130)), "x.json: values stand more than 128 levels inside each other");
+  EXPECT_EQ(complaint(nested(1000000)), "x.json: values stand more than 128 levels inside each other");
+}
+
 TEST(Json, MissingFileIsTheUsersToFix) {
   const TemporaryDirectory directory;
   EXPECT_THROW(read_json(directory / "none.json"), UserError);
