@@ -6,6 +6,7 @@
 #include <ATen/ops/linalg_svdvals.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
 #include "core/error.h"
@@ -39,6 +40,7 @@ TEST(FactorSpectrum, EqualsTheDenseProductAlsoAboveFullRank) {
 
 TEST(FactorSpectrum, FactorsThatDoNotFitAreRefused) {
   EXPECT_THROW(singular_values_of_product(at::eye(3, 4), at::eye(5, 2)), core::UserError);
+  EXPECT_THROW(singular_values_of_product(at::eye(2, 4) / at::zeros({2, 4}), at::eye(5, 2)), core::UserError);
 }
 
 }  // namespace
