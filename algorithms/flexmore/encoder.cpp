@@ -23,8 +23,12 @@ namespace moraine::algorithms::flexmore {
 namespace {
 
 int64_t special_token(const core::Json& tokenizer, const std::string& name, const std::string& origin) {
-  for (const auto& token : tokenizer.value("added_tokens", core::Json::array()))
-    if (token.value("content", "") == name && token.contains("id")) return token.at("id").get<int64_t>();
+  const auto found = tokenizer.find("added_tokens");  // end() of what is no object, too
+  if (found != tokenizer.end() && found->is_array())
+    for (const auto& token : *found)
+      if (token.is_object() && token.value("content", core::Json()) == name && token.contains("id") &&
+          token["id"].is_number_integer())
+        return token["id"].get<int64_t>();
   throw core::UserError(fmt::format("algorithms/flexmore: {} names no token '{}'", origin, name),
                         "the encoder must be a BERT-type model with its own tokenizer.json");
 }

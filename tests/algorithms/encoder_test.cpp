@@ -67,6 +67,12 @@ TEST(DomainEncoder, SaysWhatItsDirectoryLacks) {
   const std::string identity = DomainEncoder::identity(directory.path());
   write(128, R"({"added_tokens": [{"id": 3, "content": "[CLS]"}]})");
   EXPECT_THAT(open(), HasSubstr("no token '[SEP]'"));
+  for (const char* other :
+       {"[]", "{}", R"({"added_tokens": 3})", R"({"added_tokens": [null, {"id": "3", "content": "[CLS]"}]})"}) {
+    write(128, other);
+    EXPECT_THAT(open(), HasSubstr("names no token '[")) << other;
+  }
+  write(128, R"({"added_tokens": [{"id": 3, "content": "[CLS]"}]})");
   EXPECT_NE(DomainEncoder::identity(directory.path()), identity);  // another tokeniser: other rows
   write(64, good);
   EXPECT_THAT(open(), HasSubstr("64 positions, 128 are needed"));
