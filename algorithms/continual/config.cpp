@@ -144,11 +144,13 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
     s.field("batch_size", &C::batch_size)
         .min(1)
         .unit("images")
+        .evaluation_only()
         .doc("Images per forward pass")
         .field("split", &C::split)
         .choices({"test", "validation"})
         .doc("Which images the accuracies are about; use validation while choosing settings")
         .field("ahead", &C::ahead)
+        .evaluation_only()
         .doc("Also evaluate tasks before they are trained, task-incrementally; forward transfer needs it");
     return s;
   }();
@@ -216,6 +218,7 @@ const core::Schema<ContinualConfig>& continual_schema() {
         .doc("What is measured")
         .field("metrics", &C::metrics)
         .choices(metric_names())
+        .evaluation_only()
         .doc("Metrics in the tables, each named by its convention; empty = the canonical ones")
         .check(cross_check);
     return s;

@@ -133,16 +133,20 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
     core::Schema<C> s;
     s.field("sequences", &C::sequences)
         .min(0)
+        .evaluation_only()
         .doc("Evaluated sequences per domain; 0 = all")
         .field("batch_size", &C::batch_size)
         .min(1)
+        .evaluation_only()
         .doc("Sequences per forward pass")
         .field("every", &C::every)
         .min(1)
         .unit("rounds")
+        .evaluation_only()
         .doc("Rounds between evaluations of the global model; the last round is always evaluated")
         .field("split", &C::split)
         .choices({"test", "validation"})
+        .evaluation_only()
         .doc("Which documents the tables are about; use validation while choosing settings");
     return s;
   }();
@@ -192,6 +196,7 @@ const core::Schema<FederatedConfig>& federated_schema() {
         .doc("How ranks shrink (hetlora)")
         .field("comparisons", &C::comparisons)
         .choices({"centralised", "alone"})
+        .evaluation_only()
         .doc(
             "centralised: one adapter on all data, as many sequences as all clients together; alone: every client by "
             "itself for as many steps as in the federation")

@@ -194,6 +194,7 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
     core::Schema<C> s;
     s.field("sequences", &C::sequences)
         .min(0)
+        .evaluation_only()
         .doc("Test sequences per domain; 0 = all")
         .field("validation_sequences", &C::validation_sequences)
         .min(0)
@@ -203,6 +204,7 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
         .doc("Sequences per forward pass")
         .field("split", &C::split)
         .choices({"test", "validation"})
+        .evaluation_only()
         .doc("Which documents the tables are about; use validation while choosing settings");
     return s;
   }();
@@ -275,6 +277,7 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
         .doc("Experts left out of the mixtures")
         .field("comparisons", &C::comparisons)
         .choices(kComparisons)
+        .evaluation_only()
         .doc(
             "Also measured: btm = branch-train-merge, the two most probable experts per token; cross_domain = each "
             "expert on every text; joint = one expert trained on all domains with all experts' steps; random_subspace "
