@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "core/error.h"
+#include "core/terminal.h"
 
 namespace moraine::core::log {
 
@@ -61,7 +62,7 @@ struct Terminal {
   std::atomic<Level> level;
   std::string origin;
   std::string status;
-  const bool colored = ::isatty(STDERR_FILENO) == 1;
+  const bool colored = color_wanted(STDERR_FILENO);
 };
 
 Terminal& terminal() {

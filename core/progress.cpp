@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <fmt/format.h>
 
 #include "core/log.h"
+#include "core/terminal.h"
 
 namespace moraine::core {
 
@@ -17,11 +17,6 @@ namespace {
 constexpr double kRedrawEvery = 0.1;  // seconds, on a terminal
 constexpr double kLineEvery = 10.0;   // seconds, elsewhere
 constexpr int kBarWidth = 24;
-
-size_t terminal_width() {
-  winsize size{};
-  return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
-}
 
 std::string duration(double seconds) {
   if (!std::isfinite(seconds) || seconds < 0) return "?";
@@ -50,10 +45,10 @@ void Progress::update(double share, double eta_s, const std::string& running) {
   if (!terminal_ && !drawn_at_) drawn_at_ = now;  // the first line comes after kLineEvery: short runs stay quiet
   if (drawn_at_ && now - *drawn_at_ < (terminal_ ? kRedrawEvery : kLineEvery)) return;
   drawn_at_ = now;
-  share = std::clamp(share, 0.0, 1.0);
+  share = share_ = std::clamp(share, share_, 1.0);
   const std::string eta = duration(eta_s);
   if (terminal_) {
-    log::set_status(bar_line(share, eta, running, terminal_width()));
+    log::set_status(bar_line(share, eta, running, terminal_width(STDERR_FILENO, 80)));
   } else {
     log::info("progress: done_percent={:.0f} eta={} running={}", 100 * share, eta, running);
   }

@@ -1,41 +1,14 @@
 #include "coordinator/report/text.h"
 
-#include <cstdint>
+#include "core/utf8.h"
 
 namespace moraine::report {
 namespace {
 
+using core::append_utf8;
+using core::next_code_point;
+
 constexpr char32_t kReplacement = 0xFFFD;
-
-/// Decodes the code point at `pos` and moves past it; malformed UTF-8 gives U+FFFD for one byte.
-char32_t next_code_point(std::string_view text, size_t& pos) {
-  const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
-  const uint8_t lead = byte(pos++);
-  if (lead < 0x80) return lead;
-  const int extra =
-      lead >= 0xF0 && lead < 0xF5 ? 3 : (lead >= 0xE0 && lead < 0xF0 ? 2 : (lead >= 0xC2 && lead < 0xE0 ? 1 : 0));
-  if (extra == 0 || pos + extra > text.size()) return kReplacement;
-  char32_t c = lead & (0x3F >> extra);
-  for (int i = 0; i < extra; ++i) {
-    if ((byte(pos + i) & 0xC0) != 0x80) return kReplacement;
-    c = (c << 6) | (byte(pos + i) & 0x3F);
-  }
-  constexpr char32_t kSmallest[] = {0, 0x80, 0x800, 0x10000};
-  if (c < kSmallest[extra] || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF)) return kReplacement;
-  pos += extra;
-  return c;
-}
-
-void append_utf8(std::string& out, char32_t c) {
-  if (c < 0x80) {
-    out += static_cast<char>(c);
-    return;
-  }
-  const int extra = c < 0x800 ? 1 : (c < 0x10000 ? 2 : 3);
-  constexpr uint8_t kLead[] = {0, 0xC0, 0xE0, 0xF0};
-  out += static_cast<char>(kLead[extra] | (c >> (6 * extra)));
-  for (int i = extra - 1; i >= 0; --i) out += static_cast<char>(0x80 | ((c >> (6 * i)) & 0x3F));
-}
 
 size_t columns_of(char32_t c) {
   if ((c >= 0x300 && c <= 0x36F) || (c >= 0x200B && c <= 0x200F) || (c >= 0x20D0 && c <= 0x20FF) ||

@@ -60,5 +60,16 @@ TEST_F(ProgressTest, LogLinesDoNotMixWithTheBar) {
   testing::internal::GetCapturedStderr();
 }
 
+TEST_F(ProgressTest, TheShareWaitsWhileThePlanGrows) {
+  Progress progress(false, clock_);
+  for (const double share : {0.0, 0.8, 0.4, 0.9}) {
+    progress.update(share, 10, "train");
+    now_ += 10;
+  }
+  const std::string out = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(count(out, "done_percent=80"), 2U) << out;
+  EXPECT_THAT(out, HasSubstr("done_percent=90"));
+}
+
 }  // namespace
 }  // namespace moraine::core
