@@ -1,5 +1,7 @@
 #include "algorithms/register.h"
 
+#include <set>
+
 #include "algorithms/continual/continual.h"
 #include "algorithms/fedex_lora/fedex_lora.h"
 #include "algorithms/fedit/fedit.h"
@@ -50,6 +52,26 @@ std::unique_ptr<Method> restore_method(const core::Json& values, const core::Jso
   }
 }
 
+namespace {
+
+// Without a method nobody knows which keys a recipe may have: those that no method has are named here, since a misspelt
+// `defaults` or `method` is why.
+void name_unknown_keys(const core::ConfigNode& root, core::Problems& problems) {
+  std::set<std::string> known{"defaults"};
+  for (const auto& entry : methods())
+    for (const auto& [key, schema] : entry.json_schema().at("properties").items()) known.insert(key);
+  const std::vector<std::string> names(known.begin(), known.end());
+  for (size_t i = 0; i < root.members.size(); ++i) {
+    const std::string& key = root.members[i].first;
+    if (known.contains(key)) continue;
+    const std::string near = core::nearest_name(key, names);
+    problems.add(root.member_origins[i], key, "unknown key",
+                 near.empty() ? "" : fmt::format("did you mean '{}'?", near));
+  }
+}
+
+}  // namespace
+
 ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
   core::Problems problems;
   const core::ConfigNode root = core::load_config(path, overrides, problems);
@@ -60,6 +82,7 @@ ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<st
   } catch (const core::UserError& error) {
     problems.add(name ? name->origin : root.origin, "method",
                  name ? fmt::format("no method '{}'", name->text) : "is missing", error.hint());
+    if (name == nullptr) name_unknown_keys(root, problems);
     problems.throw_if_any(path.string());
   }
   ParsedRecipe recipe = entry->parse(root, problems);

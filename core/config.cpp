@@ -11,6 +11,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/registry.h"
+#include "core/utf8.h"
 
 namespace moraine::core {
 
@@ -109,6 +110,9 @@ void set_value(ConfigNode& root, const std::string& path, ConfigNode value, cons
 
 void set_from_text(ConfigNode& root, const std::string& path, const std::string& text, const Origin& origin,
                    Problems& problems) {
+  if (!is_utf8(path) || !is_utf8(text))
+    return problems.add(as_utf8(origin), as_utf8(path), fmt::format("not UTF-8: '{}'", as_utf8(text)),
+                        "type it in a terminal whose encoding is UTF-8");
   for (const auto& segment : split_path(path))
     if (segment.empty()) return problems.add(origin, path, "a path has an empty part", "write key.sub=value");
   try {
@@ -132,7 +136,7 @@ class Loader {
   explicit Loader(Problems& problems) : problems_(problems) {}
 
   ConfigNode load(const fs::path& path) {
-    const std::string name = path.string();
+    const std::string name = as_utf8(path.string());  // as an origin it is stored with every value
     open_.push_back(fs::weakly_canonical(path));
     ConfigNode own = parse_yaml(
         read_text(path), [&](int line, int column) { return fmt::format("{}:{}:{}", name, line, column); }, problems_);
@@ -271,7 +275,11 @@ class Interpolator {
   std::optional<ConfigNode> look_up(const std::string& name, ConfigNode& from, const std::string& path) {
     if (name.starts_with("env:")) {
       const char* value = std::getenv(name.c_str() + 4);
-      if (value != nullptr) return ConfigNode{.kind = Kind::kScalar, .text = value};
+      if (value != nullptr && is_utf8(value)) return ConfigNode{.kind = Kind::kScalar, .text = value};
+      if (value != nullptr) {
+        complain(from, path, fmt::format("environment variable {} is not UTF-8", name.substr(4)), "export it as UTF-8");
+        return std::nullopt;
+      }
       complain(from, path, fmt::format("environment variable {} is not set", name.substr(4)),
                fmt::format("export {}=...", name.substr(4)));
       return std::nullopt;

@@ -11,6 +11,7 @@
 #include "core/config.h"
 #include "core/error.h"
 #include "core/registry.h"
+#include "core/utf8.h"
 
 namespace moraine::core::config_detail {
 
@@ -200,8 +201,11 @@ std::optional<Json> parse_element(const FieldInfo& info, const ConfigNode& node,
   auto value = parse_scalar(info, node, complaint);
   if (value) {
     const auto outside = out_of_bounds(info, *value);
-    if (!outside) return info.is_path ? absolute_path(node, value->get<std::string>()) : value;
-    complaint = *outside;
+    if (!outside && info.is_path) value = absolute_path(node, value->get<std::string>());
+    if (!outside && (!info.is_path || is_utf8(value->get_ref<const std::string&>()))) return value;
+    complaint = outside ? *outside
+                        : Complaint{"the name of a directory in this path is not UTF-8, and paths are stored as UTF-8",
+                                    "rename that directory, or link to it under another name"};
   }
   problems.add(node.origin, path, complaint.what, complaint.hint);
   return std::nullopt;
@@ -297,10 +301,14 @@ bool check_keys(const Table& table, const ConfigNode& node, const std::string& p
   }
   std::vector<std::string> names;
   for (const auto& field : table) names.push_back(field.name);
+  // The one key of a recipe that no table has: it is taken out of the tree when the file is read.
+  const std::vector<std::string> read_before = {"defaults"};
   for (size_t i = 0; i < node.members.size(); ++i) {
     const auto& key = node.members[i].first;
-    if (std::find(names.begin(), names.end(), key) == names.end())
-      problems.add(node.member_origins[i], child_path(path, key), "unknown key", name_hint(key, names));
+    if (std::find(names.begin(), names.end(), key) != names.end()) continue;
+    const bool near = path.empty() && !nearest_name(key, read_before).empty();
+    problems.add(node.member_origins[i], child_path(path, key), "unknown key",
+                 near ? "did you mean 'defaults'?" : name_hint(key, names));
   }
   for (const auto& field : table)
     if (field.required && node.find(field.name) == nullptr)

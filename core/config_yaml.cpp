@@ -9,6 +9,7 @@
 #include <yaml-cpp/parser.h>
 
 #include "core/error.h"
+#include "core/utf8.h"
 
 namespace moraine::core {
 
@@ -147,9 +148,28 @@ class TreeBuilder : public YAML::EventHandler {
   ConfigNode root_;
 };
 
+// yaml-cpp hands malformed bytes on, and they would fail much later, when a value is stored. UTF-16 and UTF-32, known
+// by their first bytes, it decodes itself.
+void refuse_foreign_bytes(const std::string& text, const OriginOf& origin_of) {
+  if (text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF") || text.starts_with(std::string("\0\0\xFE\xFF", 4)))
+    return;
+  int line = 1, column = 1;
+  for (size_t pos = 0; pos < text.size();) {
+    const size_t start = pos;
+    next_code_point(text, pos);
+    if (!is_utf8(std::string_view(text).substr(start, pos - start)))
+      throw UserError(
+          fmt::format("{}: not UTF-8: byte {:#04x}", origin_of(line, column), static_cast<unsigned char>(text[start])),
+          "save it as UTF-8, for example with: iconv -f latin1 -t utf-8");
+    column = text[start] == '\n' ? 1 : column + 1;
+    if (text[start] == '\n') ++line;
+  }
+}
+
 }  // namespace
 
 ConfigNode parse_yaml(const std::string& text, const OriginOf& origin_of, Problems& problems) {
+  refuse_foreign_bytes(text, origin_of);
   TreeBuilder builder(origin_of, problems);
   std::istringstream stream(text);
   try {

@@ -56,6 +56,21 @@ class ConfigLayersTest : public testing::Test {
   std::vector<std::string> lines_;
 };
 
+TEST_F(ConfigLayersTest, BytesThatAreNoUtf8AreNamedWhereTheyStand) {
+  try {
+    load("a: 1\nname: gr\xFCn\n");
+    FAIL() << "read Latin-1";
+  } catch (const UserError& error) {
+    EXPECT_THAT(error.what(), HasSubstr("r.yaml:2:9: not UTF-8: byte 0xfc"));
+  }
+  ::setenv("MORAINE_TEST_BYTES", "gr\xFCn", 1);
+  load("a: ${env:MORAINE_TEST_BYTES}\n", {"b=gr\xFCn", "c\xFC=1"});
+  ::unsetenv("MORAINE_TEST_BYTES");
+  EXPECT_THAT(lines_, ElementsAre(HasSubstr("command line: b: not UTF-8"), HasSubstr("command line: c\xEF\xBF\xBD"),
+                                  HasSubstr("MORAINE_TEST_BYTES is not UTF-8")));
+  EXPECT_EQ(show(load(std::string("\xFF\xFE") + std::string("a\0:\0 \0\xFC\0\n\0", 10))), "{a: \xC3\xBC}") << "UTF-16";
+}
+
 TEST_F(ConfigLayersTest, LaterLayersWinKeyByKey) {
   directory_.write("deep/first.yaml", "a: 1\nb: 1\nc: 1\nd: 1\ne: 1\nm: {x: 1, y: 1}\nl: [1, 2, 3]\n");
   directory_.write("second.yaml", "defaults: [deep/first.yaml]\nb: 2\nc: 2\nd: 2\ne: 2\n");
