@@ -1,5 +1,6 @@
 #include "core/file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <random>
@@ -120,6 +121,20 @@ void write_atomically(const fs::path& path, std::string_view text) {
   write_atomically(path, std::as_bytes(std::span(text)));
 }
 
+void refuse_replacing(const fs::path& output, const std::vector<fs::path>& inputs) {
+  std::error_code unknown;  // of paths that cannot be looked at: using them will say why
+  if (!fs::exists(output, unknown) || (fs::is_directory(output, unknown) && fs::is_empty(output, unknown))) return;
+  const fs::path target = fs::canonical(output, unknown);
+  for (const auto& input : inputs) {
+    if (!fs::exists(input, unknown)) continue;
+    const fs::path source = fs::canonical(input, unknown);
+    const auto [end, unused] = std::mismatch(source.begin(), source.end(), target.begin(), target.end());
+    if (fs::equivalent(output, input, unknown) || (fs::is_directory(source, unknown) && end == source.end()))
+      throw UserError(fmt::format("{} would replace an input: {}", output.string(), input.string()),
+                      "name another place to write to");
+  }
+}
+
 void sync_directory(const fs::path& directory) {
   Descriptor handle(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   // EINVAL: some network file systems cannot sync a directory; the rename itself is then as durable as they make it.
@@ -129,15 +144,23 @@ void sync_directory(const fs::path& directory) {
 }
 
 std::optional<FileLock> FileLock::try_lock(const fs::path& path) {
-  std::error_code ignored;  // open() below reports what is wrong
-  fs::create_directories(directory_of(path), ignored);
+  std::error_code failed;
+  fs::create_directories(directory_of(path), failed);
+  if (failed)
+    throw IoError(fmt::format("cannot make directory {}: {}", directory_of(path).string(), failed.message()),
+                  hint_for(failed.value()));
   const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   if (fd < 0)
     throw IoError(fmt::format("cannot open lock file {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
   FileLock lock(fd);
-  while (::flock(fd, LOCK_EX | LOCK_NB) != 0) {
-    if (errno == EWOULDBLOCK) return std::nullopt;
-    if (errno != EINTR)
+  // is_held() of another process takes the lock for a moment: only who keeps it holds it.
+  constexpr int kTries = 10;
+  constexpr useconds_t kPause = 2000;
+  for (int tries = 0; ::flock(fd, LOCK_EX | LOCK_NB) != 0;) {
+    if (errno == EWOULDBLOCK) {
+      if (++tries == kTries) return std::nullopt;
+      ::usleep(kPause);
+    } else if (errno != EINTR)
       throw IoError(fmt::format("cannot lock {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
   }
   char host[256] = {};
@@ -146,6 +169,11 @@ std::optional<FileLock> FileLock::try_lock(const fs::path& path) {
   if (::ftruncate(fd, 0) != 0 || write_all(fd, std::as_bytes(std::span(holder))) != 0)
     throw IoError(fmt::format("cannot write lock file {}: {}", path.string(), std::strerror(errno)), hint_for(errno));
   return lock;
+}
+
+bool FileLock::is_held(const fs::path& path) {
+  Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  return file.ok() && ::flock(file.get(), LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
 }
 
 FileLock::FileLock(FileLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}

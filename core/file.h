@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace moraine::core {
 
@@ -18,6 +19,11 @@ std::string read_text(const std::filesystem::path& path);
 void write_atomically(const std::filesystem::path& path, std::span<const std::byte> data);
 void write_atomically(const std::filesystem::path& path, std::string_view text);
 
+/// For commands that replace what is there: throws UserError if `output` is one of the inputs, also by way of symbolic
+/// or hard links, or lies inside a directory among them. Outputs that do not exist yet, and empty directories, replace
+/// nothing.
+void refuse_replacing(const std::filesystem::path& output, const std::vector<std::filesystem::path>& inputs);
+
 /// fsync of a directory, so that renames in it survive a crash.
 void sync_directory(const std::filesystem::path& directory);
 
@@ -26,6 +32,8 @@ class FileLock {
  public:
   /// nullopt when another process holds it. The holder's "pid host" is left in the file for messages.
   static std::optional<FileLock> try_lock(const std::filesystem::path& path);
+  /// Whether some process holds it now. Needs no right to write; creates nothing.
+  static bool is_held(const std::filesystem::path& path);
   FileLock(FileLock&& other) noexcept;
   FileLock& operator=(FileLock&&) = delete;
   ~FileLock();

@@ -17,11 +17,12 @@ namespace {
 class JsonlSink : public Sink {
  public:
   explicit JsonlSink(const std::filesystem::path& path) : path_(path) {
-    std::error_code ignored;  // open() below reports what is wrong
-    if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path(), ignored);
+    std::error_code failed;
+    if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path(), failed);
+    if (failed) fail(failed.value());
     fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (fd_ < 0) fail();
-    if (::ftruncate(fd_, end_of_last_line()) != 0) fail();
+    if (fd_ < 0) fail(errno);
+    if (::ftruncate(fd_, end_of_last_line()) != 0) fail(errno);
   }
   ~JsonlSink() override {
     if (fd_ >= 0) ::close(fd_);
@@ -36,7 +37,7 @@ class JsonlSink : public Sink {
     for (size_t done = 0; done < line.size();) {
       const ssize_t count = ::write(fd_, line.data() + done, line.size() - done);
       if (count < 0 && errno == EINTR) continue;
-      if (count < 0) fail();
+      if (count < 0) fail(errno);
       done += static_cast<size_t>(count);
     }
   }
@@ -49,7 +50,7 @@ class JsonlSink : public Sink {
     while (end > 0) {
       const off_t start = end > static_cast<off_t>(sizeof buffer) ? end - static_cast<off_t>(sizeof buffer) : 0;
       const ssize_t count = ::pread(fd_, buffer, static_cast<size_t>(end - start), start);
-      if (count != end - start) fail();
+      if (count != end - start) fail(errno);
       for (ssize_t i = count; i > 0; --i)
         if (buffer[i - 1] == '\n') return start + i;
       end = start;
@@ -57,8 +58,8 @@ class JsonlSink : public Sink {
     return 0;
   }
 
-  [[noreturn]] void fail() const {
-    throw IoError(fmt::format("cannot write metrics to {}: {}", path_.string(), std::strerror(errno)),
+  [[noreturn]] void fail(int error) const {
+    throw IoError(fmt::format("cannot write metrics to {}: {}", path_.string(), std::strerror(error)),
                   "check space and permissions there, then run the same command again");
   }
 

@@ -106,8 +106,9 @@ class TensorBoardSink : public Sink {
   void record(const Record& record) override {
     const std::lock_guard lock(mutex_);
     const fs::path path = directory_ / directory_of(record.unit) / file_;
-    std::error_code ignored;  // open() below reports what is wrong
-    fs::create_directories(path.parent_path(), ignored);
+    std::error_code failed;
+    fs::create_directories(path.parent_path(), failed);
+    if (failed) fail(path, failed.value());
     // Opened for every record: there may be more units than a process may have files, and a few records come a second.
     const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (fd < 0) fail(path, errno);

@@ -30,6 +30,49 @@ TEST(WriteAtomically, ReplacesAFileAndMakesItsDirectories) {
   EXPECT_EQ(files_in(path.parent_path()), 1U) << "a temporary file was left behind";
 }
 
+TEST(RefuseReplacing, KnowsAnInputByAnyOfItsNames) {
+  const TemporaryDirectory directory;
+  namespace fs = std::filesystem;
+  const auto input = directory.write("in/model.safetensors", "weights");
+  fs::create_symlink(input, directory / "link");
+  fs::create_hard_link(input, directory / "twin");
+  fs::create_directory_symlink(directory / "in", directory / "other");
+  for (const auto& output : {input, directory / "in/../in/model.safetensors", directory / "link", directory / "twin",
+                             directory / "other/model.safetensors"})
+    EXPECT_THROW(refuse_replacing(output, {input}), UserError) << output;
+  EXPECT_THROW(refuse_replacing(input, {directory / "in"}), UserError) << "a file of a directory that is an input";
+  EXPECT_THROW(refuse_replacing(directory / "other", {directory / "in"}), UserError);
+  fs::create_directory(directory / "in/empty");
+  for (const auto& output : {directory / "in/new", directory / "in/empty", directory / "inside"})
+    EXPECT_NO_THROW(refuse_replacing(output, {directory / "in", "", directory / "absent"})) << output;
+  directory.write("inside", "beside a directory whose name it begins with");
+  EXPECT_NO_THROW(refuse_replacing(directory / "inside", {directory / "in"}));
+}
+
+TEST(FileLock, SaysWhetherSomebodyHoldsIt) {
+  const TemporaryDirectory directory;
+  EXPECT_FALSE(FileLock::is_held(directory / "lock"));
+  EXPECT_FALSE(std::filesystem::exists(directory / "lock")) << "asking made a file";
+  {
+    const auto lock = FileLock::try_lock(directory / "lock");
+    ASSERT_TRUE(lock);
+    EXPECT_TRUE(FileLock::is_held(directory / "lock"));
+  }
+  EXPECT_FALSE(FileLock::is_held(directory / "lock"));
+}
+
+TEST(FileLock, NamesTheDirectoryThatCannotBeMade) {
+  const TemporaryDirectory directory;
+  directory.write("file", "no directory");
+  try {
+    FileLock::try_lock(directory / "file/run/lock");
+    FAIL() << "locked below a file";
+  } catch (const IoError& error) {
+    EXPECT_THAT(error.what(), testing::AllOf(testing::HasSubstr("cannot make directory"),
+                                             testing::HasSubstr("file/run"), testing::HasSubstr("Not a directory")));
+  }
+}
+
 // A file size limit makes write() fail after part of the data, as a full disk does.
 void write_past_the_limit(const std::filesystem::path& path) {
   std::signal(SIGXFSZ, SIG_IGN);
