@@ -29,9 +29,6 @@ void add_recipe_arguments(CLI::App& command, RecipeArguments& arguments);
 /// `--format text|json` of commands that list.
 void add_format_option(CLI::App& command, std::string& format);
 
-/// Whether standard output is a terminal whose user wants colours (NO_COLOR is not set).
-bool color_wanted();
-
 // Each registers one sub-command; its callback returns through `exit_code` or throws core::Error.
 void add_run(CLI::App& app, int& exit_code);
 void add_validate(CLI::App& app, int& exit_code);

@@ -1,9 +1,9 @@
-#include <cstdio>
 #include <map>
 
 #include <CLI/CLI.hpp>
 
 #include "cli/command.h"
+#include "cli/output.h"
 #include "cli/run_summary.h"
 #include "coordinator/report/table.h"
 #include "core/error.h"
@@ -102,15 +102,28 @@ core::Json as_text(core::Json rows) {
   return rows;
 }
 
+struct Facts {
+  core::Json summary, inputs;
+};
+
+Facts facts_of(const coordinator::RunRecord& run) {
+  Facts facts;
+  facts.summary = from_stored(run, [&] {
+    const auto method = restore_method(run);
+    facts.inputs = method->inputs();
+    return summarize(*method, run);
+  });
+  return facts;
+}
+
 void compare(const CompareArguments& arguments) {
   const auto first = coordinator::read_run(arguments.first), second = coordinator::read_run(arguments.second);
-  const auto a = restore_method(first), b = restore_method(second);
-  const core::Json summary_a = summarize(*a, first), summary_b = summarize(*b, second);
+  const Facts a = facts_of(first), b = facts_of(second);
   const auto names = headings(arguments.first, arguments.second);
-  const core::Json recipe = recipe_rows({{"recipe", first.recipe}, {"inputs", a->inputs()}},
-                                        {{"recipe", second.recipe}, {"inputs", b->inputs()}}, names);
-  const core::Json results = result_rows(summary_a, summary_b, names, arguments.all);
-  const auto hash_a = summary_a.value("hash", ""), hash_b = summary_b.value("hash", "");
+  const core::Json recipe = recipe_rows({{"recipe", first.recipe}, {"inputs", a.inputs}},
+                                        {{"recipe", second.recipe}, {"inputs", b.inputs}}, names);
+  const core::Json results = result_rows(a.summary, b.summary, names, arguments.all);
+  const auto hash_a = a.summary.value("hash", ""), hash_b = b.summary.value("hash", "");
   const std::string verdict = hash_a.empty() || hash_b.empty() ? "at least one run has no merged artefact yet"
                               : hash_a == hash_b ? "the merged artefacts are equal, bit for bit: " + hash_a
                                                  : fmt::format("the merged artefacts differ: {} and {}",
@@ -120,10 +133,10 @@ void compare(const CompareArguments& arguments) {
                             {"recipe", recipe},
                             {"results", results},
                             {"hashes", {hash_a, hash_b}}};
-    std::fputs((out.dump(2) + "\n").c_str(), stdout);
+    print_json(out);
     return;
   }
-  const report::TableStyle style{.width = 160, .color = color_wanted()};
+  const report::TableStyle style = table_style(160);
   std::string text;
   text += recipe.empty() ? "Recipes and inputs are equal.\n"
                          : report::render_table(
@@ -134,7 +147,7 @@ void compare(const CompareArguments& arguments) {
                     report::plain_table("Results", {"table", "row", "column", names[0], names[1], "difference"},
                                         as_text(results)),
                     style);
-  std::fputs((text + verdict + "\n").c_str(), stdout);
+  print(text + verdict + "\n");
 }
 
 }  // namespace

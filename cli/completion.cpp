@@ -1,11 +1,11 @@
 // Completion scripts for shells, made from the command line's own definition, so that they cannot fall behind it.
-#include <cstdio>
 #include <map>
 
 #include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
 #include "cli/command.h"
+#include "cli/output.h"
 
 namespace moraine::cli {
 namespace {
@@ -44,6 +44,9 @@ std::vector<Command> commands_of(const CLI::App& app) {
     }
     commands.push_back(std::move(command));
   }
+  Command help{"help", "Explains a command", {}, {}};
+  for (const auto& command : commands) help.choices[""].push_back(command.name);
+  commands.push_back(std::move(help));
   return commands;
 }
 
@@ -73,7 +76,7 @@ _moraine() {{
   case $command/$previous in
 {}  esac
   case $command in
-    "") options="--help --help-all --verbose" arguments="{}" ;;
+    "") options="--help --help-all --verbose --version" arguments="{}" ;;
 {}  esac
   [[ $current == -* ]] && arguments=$options
   COMPREPLY=($(compgen -W "$arguments" -- "$current"))
@@ -119,7 +122,7 @@ void add_completion(CLI::App& app, int& exit_code) {
     std::string text = *shell == "fish" ? fish(commands) : bash(commands);
     if (*shell == "zsh")
       text = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + text;
-    std::fputs(text.c_str(), stdout);
+    print(text);
     exit_code = 0;
   });
 }

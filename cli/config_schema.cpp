@@ -1,9 +1,8 @@
-#include <cstdio>
-
 #include <CLI/CLI.hpp>
 
 #include "algorithms/register.h"
 #include "cli/command.h"
+#include "cli/output.h"
 #include "core/json.h"
 
 namespace moraine::cli {
@@ -51,7 +50,7 @@ void add_config_schema(CLI::App& app, int& exit_code) {
   command->callback([=, &exit_code] {
     if (!method->empty()) algorithms::find_method(*method);  // names the valid ones
     const core::Json schema = method->empty() ? schema_of_all() : algorithms::find_method(*method).json_schema();
-    std::fputs((*format == "json" ? schema.dump(2) + "\n" : reference(*method)).c_str(), stdout);
+    *format == "json" ? print_json(schema) : print(reference(*method));
     exit_code = 0;
   });
 }

@@ -1,10 +1,10 @@
-#include <cstdio>
 #include <thread>
 
 #include <ATen/Context.h>
 #include <CLI/CLI.hpp>
 
 #include "cli/command.h"
+#include "cli/output.h"
 #include "cli/run_summary.h"
 #include "comm/mpi/session.h"
 #include "comm/nccl/group.h"
@@ -21,12 +21,12 @@ void print_environment(const std::string& format) {
   facts["cores"] = std::thread::hardware_concurrency();
   facts["blas"] = at::Context::hasMKL() ? "MKL" : "not MKL";
   if (format == "json") {
-    std::fputs((facts.dump(2) + "\n").c_str(), stdout);
+    print_json(facts);
     return;
   }
   core::Json rows = core::Json::array();
   for (const auto& [key, value] : facts.items()) rows.push_back({{"what", key}, {"value", value}});
-  std::fputs(report::render_table(report::plain_table("Environment", {"what", "value"}, rows)).c_str(), stdout);
+  print(report::render_table(report::plain_table("Environment", {"what", "value"}, rows), table_style()));
 }
 
 }  // namespace

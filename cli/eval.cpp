@@ -1,4 +1,3 @@
-#include <cstdio>
 #include <limits>
 
 #include <ATen/Parallel.h>
@@ -10,6 +9,7 @@
 #include "algorithms/evaluate.h"
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
+#include "cli/output.h"
 #include "coordinator/report/table.h"
 #include "core/error.h"
 #include "core/file.h"
@@ -78,6 +78,11 @@ void evaluate_model(const EvalArguments& arguments) {
   options.threads = arguments.threads;
   worker::check_options(options);
   at::set_num_threads(options.threads);
+  if (!arguments.logits.empty()) {
+    std::vector<fs::path> inputs(arguments.data.begin(), arguments.data.end());
+    inputs.insert(inputs.end(), {arguments.model, arguments.adapter});
+    core::refuse_replacing(arguments.logits, inputs);
+  }
   models::Decoder model = load_model(arguments);
   std::optional<algorithms::adapters::LoraAdapter> adapter;
   if (!arguments.adapter.empty()) {
@@ -109,14 +114,11 @@ void evaluate_model(const EvalArguments& arguments) {
                     {"tokens", result.tokens},
                     {"bytes", result.bytes}});
   }
-  const std::string text =
-      arguments.format == "json"
-          ? rows.dump(2) + "\n"
-          : report::render_table(
-                report::plain_table(fmt::format("{} on the {} split", arguments.model, arguments.split),
-                                    {"data", "bits_per_byte", "loss", "accuracy", "tokens", "bytes"}, rows),
-                {.color = color_wanted()});
-  std::fputs(text.c_str(), stdout);
+  if (arguments.format == "json") return print_json(rows);
+  print(
+      report::render_table(report::plain_table(fmt::format("{} on the {} split", arguments.model, arguments.split),
+                                               {"data", "bits_per_byte", "loss", "accuracy", "tokens", "bytes"}, rows),
+                           table_style()));
 }
 
 }  // namespace

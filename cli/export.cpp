@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstdio>
 
 #include <CLI/CLI.hpp>
 
@@ -7,6 +6,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
 #include "cli/find_artefact.h"
+#include "cli/output.h"
 #include "cli/run_summary.h"
 #include "core/error.h"
 
@@ -46,7 +46,10 @@ void export_source(ExportArguments arguments) {
     if (std::any_of(run.units.begin(), run.units.end(), [&](const auto& unit) { return unit.label == what; })) {
       export_artefact(run.state->artefact(find_artefact(run, what)), arguments);
     } else {
-      restore_method(run)->export_as(*run.state, arguments.request);
+      from_stored(run, [&]() -> core::Json {
+        restore_method(run)->export_as(*run.state, arguments.request);
+        return {};
+      });
     }
   } else if (fs::exists(source / "config.json")) {
     algorithms::flexmore::export_mixture(algorithms::flexmore::read_mixture_directory(source), arguments.request);
@@ -60,7 +63,9 @@ void export_source(ExportArguments arguments) {
   for (const auto& entry : fs::recursive_directory_iterator(out))
     if (entry.is_regular_file()) files.push_back(entry.path());
   std::sort(files.begin(), files.end());
-  for (const auto& file : files) std::printf("%12ju  %s\n", static_cast<uintmax_t>(fs::file_size(file)), file.c_str());
+  std::string listing;
+  for (const auto& file : files) listing += fmt::format("{:12}  {}\n", fs::file_size(file), file.string());
+  print(listing);
 }
 
 }  // namespace

@@ -1,5 +1,3 @@
-#include <cstdio>
-
 #include <ATen/core/grad_mode.h>
 #include <CLI/CLI.hpp>
 
@@ -8,6 +6,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
 #include "cli/command.h"
+#include "cli/output.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "models/tensor_io.h"
@@ -24,7 +23,7 @@ struct ImportArguments {
 
 void store(const core::Artefact& artefact, const fs::path& path) {
   core::write_atomically(path, artefact.bytes().span());
-  std::printf("%s  %s\n", artefact.id().c_str(), path.c_str());
+  print(fmt::format("{}  {}\n", artefact.id(), path.string()));
 }
 
 void import_peft(const ImportArguments& arguments) {
@@ -49,7 +48,7 @@ void import_mixture(const ImportArguments& arguments) {
   const fs::path out = arguments.out;
   algorithms::write_model_directory(out / "public_model", model.base.to_json(),
                                     {model.base_weights.begin(), model.base_weights.end()});
-  std::printf("public model  %s\n", (out / "public_model").c_str());
+  print(fmt::format("public model  {}\n", (out / "public_model").string()));
   const std::string base = algorithms::model_identity(out / "public_model", model.base);
   std::map<std::string, at::Tensor> weights;  // as a worker sees them
   for (const auto& [name, weight] : model.base_weights)

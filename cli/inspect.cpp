@@ -1,6 +1,5 @@
 // What a file or directory holds: shapes, types, counts, ranks, hashes, and the singular values of low-rank pairs.
 #include <array>
-#include <cstdio>
 #include <fstream>
 #include <map>
 #include <optional>
@@ -11,6 +10,7 @@
 #include "algorithms/adapters/factor_spectrum.h"
 #include "cli/command.h"
 #include "cli/find_artefact.h"
+#include "cli/output.h"
 #include "coordinator/report/table.h"
 #include "coordinator/run_record.h"
 #include "core/error.h"
@@ -223,8 +223,8 @@ void flatten(const core::Json& value, const std::string& key, core::Json& rows) 
   rows.push_back({{"key", key}, {"value", text}});
 }
 
-void print(const core::Json& facts) {
-  const report::TableStyle style{.width = 160};
+void print_tables(const core::Json& facts) {
+  const report::TableStyle style = table_style(160);
   core::Json rows = core::Json::array();
   for (const auto& [key, value] : facts.items()) {
     if (key == "tensors" || key == "low_rank" || key == "artefacts" || key == "metadata" || key == "path") continue;
@@ -262,7 +262,7 @@ void print(const core::Json& facts) {
     if (rows.front().contains("singular values of B A")) columns.push_back("singular values of B A");
     text += report::render_table(report::plain_table("Low-rank pairs", columns, rows), style);
   }
-  std::fputs(text.c_str(), stdout);
+  print(text);
 }
 
 }  // namespace
@@ -286,9 +286,9 @@ void add_inspect(CLI::App& app, int& exit_code) {
   command->callback([=, &exit_code] {
     const core::Json facts = inspect(*arguments);
     if (arguments->format == "json") {
-      std::fputs((facts.dump(2) + "\n").c_str(), stdout);
+      print_json(facts);
     } else {
-      print(facts);
+      print_tables(facts);
     }
     exit_code = 0;
   });

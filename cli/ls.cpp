@@ -1,12 +1,14 @@
-#include <cstdio>
 #include <map>
 
 #include <CLI/CLI.hpp>
 
 #include "cli/command.h"
+#include "cli/output.h"
 #include "cli/run_summary.h"
 #include "coordinator/report/table.h"
 #include "core/error.h"
+#include "core/file.h"
+#include "core/log.h"
 
 namespace moraine::cli {
 namespace {
@@ -41,20 +43,34 @@ core::Json list_units(const coordinator::RunRecord& run) {
                              rows);
 }
 
+std::string state_of(const coordinator::RunRecord& run) {
+  if (core::FileLock::is_held(run.layout.lock())) return "running";
+  return run.finished ? "finished" : "unfinished";
+}
+
+core::Json describe(const std::string& name, const fs::path& path) {
+  try {
+    const coordinator::RunRecord run = coordinator::read_run(path);
+    return from_stored(run, [&]() -> core::Json {
+      return {{"run", name},
+              {"method", run.recipe.at("method").get<std::string>()},
+              {"state", state_of(run)},
+              {"units", run.units.size()},
+              {"starts", run.epochs.size()},
+              {"failures", run.failures.size()}};
+    });
+  } catch (const core::Error& error) {  // one damaged run does not hide the others
+    core::log::warn("run cannot be read: run={} reason={}", path.string(), error.what());
+    return {{"run", name}, {"state", "unreadable"}};
+  }
+}
+
 core::Json list_runs(const fs::path& parent) {
   core::Json rows = core::Json::array();
   std::map<std::string, fs::path> directories;
   for (const auto& entry : fs::directory_iterator(parent))
     if (fs::exists(entry.path() / "recipe.json")) directories[entry.path().filename().string()] = entry.path();
-  for (const auto& [name, path] : directories) {
-    const coordinator::RunRecord run = coordinator::read_run(path);
-    rows.push_back({{"run", name},
-                    {"method", run.recipe.at("method")},
-                    {"state", run.finished ? "finished" : "unfinished"},
-                    {"units", run.units.size()},
-                    {"starts", run.epochs.size()},
-                    {"failures", run.failures.size()}});
-  }
+  for (const auto& [name, path] : directories) rows.push_back(describe(name, path));
   return report::plain_table(parent.string(), {"run", "method", "state", "units", "starts", "failures"}, rows);
 }
 
@@ -62,10 +78,14 @@ void list(const fs::path& path, const std::string& format) {
   if (!fs::is_directory(path))
     throw core::UserError(fmt::format("cli: no directory {}", path.string()),
                           "name a run directory, or the directory that holds runs");
-  const core::Json table = fs::exists(path / "recipe.json") ? list_units(coordinator::read_run(path)) : list_runs(path);
-  const std::string text =
-      format == "json" ? table.at("rows").dump(2) + "\n" : report::render_table(table, {.width = 140});
-  std::fputs(text.c_str(), stdout);
+  core::Json table;
+  if (fs::exists(path / "recipe.json")) {
+    const auto run = coordinator::read_run(path);
+    table = from_stored(run, [&] { return list_units(run); });
+  } else {
+    table = list_runs(path);
+  }
+  format == "json" ? print_json(table.at("rows")) : print(report::render_table(table, table_style(140)));
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 // Experts of any runs and files behind one router, without training.
-#include <cstdio>
 #include <set>
 
 #include <ATen/core/grad_mode.h>
@@ -10,6 +9,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
 #include "cli/find_artefact.h"
+#include "cli/output.h"
 #include "cli/run_summary.h"
 #include "core/config.h"
 #include "core/error.h"
@@ -222,10 +222,9 @@ void merge(const std::string& file, const std::vector<std::string>& overrides, c
   model.norm_topk_prob = config.norm_topk_prob;
   flexmore::write_flexmore_directory(model, out);
   for (const auto& expert : model.mixture.experts)
-    std::printf("%-24s %s\n", expert.name.c_str(),
-                expert.rank() ? fmt::format("rank {}", expert.rank()).c_str() : "full-size");
+    print(fmt::format("{:24} {}\n", expert.name, expert.rank() ? fmt::format("rank {}", expert.rank()) : "full-size"));
   const auto artefact = flexmore::write_mixture(model.mixture, {{"base", experts.front()->meta().at("base")}});
-  std::printf("merged artefact: %s\nmixture: %s\n", artefact->id().c_str(), out.c_str());
+  print(fmt::format("merged artefact: {}\nmixture: {}\n", artefact->id(), out));
 }
 
 }  // namespace

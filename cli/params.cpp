@@ -1,9 +1,8 @@
-#include <cstdio>
-
 #include <CLI/CLI.hpp>
 
 #include "algorithms/register.h"
 #include "cli/command.h"
+#include "cli/output.h"
 #include "coordinator/report/table.h"
 
 namespace moraine::cli {
@@ -20,8 +19,7 @@ void print_params(const RecipeArguments& arguments, const std::string& format) {
   }
   core::Json table = report::plain_table(recipe.run.name, counts.columns, rows);
   table["notes"] = counts.notes;
-  const std::string text = format == "json" ? table.dump(2) + "\n" : report::render_table(table, {});
-  std::fputs(text.c_str(), stdout);
+  format == "json" ? print_json(table) : print(report::render_table(table, table_style()));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "algorithms/register.h"
 #include "cli/command.h"
+#include "cli/output.h"
 #include "cli/run_summary.h"
 #include "cli/version.h"
 #include "comm/local/channel.h"
@@ -21,6 +22,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/log.h"
+#include "core/terminal.h"
 #include "worker/members.h"
 #include "worker/serve.h"
 
@@ -53,17 +55,30 @@ worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs:
   return options;
 }
 
-void finish_run(const algorithms::Method& method, const fs::path& directory, bool complete) {
+// The run is done and kept whether or not its tables can be written; if not, the outcome says so.
+void print_result(const core::Json& summary, const fs::path& directory, coordinator::RunOutcome& outcome) {
+  std::string text = report::render_text(summary, table_style());
+  if (const auto hash = summary.at("hash").get<std::string>(); !hash.empty()) text += "merged artefact: " + hash + "\n";
+  text += fmt::format("report: {}\n", (directory / "report.html").string());
+  try {
+    print(text);
+  } catch (const core::IoError& error) {
+    outcome.exit_code = error.exit_code();
+    outcome.message = error.what();
+    outcome.hint =
+        fmt::format("the run is finished and kept: `moraine report {}` prints its tables", directory.string());
+  } catch (const ReaderGone&) {
+    core::log::warn("nobody reads standard output any more: report={}", (directory / "report.html").string());
+  }
+}
+
+void finish_run(const algorithms::Method& method, const fs::path& directory, coordinator::RunOutcome& outcome) {
+  const bool complete = outcome.exit_code == core::kExitOk;
   const coordinator::RunRecord run = coordinator::read_run(directory);
   if (complete) method.publish(*run.state, directory);
   const core::Json summary = summarize(method, run);
   write_report(summary, directory);
-  if (!complete) return;
-  std::fputs(report::render_text(summary, {.color = color_wanted()}).c_str(), stdout);
-  if (!summary.at("hash").get<std::string>().empty())
-    std::printf("merged artefact: %s\n", summary.at("hash").get<std::string>().c_str());
-  std::printf("report: %s\n", (directory / "report.html").c_str());
-  std::fflush(stdout);
+  if (complete) print_result(summary, directory, outcome);
 }
 
 // The coordinator's part, over whatever channel. Returns the exit code; errors of set-up are thrown.
@@ -87,13 +102,13 @@ coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const
   coordinator::Coordinator::Options how;
   how.max_attempts = static_cast<int>(recipe.run.workers.retries);
   how.version = MORAINE_VERSION;
-  how.terminal = isatty(STDERR_FILENO) == 1;
+  how.terminal = core::is_terminal(STDERR_FILENO);
   coordinator::Coordinator run(
       run_directory, channel, [&](const algorithms::RunState& state) { return recipe.method->plan(state); }, execute,
       how, g_signals);
   running = &run;
-  const coordinator::RunOutcome outcome = run.run();
-  finish_run(*recipe.method, directory, outcome.exit_code == core::kExitOk);
+  coordinator::RunOutcome outcome = run.run();
+  finish_run(*recipe.method, directory, outcome);
   return outcome;
 }
 

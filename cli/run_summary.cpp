@@ -94,6 +94,26 @@ std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord&
                                     fmt::format("{}: recipe.json and {}", run.layout.root.string(), kPlanFile));
 }
 
+core::Json from_stored(const coordinator::RunRecord& run, const std::function<core::Json()>& use) {
+  const auto refuse = [&](const std::exception& error) {
+    return core::UserError(
+        fmt::format("cli: {}: recipe.json and inputs.json do not fit each other or the recorded units: {}",
+                    run.layout.root.string(), error.what()),
+        "`moraine run` with the run's recipe writes both again; if nobody changed them, please report this as a bug");
+  };
+  try {
+    return use();
+  } catch (const core::InternalError& error) {
+    throw refuse(error);
+  } catch (const core::Error&) {
+    throw;
+  } catch (const core::Json::exception& error) {
+    throw refuse(error);
+  } catch (const std::logic_error& error) {  // a name of one that the other does not have
+    throw refuse(error);
+  }
+}
+
 core::Json summarize(const algorithms::Method& method, const coordinator::RunRecord& run) {
   core::Json summary = method.summary(*run.state);
   const algorithms::Plan plan = method.plan(*run.state);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <vector>
 
 #include "algorithms/method.h"
@@ -17,6 +18,10 @@ void write_plan_file(const algorithms::ParsedRecipe& recipe, const std::filesyst
 /// The method of a recorded run, out of RUN/recipe.json and RUN/inputs.json. Throws UserError if the run never got that
 /// far.
 std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord& run);
+
+/// What `use` returns. recipe.json and inputs.json are read long after they were written, perhaps by another version or
+/// after somebody edited them: what fails because they do not fit each other is a UserError naming them, not a bug.
+core::Json from_stored(const coordinator::RunRecord& run, const std::function<core::Json()>& use);
 
 /// summary.json of a run (docs/formats.md): the method's tables and pictures, the time line, recipe, versions, timing.
 core::Json summarize(const algorithms::Method& method, const coordinator::RunRecord& run);
