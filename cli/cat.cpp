@@ -1,10 +1,9 @@
-#include <cstdio>
-
 #include <CLI/CLI.hpp>
 
 #include "algorithms/evaluate.h"
 #include "cli/command.h"
 #include "cli/find_artefact.h"
+#include "cli/output.h"
 #include "coordinator/report/table.h"
 #include "coordinator/run_record.h"
 #include "core/error.h"
@@ -67,23 +66,21 @@ void print_rows(const core::Json& facts) {
   for (const auto& [key, value] : scores.items()) add(key, value);
   for (const auto& tensor : facts.at("tensors"))
     add(tensor.at("name").get<std::string>(), tensor.at("dtype").get<std::string>() + " " + tensor.at("shape").dump());
-  std::fputs(report::render_table(
-                 report::plain_table(facts.at("metadata").at("kind").get<std::string>(), {"key", "value"}, rows),
-                 {.width = 160})
-                 .c_str(),
-             stdout);
+  print(report::render_table(
+      report::plain_table(facts.at("metadata").at("kind").get<std::string>(), {"key", "value"}, rows),
+      table_style(160)));
 }
 
 void print_artefact(const CatArguments& arguments) {
   const auto run = coordinator::read_run(arguments.run);
   const auto artefact = run.state->artefact(find_artefact(run, arguments.what));
   if (!arguments.tensor.empty()) {
-    std::fputs((values_of(*artefact, arguments.tensor).dump() + "\n").c_str(), stdout);
+    print(values_of(*artefact, arguments.tensor).dump() + "\n");
     return;
   }
   const core::Json facts = describe(run, *artefact);
   if (arguments.format == "json") {
-    std::fputs((facts.dump(2) + "\n").c_str(), stdout);
+    print_json(facts);
   } else {
     print_rows(facts);
   }
@@ -95,7 +92,7 @@ void add_cat(CLI::App& app, int& exit_code) {
   auto* command = app.add_subcommand("cat", "An artefact of a run as JSON: metadata, tensors, scores of an evaluation");
   auto arguments = std::make_shared<CatArguments>();
   command->add_option("run", arguments->run, "Run directory")->required();
-  command->add_option("what", arguments->what, "Unit label, artefact id, or the beginning of one")->required();
+  command->add_option("what", arguments->what, "Unit label, artefact id or its beginning; or mixture")->required();
   command->add_option("--tensor", arguments->tensor, "Print the values of this tensor as nested lists instead");
   add_format_option(*command, arguments->format);
   command->footer(

@@ -4,6 +4,7 @@
 
 #include <fmt/ranges.h>
 
+#include "cli/run_summary.h"
 #include "core/error.h"
 #include "core/registry.h"
 
@@ -24,6 +25,11 @@ std::string find_artefact(const coordinator::RunRecord& run, const std::string& 
     throw core::UserError(fmt::format("cli: {}: several artefacts begin with '{}': {}", run.layout.root.string(), what,
                                       fmt::join(matching, ", ")),
                           "give more digits");
+  if (what == "mixture") {  // what RUN/mixture was written from
+    const core::Json summary = from_stored(run, [&] { return restore_method(run)->summary(*run.state); });
+    const std::string id = summary.value("hash", "");
+    if (!id.empty() && run.state->artefact(id)->kind() == what) return id;
+  }
   const std::string near = core::nearest_name(what, labels);
   throw core::UserError(fmt::format("cli: {}: no unit and no artefact '{}'", run.layout.root.string(), what),
                         fmt::format("{}`moraine ls {}` lists them", near.empty() ? "" : "did you mean '" + near + "'? ",

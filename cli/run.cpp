@@ -8,6 +8,7 @@
 #include "algorithms/register.h"
 #include "cli/command.h"
 #include "cli/output.h"
+#include "cli/published.h"
 #include "cli/run_summary.h"
 #include "cli/version.h"
 #include "comm/local/channel.h"
@@ -75,7 +76,10 @@ void print_result(const core::Json& summary, const fs::path& directory, coordina
 void finish_run(const algorithms::Method& method, const fs::path& directory, coordinator::RunOutcome& outcome) {
   const bool complete = outcome.exit_code == core::kExitOk;
   const coordinator::RunRecord run = coordinator::read_run(directory);
-  if (complete) method.publish(*run.state, directory);
+  if (complete) {
+    method.publish(*run.state, directory);
+    record_published(directory);
+  }
   const core::Json summary = summarize(method, run);
   write_report(summary, directory);
   if (complete) print_result(summary, directory, outcome);
