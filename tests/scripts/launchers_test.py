@@ -156,7 +156,7 @@ def a_job_starts_wherever_it_is_started(directory: Path) -> None:
     """More processes than cores, whoever the user is, from another directory, with output into a file."""
     world = World(directory)
     launch = [SOURCE / "scripts/launch", "-n", "5", "run", "recipe.yaml", "--run-dir", "out"]
-    environment = clean_environment(MORAINE=str(BINARY), MORAINE_TRAIN__STEPS="3")
+    environment = clean_environment(MORAINE_BUILD_DIR=str(BINARY.parent), MORAINE_TRAIN__STEPS="3", HDF5_USE_FILE_LOCKING="FALSE")
     with (directory / "log").open("wb") as log:
         code = subprocess.run(launch, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=200).returncode
     assert code == 0, (directory / "log").read_text()
@@ -165,7 +165,8 @@ def a_job_starts_wherever_it_is_started(directory: Path) -> None:
     line = json.loads(subprocess.run(launch, cwd=directory, env={**environment, "PATH": f"{directory / 'bin'}:{os.environ['PATH']}"},
                                      capture_output=True, text=True, check=True).stdout)
     assert "--oversubscribe" in line and ("--allow-run-as-root" in line) == (os.geteuid() == 0), line
-    assert "MORAINE_TRAIN__STEPS" in [line[i + 1] for i, word in enumerate(line) if word == "-x"], line
+    forwarded = {line[i + 1] for i, word in enumerate(line) if word == "-x"}
+    assert {"MORAINE_TRAIN__STEPS", "HDF5_USE_FILE_LOCKING"} <= forwarded, line
 
 
 def scripts_say_what_is_wrong(directory: Path) -> None:
