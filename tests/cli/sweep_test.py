@@ -258,6 +258,15 @@ def sources(*endings: str) -> list[Path]:
     return [SOURCE / name for name in tracked.stdout.splitlines() if name.endswith(endings) and (SOURCE / name).is_file()]
 
 
+def nothing_else_writes_to_standard_output(_: Path) -> None:
+    """cli/output.h notices what cannot be written; a printf() beside it would not."""
+    for path in sources(".cpp", ".h"):
+        if path.relative_to(SOURCE).parts[0] in ("tests", "bench") or path.name == "output.cpp":
+            continue
+        found = re.search(r"\bstdout\b|STDOUT_FILENO|std::cout|(?<![\w])(?:std::)?(?:printf|puts|putchar)\(", path.read_text())
+        assert not found, f"{path.relative_to(SOURCE)}: {found.group(0)}"
+
+
 def environment_variables_are_documented_and_exist(_: Path) -> None:
     """Every MORAINE_* variable that a document names is read somewhere, and every one that is read is documented."""
     name = re.compile(r"(?<![A-Z_])MORAINE_[A-Z][A-Z0-9_]*[A-Z0-9]")
