@@ -76,15 +76,36 @@ int write_new_file(const fs::path& path, std::span<const std::byte> data) {
   return file.close() ? 0 : errno;
 }
 
+[[noreturn]] void throw_read_failed(const fs::path& path, int error) {
+  if (error == ENOENT || error == ENOTDIR)
+    throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
+  throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(error)),
+                error == EACCES || error == EPERM ? "change the permissions of the file or of a directory on its path"
+                                                  : "check the path and the disk");
+}
+
+const char* kind_of(mode_t mode) {
+  if (S_ISDIR(mode)) return "a directory";
+  if (S_ISFIFO(mode)) return "a pipe";
+  if (S_ISSOCK(mode)) return "a socket";
+  return "a device";
+}
+
 fs::path directory_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
 
 }  // namespace
 
+void require_file(const fs::path& path) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) throw_read_failed(path, errno);
+  if (!S_ISREG(info.st_mode))
+    throw UserError(fmt::format("{} is {}, not a file", path.string(), kind_of(info.st_mode)), "check the path");
+  if (::access(path.c_str(), R_OK) != 0) throw_read_failed(path, errno);
+}
+
 std::string read_text(const fs::path& path) {
   Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!file.ok() && (errno == ENOENT || errno == ENOTDIR))
-    throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
-  if (!file.ok()) throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(errno)));
+  if (!file.ok()) throw_read_failed(path, errno);
   if (fs::is_directory(path))
     throw UserError(fmt::format("{} is a directory, not a file", path.string()), "check the path");
   std::string text;
@@ -94,7 +115,7 @@ std::string read_text(const fs::path& path) {
   while (true) {
     const ssize_t count = ::read(file.get(), buffer, sizeof buffer);
     if (count < 0 && errno == EINTR) continue;
-    if (count < 0) throw IoError(fmt::format("cannot read {}: {}", path.string(), std::strerror(errno)));
+    if (count < 0) throw_read_failed(path, errno);
     if (count == 0) return text;
     text.append(buffer, static_cast<size_t>(count));
   }

@@ -10,6 +10,11 @@
 
 namespace moraine::core {
 
+/// Looks at a path before it is opened, so that nothing waits for a pipe or reads a device. Throws UserError if there
+/// is nothing, or no regular file (symbolic links are followed); IoError naming the system's reason if it cannot be
+/// looked at or may not be read.
+void require_file(const std::filesystem::path& path);
+
 /// Reads a whole text file. Throws UserError (missing, a directory) or IoError.
 std::string read_text(const std::filesystem::path& path);
 

@@ -9,17 +9,22 @@
 
 #include <hdf5.h>
 
+#include "core/checked_product.h"
 #include "core/error.h"
 #include "core/file.h"
+#include "core/file_kind.h"
 #include "core/log.h"
+#include "core/registry.h"
+#include "core/safetensors.h"
 
 namespace moraine::core {
 
 namespace {
 
 constexpr hsize_t kChunkElements = 1 << 16;
-constexpr size_t kMemoryStep = 1 << 20;   // bytes by which a file in memory grows
-constexpr int64_t kSmallElements = 4096;  // not worth a chunk index
+constexpr size_t kMemoryStep = 1 << 20;     // bytes by which a file in memory grows
+constexpr int64_t kSmallElements = 4096;    // not worth a chunk index
+constexpr int64_t kMostCompression = 4096;  // deflate packs 1032 zeros into a byte; other filters are not far from it
 
 std::mutex& library_mutex() {
   static std::mutex mutex;
@@ -64,6 +69,19 @@ std::string last_reason() {
   };
   H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, first, &reason);
   return reason.empty() ? "HDF5 gave no reason" : reason;
+}
+
+constexpr const char* kOtherFile = "check that this is the file you meant";
+constexpr const char* kDamaged = "the file is damaged or was not written to its end: copy it or make it again";
+
+// Opening a file failed: what kind of trouble it is decides who can end it.
+[[noreturn]] void throw_cannot_open(const std::filesystem::path& path) {
+  const std::string reason = last_reason();
+  if (reason.find("lock file") != std::string::npos)  // "unable to lock file, errno = 11, ..."
+    throw IoError(fmt::format("{}: cannot be opened, the file is locked: {}", path.string(), reason),
+                  "wait until no program has it open for writing; where locks do not work (network file systems) set "
+                  "HDF5_USE_FILE_LOCKING=FALSE");
+  throw UserError(fmt::format("{}: cannot be opened: {}", path.string(), reason), kDamaged);
 }
 
 template <typename T>
@@ -125,9 +143,8 @@ struct Hdf5File::Handle {
   hid_t file = -1;
 
   template <typename... Args>
-  [[noreturn]] void fail_user(fmt::format_string<Args...> text, Args&&... args) const {
-    throw UserError(fmt::format("{}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...)),
-                    "check that this is the file you meant, or make it again");
+  [[noreturn]] void fail_user(const std::string& hint, fmt::format_string<Args...> text, Args&&... args) const {
+    throw UserError(fmt::format("{}: {}", path.string(), fmt::format(text, std::forward<Args>(args)...)), hint);
   }
   template <typename... Args>
   [[noreturn]] void fail_io(fmt::format_string<Args...> text, Args&&... args) const {
@@ -144,10 +161,21 @@ struct Hdf5File::Handle {
     }
   }
   Id open(const std::string& name) const {
-    if (!has(name)) fail_user("no dataset '{}'", name);
+    if (!has(name)) fail_user(name_hint(name, dataset_names()), "no dataset '{}'", name);
     Id dataset(H5Dopen2(file, name.c_str(), H5P_DEFAULT), H5Dclose);
-    if (!dataset.ok()) fail_user("'{}' is no dataset: {}", name, last_reason());
+    if (!dataset.ok()) fail_user(name_hint(name, dataset_names()), "'{}' is no dataset: {}", name, last_reason());
     return dataset;
+  }
+  std::vector<std::string> dataset_names() const {
+    std::vector<std::string> names;
+    const H5O_iterate_t note = [](hid_t, const char* name, const H5O_info_t* info, void* out) -> herr_t {
+      if (info->type == H5O_TYPE_DATASET) static_cast<std::vector<std::string>*>(out)->emplace_back(name);
+      return 0;
+    };
+    if (H5Ovisit2(file, H5_INDEX_NAME, H5_ITER_INC, note, &names, H5O_INFO_BASIC) < 0)
+      fail_io("cannot list the datasets");
+    std::sort(names.begin(), names.end());
+    return names;
   }
   std::vector<int64_t> shape_of(hid_t dataset) const {
     const Id space(H5Dget_space(dataset), H5Sclose);
@@ -155,7 +183,26 @@ struct Hdf5File::Handle {
     if (rank < 0) fail_io("cannot read a shape");
     std::vector<hsize_t> dims(static_cast<size_t>(rank));
     H5Sget_simple_extent_dims(space, dims.data(), nullptr);
-    return {dims.begin(), dims.end()};
+    std::vector<int64_t> shape(dims.begin(), dims.end());
+    if (!checked_product(shape)) fail_user(kDamaged, "the number of values of a dataset overflows");
+    return shape;
+  }
+  // Rows [first, first + count) as a number of values. Refuses rows that are not there, and extents that the bytes in
+  // the file cannot fill: HDF5 would give zeros for what was never written.
+  size_t values_of(const std::string& name, int64_t first, int64_t count) const {
+    const Id dataset = open(name);
+    auto shape = shape_of(dataset);
+    const int64_t rows = shape.empty() ? 1 : shape[0];
+    if (first < 0 || count < 0 || first > rows - count)
+      fail_user(kOtherFile, "'{}' has {} rows, asked for {} from row {}", name, rows, count, first);
+    const Id type(H5Dget_type(dataset), H5Tclose);
+    const auto bytes = checked_product(shape, static_cast<int64_t>(H5Tget_size(type)));
+    const auto stored = static_cast<int64_t>(H5Dget_storage_size(dataset));
+    if (!bytes || (!is_new && *bytes / kMostCompression > stored))  // what is being written is stored later
+      fail_user(kDamaged, "'{}' says it has {} values, the file holds {} bytes for them", name, *checked_product(shape),
+                stored);
+    if (!shape.empty()) shape[0] = count;
+    return static_cast<size_t>(*checked_product(shape));
   }
 
   // Opens an attribute of the root group that holds one element; nullopt when it is not there.
@@ -166,7 +213,7 @@ struct Hdf5File::Handle {
     Id attribute(H5Aopen(file, name.c_str(), H5P_DEFAULT), H5Aclose);
     if (!attribute.ok()) fail_io("cannot open attribute '{}'", name);
     const Id space(H5Aget_space(attribute), H5Sclose);
-    if (H5Sget_simple_extent_npoints(space) != 1) fail_user("attribute '{}' does not hold one value", name);
+    if (H5Sget_simple_extent_npoints(space) != 1) fail_user(kOtherFile, "attribute '{}' does not hold one value", name);
     return attribute;
   }
   void write_attribute(const std::string& name, hid_t type, const void* data) const {
@@ -186,11 +233,8 @@ void Hdf5File::Handle::read_rows(const std::string& name, hid_t memory, int64_t 
   const Id dataset = open(name);
   const Id type(H5Dget_type(dataset), H5Tclose);
   if (const H5T_class_t kind = H5Tget_class(type); kind != H5T_INTEGER && kind != H5T_FLOAT)
-    fail_user("'{}' does not hold numbers", name);
+    fail_user(kOtherFile, "'{}' does not hold numbers", name);
   const auto shape = shape_of(dataset);
-  const int64_t rows = shape.empty() ? 1 : shape[0];
-  if (first < 0 || count < 0 || first > rows - count)
-    fail_user("'{}' has {} rows, asked for {} from row {}", name, rows, count, first);
   std::vector<hsize_t> start(shape.size(), 0), extent(shape.begin(), shape.end());
   if (std::find(extent.begin(), extent.end(), hsize_t{0}) != extent.end() || count == 0) return;
   const Id space(H5Dget_space(dataset), H5Sclose);
@@ -206,8 +250,8 @@ void Hdf5File::Handle::read_rows(const std::string& name, hid_t memory, int64_t 
   bool lossy = false;
   H5Pset_type_conv_cb(transfer, refuse_lossy, &lossy);
   if (H5Dread(dataset, memory, target, space, transfer, out) >= 0) return;
-  if (lossy) fail_user("'{}' holds a value that does not fit the type it is read as", name);
-  fail_user("'{}' cannot be read: {}", name, last_reason());
+  if (lossy) fail_user(kOtherFile, "'{}' holds a value that does not fit the type it is read as", name);
+  fail_user(kDamaged, "'{}' cannot be read: {}", name, last_reason());
 }
 
 void Hdf5File::Handle::write(const std::string& name, hid_t memory, const void* data, size_t size,
@@ -241,10 +285,13 @@ Hdf5File::Hdf5File(const std::filesystem::path& path, Mode mode) : handle_(std::
     if (handle_->file < 0) handle_->fail_io("cannot create the file");
     return;
   }
-  if (!std::filesystem::exists(path)) throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
-  if (H5Fis_hdf5(path.c_str()) == 0) handle_->fail_user("is no HDF5 file");
+  require_file(path);
+  if (H5Fis_hdf5(path.c_str()) == 0) {
+    const char* kind = kind_of_file(Bytes::map_file(path).span());
+    handle_->fail_user(kOtherFile, "is no HDF5 file{}{}", kind == nullptr ? "" : ", but ", kind == nullptr ? "" : kind);
+  }
   handle_->file = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
-  if (handle_->file < 0) handle_->fail_user("cannot be opened: {}", last_reason());
+  if (handle_->file < 0) throw_cannot_open(path);
 }
 
 Hdf5File::~Hdf5File() {
@@ -287,13 +334,8 @@ std::vector<int64_t> Hdf5File::shape(const std::string& dataset) const {
 
 template <typename T>
 std::vector<T> Hdf5File::read(const std::string& dataset, int64_t first, int64_t count) const {
-  const auto dims = shape(dataset);
-  int64_t row = 1;
-  for (size_t axis = 1; axis < dims.size(); ++axis) row *= dims[axis];
   const Library library;
-  // Rows that are not there are refused by read_rows; nothing is allocated for them.
-  const bool present = first >= 0 && count >= 0 && first <= (dims.empty() ? 1 : dims[0]) - count;
-  std::vector<T> values(present ? static_cast<size_t>(count * row) : 0);
+  std::vector<T> values(handle_->values_of(dataset, first, count));
   handle_->read_rows(dataset, memory_type<T>(), first, count, values.data());
   return values;
 }
@@ -326,16 +368,8 @@ MORAINE_INSTANTIATE(double)
 
 std::vector<Hdf5File::Dataset> Hdf5File::datasets() const {
   const Library library;
-  std::vector<std::string> names;
-  const H5O_iterate_t note = [](hid_t, const char* name, const H5O_info_t* info, void* out) -> herr_t {
-    if (info->type == H5O_TYPE_DATASET) static_cast<std::vector<std::string>*>(out)->emplace_back(name);
-    return 0;
-  };
-  if (H5Ovisit2(handle_->file, H5_INDEX_NAME, H5_ITER_INC, note, &names, H5O_INFO_BASIC) < 0)
-    handle_->fail_io("cannot list the datasets");
-  std::sort(names.begin(), names.end());
   std::vector<Dataset> list;
-  for (const std::string& name : names) {
+  for (const std::string& name : handle_->dataset_names()) {
     const Id dataset = handle_->open(name);
     const Id type(H5Dget_type(dataset), H5Tclose);
     list.push_back({name, type_name(type), handle_->shape_of(dataset)});
@@ -376,7 +410,7 @@ std::optional<std::string> Hdf5File::text_attribute(const std::string& name) con
   const auto attribute = handle_->attribute(name);
   if (!attribute) return std::nullopt;
   const Id type(H5Aget_type(*attribute), H5Tclose);
-  if (H5Tget_class(type) != H5T_STRING) handle_->fail_user("attribute '{}' is not text", name);
+  if (H5Tget_class(type) != H5T_STRING) handle_->fail_user(kOtherFile, "attribute '{}' is not text", name);
   if (H5Tis_variable_str(type) > 0) {
     char* text = nullptr;
     if (H5Aread(*attribute, type, &text) < 0) handle_->fail_io("cannot read attribute '{}'", name);
@@ -395,7 +429,7 @@ std::optional<int64_t> Hdf5File::int_attribute(const std::string& name) const {
   const auto attribute = handle_->attribute(name);
   if (!attribute) return std::nullopt;
   const Id type(H5Aget_type(*attribute), H5Tclose);
-  if (H5Tget_class(type) != H5T_INTEGER) handle_->fail_user("attribute '{}' is not an integer", name);
+  if (H5Tget_class(type) != H5T_INTEGER) handle_->fail_user(kOtherFile, "attribute '{}' is not an integer", name);
   int64_t value = 0;
   if (H5Aread(*attribute, H5T_NATIVE_INT64, &value) < 0) handle_->fail_io("cannot read attribute '{}'", name);
   return value;

@@ -12,7 +12,8 @@
 namespace moraine::core {
 
 /// RAII over the HDF5 C API: numeric datasets and scalar attributes, which is all Moraine stores. HDF5's own error
-/// stack is silenced and its innermost reason goes into the message. Not every build of HDF5 is thread-safe: every
+/// stack is silenced and its innermost reason goes into the message, with a hint for that kind of error: a lock, a
+/// truncated file, another format, a dataset that is not there. Not every build of HDF5 is thread-safe: every
 /// call takes one process-wide lock inside.
 ///
 ///   Hdf5File file("german.h5", Hdf5File::Mode::kRead);
@@ -21,7 +22,8 @@ class Hdf5File {
  public:
   enum class Mode { kRead, kCreate };
   /// kCreate builds the file in memory; it appears whole, replacing what was there, when it is closed.
-  /// Throws UserError if a file to read is missing or is no HDF5 file.
+  /// Throws UserError if a file to read is missing, no regular file, no HDF5 file or truncated; IoError if it is locked
+  /// or may not be read.
   Hdf5File(const std::filesystem::path& path, Mode mode);
   /// Closes; a failure then can only be logged, and while an exception unwinds nothing is written. Call close().
   ~Hdf5File();
@@ -33,8 +35,8 @@ class Hdf5File {
   /// Shape of a dataset. Throws UserError naming file and dataset when absent.
   std::vector<int64_t> shape(const std::string& dataset) const;
   /// Reads `count` rows from `first` along axis 0, converted to T. T: uint8_t, uint16_t, int32_t, uint32_t, int64_t,
-  /// uint64_t, float, double. Throws UserError when the rows are not there, the dataset is not numeric, or a value does
-  /// not fit T.
+  /// uint64_t, float, double. Throws UserError when the rows are not there, the dataset is not numeric, a value does
+  /// not fit T, or the extents are more than the file's bytes can hold (nothing is allocated then).
   template <typename T>
   std::vector<T> read(const std::string& dataset, int64_t first, int64_t count) const;
   template <typename T>

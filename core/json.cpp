@@ -60,6 +60,9 @@ Json parse_json(std::string_view text, const std::string& origin) {
   }
 }
 
-Json read_json(const std::filesystem::path& path) { return parse_json(read_text(path), path.string()); }
+Json read_json(const std::filesystem::path& path) {
+  require_file(path);
+  return parse_json(read_text(path), path.string());
+}
 
 }  // namespace moraine::core

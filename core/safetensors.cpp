@@ -13,7 +13,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/checked_product.h"
+#include "core/checksums.h"
 #include "core/error.h"
+#include "core/file.h"
+#include "core/file_kind.h"
+#include "core/file_name.h"
 #include "core/json.h"
 
 namespace moraine::core {
@@ -29,10 +34,7 @@ constexpr const char* kMetadataKey = "__metadata__";
 
 // Bytes of a tensor; nullopt when a side is negative or the product leaves 63 bits.
 std::optional<int64_t> byte_size(const std::vector<int64_t>& shape, DType dtype) {
-  int64_t bytes = static_cast<int64_t>(size_of(dtype));
-  for (int64_t side : shape)
-    if (side < 0 || __builtin_mul_overflow(bytes, side, &bytes)) return std::nullopt;
-  return bytes;
+  return checked_product(shape, static_cast<int64_t>(size_of(dtype)));
 }
 
 bool by_name(const TensorView& a, const TensorView& b) { return a.name < b.name; }
@@ -71,10 +73,15 @@ class HeaderParser {
   }
 
   Json read_header() {
+    uint64_t length = 0;
+    std::memcpy(&length, file_.data(), std::min(file_.size(), kLengthBytes));
+    const bool plausible = file_.size() > kLengthBytes && length <= file_.size() - kLengthBytes &&
+                           file_[kLengthBytes] == static_cast<std::byte>('{');
+    if (const char* kind = plausible ? nullptr : kind_of_file(file_))
+      throw UserError(fmt::format("{}: no safetensors file, but {}", origin_, kind),
+                      "name a safetensors file; other formats are converted with the tool that wrote them");
     if (file_.size() < kLengthBytes)
       fail("truncated: expected at least {} bytes, the file has {}", kLengthBytes, file_.size());
-    uint64_t length = 0;
-    std::memcpy(&length, file_.data(), kLengthBytes);
     if (length > kMaxHeaderBytes) fail("header length {} is above the limit of {} bytes", length, kMaxHeaderBytes);
     if (length > file_.size() - kLengthBytes)
       fail("truncated: expected {} bytes of header, the file has {}", length, file_.size() - kLengthBytes);
@@ -155,9 +162,10 @@ std::map<std::string, std::set<std::string>> read_index(const fs::path& path) {
     throw UserError(fmt::format("{}: no weight_map in the index", path.string()), "download the model again");
   std::map<std::string, std::set<std::string>> shards;
   for (const auto& [name, file] : index["weight_map"].items()) {
-    if (!file.is_string() || file.get<std::string>().empty() || fs::path(file.get<std::string>()).has_parent_path())
-      throw UserError(fmt::format("{}: tensor '{}': {} is not a file name", path.string(), name, file.dump()));
-    shards[file.get<std::string>()].insert(name);
+    if (!file.is_string())
+      throw UserError(fmt::format("{}: tensor '{}': {} is not a file name", path.string(), name, file.dump()),
+                      "download the model again");
+    shards[check_file_name(file.get_ref<const std::string&>(), "a shard", path.string())].insert(name);
   }
   return shards;
 }
@@ -171,9 +179,8 @@ Bytes::Bytes(std::vector<std::byte> data) {
 }
 
 Bytes Bytes::map_file(const fs::path& path) {
+  require_file(path);
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0 && (errno == ENOENT || errno == ENOTDIR))
-    throw UserError(fmt::format("no such file: {}", path.string()), "check the path");
   struct stat info {};
   const bool readable = fd >= 0 && ::fstat(fd, &info) == 0;
   const auto size = static_cast<size_t>(info.st_size);
@@ -183,16 +190,15 @@ Bytes Bytes::map_file(const fs::path& path) {
   if (fd >= 0) ::close(fd);
   if (!readable || data == MAP_FAILED)
     throw IoError(fmt::format("cannot map {}: {}", path.string(), std::strerror(error)));
-  if (!S_ISREG(info.st_mode)) throw UserError(fmt::format("not a file: {}", path.string()), "check the path");
   if (size == 0) return {};
   return {std::shared_ptr<const void>(data, [size](const void* start) { ::munmap(const_cast<void*>(start), size); }),
           {static_cast<const std::byte*>(data), size}};
 }
 
 int64_t TensorView::numel() const {
-  int64_t product = 1;
-  for (int64_t side : shape) product *= side;
-  return product;
+  const auto product = checked_product(shape);
+  MORAINE_CHECK(product.has_value(), "tensor '{}': its number of values overflows", name);
+  return *product;
 }
 
 Safetensors Safetensors::parse(Bytes bytes, std::string origin) {
@@ -204,6 +210,12 @@ Safetensors Safetensors::parse(Bytes bytes, std::string origin) {
 }
 
 Safetensors Safetensors::open(const fs::path& path) { return parse(Bytes::map_file(path), path.string()); }
+
+Safetensors open_checked(const fs::path& path) {
+  Bytes bytes = Bytes::map_file(path);
+  check_checksum(path, bytes.span());
+  return Safetensors::parse(std::move(bytes), path.string());
+}
 
 const TensorView* Safetensors::find(std::string_view name) const { return find_sorted(tensors_, name); }
 
@@ -241,11 +253,17 @@ std::vector<std::byte> serialize_safetensors(std::span<const TensorView> tensors
   return out;
 }
 
-ShardedSafetensors ShardedSafetensors::open(const fs::path& directory) {
+ShardedSafetensors ShardedSafetensors::open(const fs::path& directory) { return open_with(directory, open_checked); }
+
+ShardedSafetensors ShardedSafetensors::open_unchecked(const fs::path& directory) {
+  return open_with(directory, Safetensors::open);
+}
+
+ShardedSafetensors ShardedSafetensors::open_with(const fs::path& directory, Safetensors (*open_file)(const fs::path&)) {
   ShardedSafetensors model;
   const fs::path index = directory / "model.safetensors.index.json";
   if (fs::exists(directory / "model.safetensors")) {
-    model.files_.push_back(Safetensors::open(directory / "model.safetensors"));
+    model.files_.push_back(open_file(directory / "model.safetensors"));
   } else if (!fs::exists(index)) {
     throw UserError(fmt::format("{}: neither model.safetensors nor model.safetensors.index.json", directory.string()),
                     "point to a Hugging Face model directory with safetensors weights");
@@ -253,7 +271,7 @@ ShardedSafetensors ShardedSafetensors::open(const fs::path& directory) {
     for (const auto& [file, names] : read_index(index)) {
       if (!fs::exists(directory / file))
         throw UserError(fmt::format("{}: shard {} is missing", directory.string(), file), "download the model again");
-      model.files_.push_back(Safetensors::open(directory / file));
+      model.files_.push_back(open_file(directory / file));
       const auto& shard = model.files_.back();
       for (const auto& name : names)
         if (!shard.find(name))

@@ -18,7 +18,7 @@ class Bytes {
  public:
   Bytes() = default;
   explicit Bytes(std::vector<std::byte> data);
-  /// Maps a file read-only. Throws UserError if it is missing, IoError if mapping fails.
+  /// Maps a file read-only. Throws UserError if it is missing or no regular file, IoError if mapping fails.
   static Bytes map_file(const std::filesystem::path& path);
 
   std::span<const std::byte> span() const { return span_; }
@@ -37,6 +37,7 @@ struct TensorView {
   std::vector<int64_t> shape;
   std::span<const std::byte> data;
 
+  /// Throws InternalError if the product leaves 63 bits, which no parsed file's does.
   int64_t numel() const;
 };
 
@@ -65,22 +66,30 @@ class Safetensors {
   std::map<std::string, std::string> metadata_;
 };
 
+/// Opens a file and compares it with the checksums that lie beside it, if there are any (core/checksums.h).
+/// Throws UserError if it is damaged.
+Safetensors open_checked(const std::filesystem::path& path);
+
 /// Serialises canonically: sorted keys, the data 8-byte aligned and without gaps, wide elements first, then by name, so
 /// that every tensor is aligned to its element; equal input in any order gives equal bytes. Throws InternalError on
 /// duplicate names or a size that disagrees with shape and dtype.
 std::vector<std::byte> serialize_safetensors(std::span<const TensorView> tensors,
                                              const std::map<std::string, std::string>& metadata);
 
-/// All tensors of a Hugging Face directory: model.safetensors, or the shards of model.safetensors.index.json.
-/// Throws UserError if a shard is missing or if index and shards disagree about where a tensor is (so none stands
-/// twice).
+/// All tensors of a Hugging Face directory: model.safetensors, or the shards of model.safetensors.index.json, each
+/// compared with the directory's checksums if it has any. Throws UserError if a shard is missing or if index and shards
+/// disagree about where a tensor is (so none stands twice).
 class ShardedSafetensors {
  public:
   static ShardedSafetensors open(const std::filesystem::path& directory);
+  /// Without comparing checksums, to look at what is damaged.
+  static ShardedSafetensors open_unchecked(const std::filesystem::path& directory);
   const std::vector<TensorView>& tensors() const { return tensors_; }
   const TensorView* find(std::string_view name) const;
 
  private:
+  static ShardedSafetensors open_with(const std::filesystem::path& directory,
+                                      Safetensors (*open_file)(const std::filesystem::path&));
   std::vector<Safetensors> files_;
   std::vector<TensorView> tensors_;
 };

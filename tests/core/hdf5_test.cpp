@@ -1,12 +1,18 @@
 #include "core/hdf5.h"
 
 #include <csignal>
+#include <cstdlib>
+#include <functional>
 #include <numeric>
 #include <thread>
 
-#include <sys/resource.h>
-
+#include <fcntl.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "core/error.h"
 #include "core/hash.h"
@@ -123,12 +129,67 @@ TEST(Hdf5, FilesThatAreNoneAreTheUsersToFix) {
   const auto text = directory.write("text.h5", "plain text");
   EXPECT_EQ(user_complaint([&] { Hdf5File(directory / "none.h5", Hdf5File::Mode::kRead); }, ""),
             "no such file: " + (directory / "none.h5").string());
-  EXPECT_EQ(user_complaint([&] { Hdf5File(text, Hdf5File::Mode::kRead); }, text), "is no HDF5 file");
+  EXPECT_EQ(user_complaint([&] { Hdf5File(text, Hdf5File::Mode::kRead); }, text), "is no HDF5 file, but text");
   { Hdf5File(directory / "cut.h5", Hdf5File::Mode::kCreate).write<int32_t>("x", ramp(5000), {5000}); }
   std::filesystem::resize_file(directory / "cut.h5", 1000);
   EXPECT_EQ(user_complaint([&] { Hdf5File(directory / "cut.h5", Hdf5File::Mode::kRead); }, directory / "cut.h5")
                 .rfind("cannot be opened: truncated file", 0),
             0U);
+}
+
+std::string hint_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.hint();
+  }
+  return "accepted";
+}
+
+TEST(Hdf5, EveryKindOfTroubleHasItsOwnHint) {
+  const TemporaryDirectory directory;
+  const auto path = directory / "x.h5";
+  Hdf5File(path, Hdf5File::Mode::kCreate).write<int32_t>("train/tokens", ramp(2), {2});
+  EXPECT_EQ(hint_of([&] { Hdf5File(path, Hdf5File::Mode::kRead).shape("train/token"); }),
+            "did you mean 'train/tokens'? Valid: train/tokens");
+  std::filesystem::resize_file(path, 1000);
+  EXPECT_THAT(hint_of([&] { Hdf5File(path, Hdf5File::Mode::kRead); }), testing::HasSubstr("damaged"));
+}
+
+TEST(Hdf5, ALockedFileIsAnIoErrorThatNamesTheRemedy) {
+  if (std::getenv("HDF5_USE_FILE_LOCKING") != nullptr)
+    GTEST_SKIP() << "HDF5_USE_FILE_LOCKING is set: the library may not lock";
+  const TemporaryDirectory directory;
+  const auto path = directory / "x.h5";
+  Hdf5File(path, Hdf5File::Mode::kCreate).write<int32_t>("x", ramp(2), {2});
+  const int held = ::open(path.c_str(), O_RDWR);
+  ASSERT_EQ(::flock(held, LOCK_EX), 0);
+  try {
+    Hdf5File(path, Hdf5File::Mode::kRead);
+    ADD_FAILURE() << "opened";
+  } catch (const IoError& error) {
+    EXPECT_THAT(error.what(), testing::HasSubstr("locked"));
+    EXPECT_THAT(error.hint(), testing::HasSubstr("HDF5_USE_FILE_LOCKING=FALSE"));
+  }
+  ::close(held);
+}
+
+TEST(Hdf5, ExtentsThatTheFileCannotHoldAreRefusedBeforeAnythingIsAllocated) {
+  if (const auto reason = PythonPeer::missing("h5py")) GTEST_SKIP() << *reason;
+  const TemporaryDirectory directory;
+  const auto path = directory / "x.h5";
+  PythonPeer::run("write-huge-hdf5", path.string());
+  const Hdf5File file(path, Hdf5File::Mode::kRead);
+  EXPECT_THAT(user_complaint([&] { file.read_all<int64_t>("never_written"); }, path),
+              testing::HasSubstr("'never_written' says it has 1000000000000 values, the file holds"));
+  EXPECT_THAT(user_complaint([&] { file.shape("overflow"); }, path), testing::HasSubstr("overflows"));
+}
+
+TEST(Hdf5, APipeIsRefusedAndNotWaitedFor) {
+  const TemporaryDirectory directory;
+  ASSERT_EQ(::mkfifo((directory / "pipe").c_str(), 0600), 0);
+  EXPECT_THAT(user_complaint([&] { Hdf5File(directory / "pipe", Hdf5File::Mode::kRead); }, ""),
+              testing::HasSubstr("is a pipe, not a file"));
 }
 
 // A file size limit stands in for a full disk.

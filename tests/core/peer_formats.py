@@ -4,6 +4,7 @@
     peer_formats.py write-safetensors PATH   the tensors that safetensors_test.cpp expects
     peer_formats.py read-hdf5 PATH           one line per dataset: name dtype shape sum, then the attributes
     peer_formats.py write-hdf5 PATH          what hdf5_test.cpp expects
+    peer_formats.py write-huge-hdf5 PATH     datasets of 10^12 and 2^66 values in less than two kilobytes
 """
 import hashlib
 import json
@@ -71,6 +72,14 @@ def write_hdf5(path):
         file.attrs["several"] = [1, 2]
 
 
+def write_huge_hdf5(path):
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.create_dataset("never_written", shape=(10**12,), dtype="<i8", chunks=(1 << 16,))
+        file.create_dataset("overflow", shape=(1 << 33, 1 << 33), dtype="<i8", chunks=(1 << 8, 1 << 8))
+
+
 if __name__ == "__main__":
     {"read-safetensors": read_safetensors, "write-safetensors": write_safetensors,
-     "read-hdf5": read_hdf5, "write-hdf5": write_hdf5}[sys.argv[1]](sys.argv[2])
+     "read-hdf5": read_hdf5, "write-hdf5": write_hdf5, "write-huge-hdf5": write_huge_hdf5}[sys.argv[1]](sys.argv[2])

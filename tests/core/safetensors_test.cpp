@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include "core/error.h"
 #include "core/hash.h"
@@ -83,7 +84,7 @@ TEST(Safetensors, MalformedFilesAreNamedPrecisely) {
   const std::string good = "{" + tensor("a", "F32", "[2]", 0, 8) + "," + tensor("b", "U8", "[3]", 8, 11) + "}";
   EXPECT_EQ(complaint_about(file_text(good, 11)), "accepted");
   EXPECT_EQ(complaint_about(file_text(good + "   ", 11)), "accepted") << "padding";
-  EXPECT_EQ(complaint_about("1234"), "f: truncated: expected at least 8 bytes, the file has 4");
+  EXPECT_EQ(complaint_about(std::string(4, '\0')), "f: truncated: expected at least 8 bytes, the file has 4");
   EXPECT_EQ(complaint_about(file_text(good, 11).substr(0, 50)),
             fmt::format("f: truncated: expected {} bytes of header, the file has 42", good.size()));
   EXPECT_EQ(complaint_about(file_text(good, 9)),
@@ -124,7 +125,25 @@ TEST(Safetensors, EmptyTensorsAndEmptyFilesAreLegal) {
                 file_text("{" + tensor("a", "F32", "[0,4]", 0, 0) + "," + tensor("b", "U8", "[]", 0, 1) + "}", 1)),
             "accepted");
   EXPECT_EQ(complaint_about(file_text("{}", 0)), "accepted");
-  EXPECT_EQ(complaint_about(""), "f: truncated: expected at least 8 bytes, the file has 0");
+}
+
+TEST(Safetensors, FilesOfOtherFormatsAreCalledByTheirName) {
+  EXPECT_EQ(complaint_about(""), "f: no safetensors file, but an empty file");
+  EXPECT_EQ(complaint_about("no header at all"), "f: no safetensors file, but text");
+  EXPECT_EQ(complaint_about("{}"), "f: no safetensors file, but text");
+  EXPECT_EQ(complaint_about(std::string("PK\x03\x04") + std::string(60, '\0')),
+            "f: no safetensors file, but a zip archive (PyTorch's .bin and .pt, NumPy's .npz)");
+  EXPECT_EQ(complaint_about(std::string("\x80\x02\x8a\x0a") + std::string(60, '\xf9')),
+            "f: no safetensors file, but a Python pickle (PyTorch's .bin and .pt)");
+  // A header of 0x280 bytes begins with the bytes of a pickle and is none.
+  EXPECT_EQ(complaint_about(file_text("{}" + std::string(0x280 - 2, ' '), 0)), "accepted");
+}
+
+TEST(Safetensors, APipeOrADirectoryIsRefusedAndNotWaitedFor) {
+  const TemporaryDirectory directory;
+  ASSERT_EQ(::mkfifo((directory / "pipe").c_str(), 0600), 0);
+  for (const auto& path : {directory / "pipe", directory.path()})
+    EXPECT_THROW(Bytes::map_file(path), UserError) << path;
 }
 
 TEST(Safetensors, ReferenceLibraryReadsOurFile) {
@@ -208,7 +227,7 @@ TEST_F(ShardedTest, RefusesAnIndexThatDisagreesWithItsShards) {
   EXPECT_EQ(open_with_index(R"({"a":"s1","b":"s1","c":"s2"})"),
             "/s2: tensor 'b' is not listed for this shard in the index");
   EXPECT_EQ(open_with_index(R"({"a":"../s1"})"),
-            "/model.safetensors.index.json: tensor 'a': \"../s1\" is not a file name");
+            "/model.safetensors.index.json: the name of a shard cannot be a file name: \"../s1\"");
   EXPECT_EQ(open_with_index("{}"), "/model.safetensors.index.json: no weight_map in the index");
 }
 
