@@ -53,12 +53,14 @@ Bert Bert::from_tensors(BertConfig config, const std::vector<core::TensorView>& 
   std::vector<core::TensorView> weights;
   config.pooler = false, config.num_labels = 0;
   for (const core::TensorView& view : tensors) {
-    if (view.name.ends_with("embeddings.position_ids")) continue;  // 0, 1, 2, ...: a buffer of older transformers
+    // Buffers of older transformers: 0, 1, 2, ... and 0, 0, 0, ...
+    if (view.name.ends_with("embeddings.position_ids") || view.name.ends_with("embeddings.token_type_ids")) continue;
     config.pooler = config.pooler || view.name.find("pooler.dense.") != std::string::npos;
     if (view.name == "classifier.weight" && !view.shape.empty()) config.num_labels = view.shape[0];
     weights.push_back(view);
   }
   config.pooler = config.pooler || config.num_labels > 0;
+  require_plausible_layers(config.num_layers, 1, weights.size(), origin);
   return Bert(config, match_weights(expected_tensors(config), weights, origin, dtype, owner));
 }
 

@@ -60,6 +60,13 @@ BertConfig BertConfig::from_json(const Json& json, const std::string& origin) {
   read.only("add_cross_attention", false);
   read.only("problem_type", "single_label_classification");
   read.refuse_unread(kIrrelevant);
+  const auto real = [](int64_t size) { return static_cast<double>(size); };
+  if (const auto implausible = implausible_sizes(
+          c.num_layers,
+          {c.vocab_size, c.hidden_size, c.intermediate_size, c.num_heads, c.max_position_embeddings, c.type_vocab_size},
+          real(c.vocab_size) * real(c.hidden_size) +
+              real(c.num_layers) * real(c.hidden_size) * (4 * real(c.hidden_size) + 2 * real(c.intermediate_size))))
+    wrong.push_back(*implausible);
   if (wrong.empty() && c.hidden_size % c.num_heads != 0)
     wrong.push_back(
         fmt::format("'num_attention_heads' = {} does not divide 'hidden_size' = {}", c.num_heads, c.hidden_size));

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <set>
 #include <string>
@@ -31,7 +32,8 @@ class ConfigKeys {
   /// Any other problem.
   void wrong(std::string what) { problems_.push_back(std::move(what)); }
   /// Keys that nobody read are problems: they may change the model. Exempt are `irrelevant` ones, those that start with
-  /// '_' (transformers' own notes), null values and what every config.json carries for other purposes.
+  /// '_' (transformers' own notes), null values, what config.json files carry for other purposes (labels, notes of
+  /// tools, what `generate` reads) and options that are written out although they are off.
   void refuse_unread(const std::vector<std::string>& irrelevant);
 
  private:
@@ -39,5 +41,10 @@ class ConfigKeys {
   std::vector<std::string>& problems_;
   std::set<std::string> seen_;
 };
+
+/// What is wrong with sizes that no model has, whatever a config says: more than 100,000 layers, a side above 2^31,
+/// more than 2^53 parameters (`parameters`, counted in floating point, which does not wrap). Below these bounds
+/// closed-form counts in 64 bits are exact.
+std::optional<std::string> implausible_sizes(int64_t layers, std::initializer_list<int64_t> sides, double parameters);
 
 }  // namespace moraine::models

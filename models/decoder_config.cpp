@@ -113,7 +113,7 @@ void read_window(ConfigKeys& read, DecoderConfig& c) {
   if (first < 0) read.wrong(fmt::format("'max_window_layers' must not be negative: {}", first));
   if (read.boolean("use_sliding_window", false)) c.sliding_window = window, c.max_window_layers = first;
   const Json* types = read.find("layer_types");
-  if (types == nullptr) return;
+  if (types == nullptr || implausible_sizes(c.num_layers, {}, 0)) return;
   Json expected = Json::array();
   for (int64_t layer = 0; layer < c.num_layers; ++layer)
     expected.push_back(c.window_of(layer) > 0 ? "sliding_attention" : "full_attention");
@@ -193,7 +193,7 @@ DecoderConfig DecoderConfig::from_json(const Json& json, const std::string& orig
     read.only("output_router_logits", false);
   }
   if (c.family == Family::kFlexMore) c.expert_ranks = read.integers("expert_ranks");
-  read.refuse_unread({"attention_dropout", "router_aux_loss_coef"});
+  read.refuse_unread({"attention_dropout", "is_decoder", "router_aux_loss_coef"});
   if (wrong.empty()) wrong = c.problems();
   if (!wrong.empty()) {
     throw core::UserError(fmt::format("models: {}: cannot build this model:{}", origin, joined(wrong)),
@@ -210,6 +210,13 @@ std::vector<std::string> DecoderConfig::problems() const {
   for (const SizeKey& size : kSizes)
     require(this->*size.member > 0, fmt::format("'{}' must be positive: {}", size.key, this->*size.member));
   require(num_experts > 0, fmt::format("'num_experts' must be positive: {}", num_experts));
+  const auto real = [](int64_t size) { return static_cast<double>(size); };
+  const double attention = 2 * real(hidden_size) * real(head_dim) * (real(num_heads) + real(num_kv_heads));
+  const double ffn = 3 * real(hidden_size) * real(intermediate_size) * real(num_experts);
+  if (const auto implausible = implausible_sizes(
+          num_layers, {vocab_size, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, num_experts},
+          2 * real(vocab_size) * real(hidden_size) + real(num_layers) * (attention + ffn)))
+    wrong.push_back(*implausible);
   require(rms_norm_eps > 0, fmt::format("'rms_norm_eps' must be positive: {}", rms_norm_eps));
   require(rope_theta > 0, fmt::format("'rope_theta' must be positive: {}", rope_theta));
   require(initializer_range >= 0, fmt::format("'initializer_range' must not be negative: {}", initializer_range));

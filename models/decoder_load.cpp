@@ -4,8 +4,10 @@
 
 #include "core/error.h"
 #include "core/json.h"
+#include "models/checkpoint.h"
 #include "models/decoder.h"
 #include "models/olmo_core.h"
+#include "models/weights.h"
 
 namespace moraine::models {
 
@@ -28,7 +30,9 @@ Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<cor
                               const std::shared_ptr<const void>& owner) {
   const bool layouts =
       config.family == DecoderConfig::Family::kFlexOlmo || config.family == DecoderConfig::Family::kOlmo2;
-  const OwnedViews named = layouts ? hugging_face_layout(tensors, owner, origin) : OwnedViews{tensors, owner};
+  OwnedViews named = layouts ? hugging_face_layout(tensors, owner, origin) : OwnedViews{tensors, owner};
+  named.tensors = without_redundant(std::move(named.tensors), config, origin);
+  require_plausible_layers(config.num_layers, config.num_experts, named.tensors.size(), origin);
   return Decoder(config, match_weights(expected_tensors(config), named.tensors, origin, dtype, named.owner));
 }
 

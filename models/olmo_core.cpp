@@ -85,7 +85,7 @@ OwnedViews hugging_face_layout(const std::vector<core::TensorView>& tensors, std
   if (std::none_of(tensors.begin(), tensors.end(), of_core)) return {unpack_experts(tensors, origin), std::move(owner)};
   const auto embeddings = std::find_if(tensors.begin(), tensors.end(),
                                        [](const auto& tensor) { return tensor.name == "embeddings.weight"; });
-  if (embeddings == tensors.end() || embeddings->shape.size() != 2)
+  if (embeddings == tensors.end() || embeddings->shape.size() != 2 || embeddings->shape[1] == 0)
     throw core::UserError(
         fmt::format("models: {} has blocks.0.* as OLMo-core's checkpoints do, but no embeddings.weight [V, d]", origin),
         "check that the checkpoint is complete");
@@ -114,12 +114,14 @@ OwnedViews hugging_face_layout(const std::vector<core::TensorView>& tensors, std
       const auto matrix = look_up(kMatrices, rest.substr(kExperts.size()), false);
       if (matrix) {
         const bool down = *matrix == "down_proj";
-        if (tensor.shape.size() != 2 || (down && tensor.shape[1] != d) || (!down && tensor.shape[0] % d != 0))
+        if (tensor.shape.size() != 2 || tensor.shape[1] == 0 || (down && tensor.shape[1] != d) ||
+            (!down && tensor.shape[0] % d != 0))
           refuse(origin, tensor, down ? "[E h, d]" : "[E d, h]");
         const auto w1 = std::find_if(tensors.begin(), tensors.end(), [&](const auto& t) {
           return t.name == fmt::format("blocks.{}.{}w1", layer->first, kExperts);
         });
-        const int64_t rows = down && w1 != tensors.end() && w1->shape.size() == 2 ? w1->shape[1] : d;
+        if (down && w1 != tensors.end() && w1->shape.size() != 2) refuse(origin, *w1, "[E d, h]");
+        const int64_t rows = down && w1 != tensors.end() ? w1->shape[1] : d;
         if (rows == 0 || tensor.shape[0] % rows != 0 ||
             (down && w1 != tensors.end() && tensor.shape[0] / rows != w1->shape[0] / d))
           refuse(origin, tensor, down ? "[E h, d] beside w1 [E d, h]" : "[E d, h]");

@@ -8,6 +8,7 @@
 #include <fmt/ranges.h>
 
 #include "core/error.h"
+#include "models/config_keys.h"
 
 namespace moraine::models {
 namespace {
@@ -15,6 +16,22 @@ namespace {
 using core::Json;
 
 constexpr std::array kActivations = {"gelu", "gelu_new", "gelu_pytorch_tanh"};
+
+constexpr std::array kRead = {"model_type",  "image_size",        "patch_size",        "num_channels",
+                              "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
+                              "qkv_bias",    "layer_norm_eps",    "initializer_range", "num_attention_heads"};
+// Dropout is off in evaluation; the others belong to a pooler or to masked images.
+const std::vector<std::string> kIrrelevant = {"attention_probs_dropout_prob", "hidden_dropout_prob", "encoder_stride",
+                                              "pooler_act", "pooler_output_size"};
+
+// timm: notes, and what the shapes of the weights say again.
+const std::vector<std::string> kTimmIrrelevant = {
+    "architecture", "num_classes",        "num_features", "global_pool",  "model_args", "pretrained_cfg",
+    "label_names",  "label_descriptions", "pretrained",   "timm_version", "classifier", "license"};
+const std::vector<std::string> kTimmArguments = {
+    "attn_drop_rate",  "class_token", "depth",         "drop_path_rate", "drop_rate",      "embed_dim",   "fix_init",
+    "global_pool",     "img_size",    "in_chans",      "mlp_ratio",      "no_embed_class", "num_classes", "num_heads",
+    "patch_drop_rate", "patch_size",  "pos_drop_rate", "proj_drop_rate", "qkv_bias",       "weight_init"};
 
 [[noreturn]] void refuse(const std::string& origin, const std::vector<std::string>& problems) {
   throw core::UserError(
@@ -34,6 +51,14 @@ std::vector<std::string> problems_of(const VitConfig& c) {
   for (const auto& [key, value] : sizes)
     if (value < 1) problems.push_back(fmt::format("'{}' must be positive: {}", key, value));
   if (!problems.empty()) return problems;
+  const auto real = [](int64_t size) { return static_cast<double>(size); };
+  const double layer = real(c.hidden_size) * (4 * real(c.hidden_size) + 2 * real(c.intermediate_size));
+  if (const auto implausible = implausible_sizes(
+          c.num_layers, {c.image_size, c.patch_size, c.num_channels, c.hidden_size, c.intermediate_size, c.num_heads},
+          real(c.num_layers) * layer +
+              real(c.hidden_size) * real(c.num_channels) *
+                  (real(c.patch_size) * real(c.patch_size) + real(c.image_size) * real(c.image_size))))
+    return {*implausible};
   if (c.image_size % c.patch_size)
     problems.push_back(fmt::format("'image_size' {} is no multiple of 'patch_size' {}", c.image_size, c.patch_size));
   if (c.hidden_size % c.num_heads)
@@ -84,6 +109,9 @@ VitConfig VitConfig::from_json(const Json& json, const std::string& origin) {
   read(json, "qkv_bias", c.qkv_bias, problems);
   read(json, "layer_norm_eps", c.layer_norm_eps, problems);
   read(json, "initializer_range", c.initializer_range, problems);
+  ConfigKeys keys(json, problems);
+  for (const char* key : kRead) keys.find(key);
+  keys.refuse_unread(kIrrelevant);
   if (problems.empty()) problems = problems_of(c);
   if (!problems.empty()) refuse(origin, problems);
   return c;
@@ -93,8 +121,21 @@ VitConfig VitConfig::from_timm(const Json& json, const NamedShapes& shapes, cons
   const std::string architecture = json.value("architecture", std::string());
   if (!architecture.starts_with("vit_"))
     refuse(origin, {fmt::format("timm's 'architecture' = \"{}\" is not a plain vit_*", architecture)});
-  const std::string pool = json.value("global_pool", std::string("token"));
-  if (pool != "token") refuse(origin, {fmt::format("'global_pool' = \"{}\" is not implemented (only token)", pool)});
+  std::vector<std::string> problems;
+  ConfigKeys keys(json, problems);
+  keys.only("global_pool", "token");
+  if (architecture.find("quickgelu") != std::string::npos)
+    problems.push_back(fmt::format("timm's 'architecture' = \"{}\": its activation is not implemented", architecture));
+  keys.refuse_unread(kTimmIrrelevant);
+  if (const auto arguments = json.find("model_args"); arguments != json.end() && arguments->is_object()) {
+    ConfigKeys inner(*arguments, problems);
+    inner.only("global_pool", "token");
+    inner.only("class_token", true);
+    inner.refuse_unread(kTimmArguments);
+    if (const auto heads = arguments->find("num_heads"); heads != arguments->end() && !heads->is_number_integer())
+      problems.push_back(fmt::format("'num_heads' must be an integer: {}", heads->dump()));
+  }
+  if (!problems.empty()) refuse(origin, problems);
   const std::map<std::string, Shape> found(shapes.begin(), shapes.end());
   const auto shape = [&](const std::string& name, size_t dimensions) {
     const auto at = found.find(name);
@@ -122,7 +163,8 @@ VitConfig VitConfig::from_timm(const Json& json, const NamedShapes& shapes, cons
   if (c.num_heads == 0)
     refuse(origin, {fmt::format("'{}' does not say its number of heads; add \"model_args\": {{\"num_heads\": N}}",
                                 architecture)});
-  if (const auto problems = problems_of(c); !problems.empty()) refuse(origin, problems);
+  problems = problems_of(c);
+  if (!problems.empty()) refuse(origin, problems);
   return c;
 }
 

@@ -83,6 +83,7 @@ Vit Vit::from_tensors(const core::Json& config, const std::vector<core::TensorVi
   const std::vector<TensorView> named = timm ? from_timm(tensors) : from_hugging_face(tensors);
   for (const auto& view : named)
     if (view.name == "classifier.weight" && !view.shape.empty()) parsed.num_labels = view.shape[0];
+  require_plausible_layers(parsed.num_layers, 1, named.size(), origin);
   return Vit(parsed, match_weights(expected_tensors(parsed), named, origin, dtype, owner));
 }
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <fmt/ranges.h>
 
+#include "core/checked_product.h"
 #include "core/error.h"
 #include "models/tensor_io.h"
 
@@ -80,6 +81,16 @@ bool is_norm_weight(const std::string& name) {
 }
 
 }  // namespace
+
+void require_plausible_layers(int64_t layers, int64_t experts, size_t tensors, const std::string& origin) {
+  const int64_t needed[] = {layers, experts};
+  const auto parts = core::checked_product(needed);
+  if (parts && *parts <= static_cast<int64_t>(tensors)) return;
+  const std::string with = experts > 1 ? fmt::format(" with {} experts each", experts) : "";
+  throw core::UserError(fmt::format("models: {}: the config says {} layers{}, the weights hold {} tensors", origin,
+                                    layers, with, tensors),
+                        "check that config.json belongs to these weights and that the download is complete");
+}
 
 std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected,
                                                    const std::vector<core::TensorView>& tensors,

@@ -29,6 +29,10 @@ Weights match_weights(const NamedShapes& expected, const std::vector<core::Tenso
                       const std::string& origin, std::optional<at::ScalarType> dtype,
                       const std::shared_ptr<const void>& owner);
 
+/// Throws UserError if a config promises more layers, or experts in them, than the checkpoint has tensors: the list of
+/// what is missing would not fit into memory. To be asked before that list is made.
+void require_plausible_layers(int64_t layers, int64_t experts, size_t tensors, const std::string& origin);
+
 /// The `expected` tensors of a checkpoint, in that order and as stored. Errors as match_weights().
 std::vector<const core::TensorView*> match_tensors(const NamedShapes& expected,
                                                    const std::vector<core::TensorView>& tensors,

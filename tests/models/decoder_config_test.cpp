@@ -87,6 +87,44 @@ TEST(ParameterCounts, EqualTheSumOverExpectedTensors) {
   EXPECT_EQ(sum_of_shapes(flex_7b({0, 0, 64, 1})), flex_7b({0, 0, 64, 1}).total_parameters());
 }
 
+// Keys of published config.json files of these families that no forward pass reads.
+TEST(DecoderConfigJson, PublishedKeysThatChangeNothingAreAccepted) {
+  const core::Json published[] = {
+      {{"is_llama_config", true}, {"rope_interleaved", false}, {"transformers.js_config", {{"dtype", "q4"}}}},
+      {{"use_mrope", false}, {"unsloth_fixed", true}, {"unsloth_version", "2025.1"}},
+      {{"id2label", {{"0", "LABEL_0"}}}, {"label2id", {{"LABEL_0", 0}}}, {"problem_type", "regression"}},
+      {{"do_sample", true}, {"temperature", 0.6}, {"top_p", 0.9}, {"max_length", 4096}, {"is_encoder_decoder", false}},
+      {{"pruned_heads", core::Json::object()}, {"is_decoder", true}, {"tokenizer_class", "LlamaTokenizer"}}};
+  for (const core::Json& keys : published) {
+    core::Json json = tiny_config(Family::kLlama).to_json();
+    json.update(keys);
+    EXPECT_EQ(DecoderConfig::from_json(json, "test").to_json(), tiny_config(Family::kLlama).to_json()) << keys.dump();
+  }
+  const core::Json changing[] = {{{"rope_interleaved", true}},    {{"quantization_config", {{"bits", 4}}}},
+                                 {{"use_mrope", true}},           {{"partial_rotary_factor", 0.5}},
+                                 {{"is_encoder_decoder", true}},  {{"logits_scaling", 8.0}},
+                                 {{"pruned_heads", {{"0", {1}}}}}};
+  for (const core::Json& keys : changing) {
+    core::Json json = tiny_config(Family::kLlama).to_json();
+    json.update(keys);
+    EXPECT_THROW(DecoderConfig::from_json(json, "test"), core::UserError) << keys.dump();
+  }
+}
+
+TEST(DecoderConfigJson, SizesThatNoModelHasAreRefusedBeforeAnythingIsCounted) {
+  for (const Family family : kAll)
+    for (const core::Json& sizes :
+         {core::Json{{"num_hidden_layers", 100000000}}, core::Json{{"vocab_size", int64_t{1} << 62}},
+          core::Json{{"hidden_size", 1 << 30}, {"intermediate_size", 1 << 30}, {"head_dim", 4}}}) {
+      core::Json json = tiny_config(family).to_json();
+      json.update(sizes);
+      json["layer_types"] = nullptr;
+      EXPECT_THAT(thrown<core::UserError>([&] { DecoderConfig::from_json(json, "test"); }),
+                  HasSubstr("than any model has"))
+          << sizes.dump();
+    }
+}
+
 TEST(DecoderConfigJson, RoundTripKeepsEveryField) {
   for (const Family family : kAll) {
     DecoderConfig c = tiny_config(family);

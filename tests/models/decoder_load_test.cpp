@@ -98,6 +98,32 @@ TEST_F(DecoderDirectory, MissingLeftOverAndMisshapenKeysAreListedTogether) {
                              HasSubstr("model.layers.0.mlp.extra.weight")));
 }
 
+TEST_F(DecoderDirectory, TensorsThatWritingToolsAddAndNothingReadsAreAccepted) {
+  DecoderConfig config = tiny_config(Family::kLlama);
+  config.tie_word_embeddings = true;
+  Decoder original = Decoder::from_config(config, 3, at::kFloat);
+  write_config(original.config());
+  std::map<std::string, at::Tensor> weights = original.weights();
+  weights["lm_head.weight"] = weights.at("model.embed_tokens.weight");
+  weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = random_tensor({2}, 1).to(at::kFloat);
+  write_tensors({weights.begin(), weights.end()});
+  EXPECT_TRUE(same_bits(Decoder::from_directory(path_, std::nullopt).forward(kTokens), original.forward(kTokens)));
+  weights["lm_head.weight"] = weights.at("lm_head.weight") + 1;
+  write_tensors({weights.begin(), weights.end()});
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }),
+              AllOf(HasSubstr("tie_word_embeddings"), HasSubstr("lm_head.weight is not model.embed_tokens.weight")));
+}
+
+TEST_F(DecoderDirectory, MoreLayersThanTensorsAreRefusedWithoutListingThem) {
+  Decoder original = Decoder::from_config(tiny_config(Family::kOlmo2), 3, at::kFloat);
+  write_tensors(tensors_of(original));
+  DecoderConfig deep = original.config();
+  deep.num_layers = 90000;
+  write_config(deep);
+  EXPECT_THAT(thrown<core::UserError>([&] { Decoder::from_directory(path_, std::nullopt); }),
+              AllOf(HasSubstr("the config says 90000 layers"), HasSubstr("tensors")));
+}
+
 TEST_F(DecoderDirectory, StoredTypesThatCannotBeComputedInAreRefused) {
   const Decoder original = Decoder::from_config(tiny_config(Family::kOlmo2), 3, at::kFloat);
   write_config(original.config());

@@ -134,6 +134,40 @@ TEST(VitConfig, WrongValuesAreNamedTogether) {
   EXPECT_THAT(refusal({{"model_type", "vit"}, {"hidden_size", "wide"}}), HasSubstr("'hidden_size' has the wrong type"));
 }
 
+TEST(VitConfig, KeysThatMayChangeTheModelAreNotPassedOver) {
+  const auto refusal = [](const core::Json& json) -> std::string {
+    try {
+      json.contains("architecture") ? VitConfig::from_timm(json,
+                                                           {{"patch_embed.proj.weight", {8, 3, 4, 4}},
+                                                            {"pos_embed", {1, 5, 8}},
+                                                            {"blocks.0.mlp.fc1.weight", {16, 8}},
+                                                            {"blocks.0.norm1.weight", {8}}},
+                                                           "config.json")
+                                    : VitConfig::from_json(json, "config.json");
+    } catch (const core::UserError& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(refusal({{"model_type", "vit"}, {"hidden_dropout_prob", 0.1}, {"id2label", {{"0", "cat"}}}}), "accepted");
+  EXPECT_THAT(refusal({{"model_type", "vit"}, {"use_mask_token", true}}), HasSubstr("'use_mask_token' = true"));
+  EXPECT_THAT(refusal({{"model_type", "vit"}, {"quantization_config", {{"bits", 4}}}}),
+              HasSubstr("quantization_config"));
+  const core::Json timm = {
+      {"architecture", "vit_tiny_patch4_8"}, {"num_classes", 5}, {"pretrained_cfg", {{"mean", 0.5}}}};
+  const auto with = [&](const char* key, const core::Json& value) {
+    core::Json json = timm;
+    json[key] = value;
+    return refusal(json);
+  };
+  EXPECT_THAT(refusal(timm), HasSubstr("no multiple"));  // 3 heads of 8 values: everything was read
+  EXPECT_EQ(with("model_args", {{"num_heads", 2}, {"img_size", 8}}), "accepted");
+  EXPECT_THAT(with("model_args", {{"num_heads", 2}, {"act_layer", "quick_gelu"}}), HasSubstr("act_layer"));
+  EXPECT_THAT(with("model_args", {{"num_heads", 2}, {"pre_norm", true}}), HasSubstr("pre_norm"));
+  EXPECT_THAT(with("global_pool", "avg"), HasSubstr("global_pool"));
+  EXPECT_THAT(with("architecture", "vit_base_patch16_clip_quickgelu_224"), HasSubstr("quickgelu"));
+}
+
 TEST(Vit, ImagesOfAnotherSizeAreRefused) {
   VitConfig config;
   config.image_size = 8, config.patch_size = 4, config.num_channels = 1, config.hidden_size = 8,
