@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "core/json.h"
+#include "data/model_tokenizer.h"
 #include "models/tensor_io.h"
 #include "worker/context.h"
 
@@ -97,10 +98,7 @@ void evaluate_model(const EvalArguments& arguments) {
   core::Json rows = core::Json::array();
   for (const auto& file : arguments.data) {
     const auto dataset = data::TextDataset::open(file, arguments.split, arguments.seq_len);
-    if (dataset.info().vocab_size > model.config().vocab_size)
-      throw core::UserError(fmt::format("cli: {} has {} token ids, the model's vocabulary is {}", file,
-                                        dataset.info().vocab_size, model.config().vocab_size),
-                            "prepare the text with the model's own tokeniser");
+    data::check_model_tokenizer(dataset.info(), file, model_directory(arguments.model), model.config().vocab_size);
     if (arguments.seq_len > model.config().max_position_embeddings)
       throw core::UserError(fmt::format("cli: --seq-len {} is more than the model's {} positions", arguments.seq_len,
                                         model.config().max_position_embeddings),

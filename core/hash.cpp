@@ -20,6 +20,16 @@ Digest digest_of(const void* data, size_t size) {
   return digest;
 }
 
+std::string hexadecimal(const Digest& digest) {
+  static constexpr char kHex[] = "0123456789abcdef";
+  std::string text;
+  for (unsigned char byte : digest) {
+    text += kHex[byte >> 4];
+    text += kHex[byte & 15];
+  }
+  return text;
+}
+
 // One byte at a time over the reflected polynomial 0x82F63B78.
 constexpr std::array<uint32_t, 256> make_crc_table() {
   std::array<uint32_t, 256> table{};
@@ -34,17 +44,27 @@ constexpr auto kCrcTable = make_crc_table();
 
 }  // namespace
 
-std::string sha256(std::span<const std::byte> data) {
-  static constexpr char kHex[] = "0123456789abcdef";
-  std::string text;
-  for (unsigned char byte : digest_of(data.data(), data.size())) {
-    text += kHex[byte >> 4];
-    text += kHex[byte & 15];
-  }
-  return text;
-}
+std::string sha256(std::span<const std::byte> data) { return hexadecimal(digest_of(data.data(), data.size())); }
 
 std::string sha256(std::string_view text) { return sha256(std::as_bytes(std::span(text))); }
+
+Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
+  MORAINE_CHECK(
+      context_ != nullptr && EVP_DigestInit_ex(static_cast<EVP_MD_CTX*>(context_), EVP_sha256(), nullptr) == 1,
+      "OpenSSL has no SHA-256");
+}
+
+Sha256::~Sha256() { EVP_MD_CTX_free(static_cast<EVP_MD_CTX*>(context_)); }
+
+void Sha256::add(std::span<const std::byte> data) {
+  MORAINE_CHECK(EVP_DigestUpdate(static_cast<EVP_MD_CTX*>(context_), data.data(), data.size()) == 1, "SHA-256 failed");
+}
+
+std::string Sha256::finish() {
+  Digest digest{};
+  MORAINE_CHECK(EVP_DigestFinal_ex(static_cast<EVP_MD_CTX*>(context_), digest.data(), nullptr) == 1, "SHA-256 failed");
+  return hexadecimal(digest);
+}
 
 uint32_t crc32c(std::span<const std::byte> data, uint32_t seed) {
   uint32_t crc = ~seed;

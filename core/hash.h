@@ -12,6 +12,21 @@ namespace moraine::core {
 std::string sha256(std::span<const std::byte> data);
 std::string sha256(std::string_view text);
 
+/// SHA-256 of bytes that come in pieces. Not thread-safe.
+class Sha256 {
+ public:
+  Sha256();
+  ~Sha256();
+  Sha256(const Sha256&) = delete;
+  Sha256& operator=(const Sha256&) = delete;
+  void add(std::span<const std::byte> data);
+  /// 64 hex digits over all that was added; nothing may be added afterwards.
+  std::string finish();
+
+ private:
+  void* context_;  // OpenSSL's
+};
+
 /// CRC-32C (Castagnoli), as in protocol frames and journal records. `seed` is the checksum of what came before, so
 /// crc32c(b, crc32c(a)) == crc32c(a followed by b).
 uint32_t crc32c(std::span<const std::byte> data, uint32_t seed = 0);

@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "core/hdf5.h"
 #include "core/json.h"
+#include "data/fingerprint.h"
 
 namespace moraine::data {
 namespace {
@@ -30,6 +31,7 @@ ImageSetInfo read_info(const core::Hdf5File& file) {
   info.name = file.text_attribute("name").value_or("");
   info.fingerprint = file.text_attribute("fingerprint").value_or("");
   const core::Json names = core::parse_json(file.text_attribute("class_names").value_or("[]"), path);
+  if (!names.is_array()) throw core::UserError(fmt::format("data: class_names is no list: {}", path), kPrepareAgain);
   for (const auto& name : names) info.class_names.push_back(name.is_string() ? name.get<std::string>() : "");
   if (info.name.empty() || info.class_names.empty() || info.fingerprint.size() != 64)
     throw core::UserError(fmt::format("data: name, class_names or fingerprint missing: {}", path), kPrepareAgain);
@@ -89,6 +91,7 @@ ImageDataset ImageDataset::open(const std::filesystem::path& path) {
   auto splits = std::make_shared<Splits>(path);
   ImageSetInfo info = read_info(splits->file);
   splits->check(info);
+  verify_fingerprint(splits->file, image_fingerprint);
   return ImageDataset(std::move(info), std::move(splits));
 }
 

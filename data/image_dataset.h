@@ -24,8 +24,8 @@ struct ImageSetInfo {
 /// memory as bytes (47 MB for 60,000 images of 28 x 28), shared by copies. Thread-safe to read.
 class ImageDataset {
  public:
-  /// Throws UserError if the file is missing, is not an image file of a version this build reads, or its parts
-  /// contradict each other.
+  /// Throws UserError if the file is missing, is not an image file of a version this build reads, its parts contradict
+  /// each other, or the content is not what the fingerprint says (which reads the whole file, once per process).
   static ImageDataset open(const std::filesystem::path& path);
 
   const ImageSetInfo& info() const { return info_; }

@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/hash.h"
 #include "core/hdf5.h"
+#include "data/fingerprint.h"
 #include "data/permutation.h"
 #include "data/token_stream.h"
 
@@ -102,6 +103,7 @@ TextDataset TextDataset::open(const std::filesystem::path& path, const std::stri
                                       size, seq_len, path.string()),
                           "prepare more text, give the split a larger share, or lower seq_len");
   opened->check(info.tokenizer);
+  verify_fingerprint(*file, text_fingerprint);
   return TextDataset(std::move(info), seq_len, std::move(opened));
 }
 

@@ -27,7 +27,8 @@ class TextDataset {
  public:
   /// Throws UserError if the file is missing, is not a text-domain file of a version this build reads, or was made with
   /// another tokeniser than `expected_tokenizer` (when not empty), and if seq_len < 1, there is no such split, the
-  /// split holds fewer than seq_len + 1 tokens, or its parts contradict each other.
+  /// split holds fewer than seq_len + 1 tokens, its parts contradict each other, or the content is not what the
+  /// fingerprint says (which reads the whole file, once per process).
   static TextDataset open(const std::filesystem::path& path, const std::string& split, int64_t seq_len,
                           const std::string& expected_tokenizer = "");
 

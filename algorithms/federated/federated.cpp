@@ -6,7 +6,9 @@
 #include "algorithms/adapters/lora.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
+#include "data/model_tokenizer.h"
 #include "data/text_dataset.h"
+#include "models/checkpoint.h"
 #include "models/decoder.h"
 #include "models/tensor_io.h"
 
@@ -53,11 +55,7 @@ void Federated::open_inputs() {
         const auto dataset = data::TextDataset::open(d.path, split, config_.seq_len, config_.tokenizer);
         fingerprints_[d.name] = dataset.info().fingerprint;
         if (split == std::string("train")) sequences_[d.name] = dataset.num_sequences();
-        if (dataset.info().vocab_size > architecture_.vocab_size)
-          problems.add(key, key,
-                       fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size,
-                                   architecture_.vocab_size),
-                       "use the model's own tokeniser");
+        data::check_model_tokenizer(dataset.info(), d.path, config_.model.path, architecture_.vocab_size);
       }
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
@@ -131,6 +129,7 @@ void Federated::write_merged_model(const RunState& state, const std::vector<Roun
   }
   const auto merged = base.plus({deltas.begin(), deltas.end()});
   write_model_directory(directory, architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
+  models::copy_companions(config_.model.path, directory);
 }
 
 void Federated::publish(const RunState& state, const std::filesystem::path& run_directory) const {

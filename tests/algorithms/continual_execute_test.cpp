@@ -13,6 +13,7 @@
 #include "algorithms/register.h"
 #include "core/error.h"
 #include "core/hdf5.h"
+#include "data/fingerprint.h"
 #include "data/task_stream.h"
 #include "models/tensor_io.h"
 #include "models/vit.h"
@@ -40,22 +41,20 @@ lora: {rank: 2}
 class ContinualRun : public testing::Test, public RunState {
  protected:
   ContinualRun() {
-    write_images("images.h5", 6, 'a');
-    write_images("others.h5", 3, 'b');
+    write_images("images.h5", 6, 97);
+    write_images("others.h5", 3, 98);
     folder_.write("recipe.yaml", kRecipe);
   }
 
   // Noisy images whose brightest pixel tells the class; 14 training and 5 test images each.
-  void write_images(const std::string& name, int64_t classes, char fingerprint) {
+  void write_images(const std::string& name, int64_t classes, uint32_t state) {
     core::Hdf5File file(folder_ / name, core::Hdf5File::Mode::kCreate);
     file.set_attribute("format", "moraine-images");
     file.set_attribute("format_version", 1);
     file.set_attribute("name", "tiny");
-    file.set_attribute("fingerprint", std::string(64, fingerprint));
     core::Json names = core::Json::array();
     for (int64_t label = 0; label < classes; ++label) names.push_back("c" + std::to_string(label));
     file.set_attribute("class_names", names.dump());
-    uint32_t state = static_cast<uint32_t>(fingerprint);
     for (const auto& [split, each] : {std::pair{"train", 14}, std::pair{"test", 5}}) {
       std::vector<uint8_t> pixels;
       std::vector<int64_t> labels;
@@ -69,6 +68,7 @@ class ContinualRun : public testing::Test, public RunState {
       file.write<uint8_t>(std::string(split) + "/images", pixels, {each * classes, 1, 4, 4});
       file.write<int64_t>(std::string(split) + "/labels", labels, {each * classes});
     }
+    file.set_attribute("fingerprint", data::image_fingerprint(file));
     file.close();
   }
 

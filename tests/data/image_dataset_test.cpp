@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "core/hdf5.h"
+#include "data/fingerprint.h"
 #include "tests/temporary_directory.h"
 
 namespace moraine::data {
@@ -26,11 +27,11 @@ class Images : public testing::Test {
     file.set_attribute("format_version", version);
     file.set_attribute("name", "tiny");
     file.set_attribute("class_names", R"(["left", "right"])");
-    file.set_attribute("fingerprint", std::string(64, '0'));
     file.write<uint8_t>("train/images", std::vector<uint8_t>{0, 255, 51, 102}, {2, 1, 1, 2});
     file.write<int64_t>("train/labels", std::vector<int64_t>{0, label}, {2});
     file.write<uint8_t>("test/images", std::vector<uint8_t>(static_cast<size_t>(width), 7), {1, 1, 1, width});
     file.write<int64_t>("test/labels", std::vector<int64_t>{1}, {1});
+    file.set_attribute("fingerprint", image_fingerprint(file));
     if (change) change(file);
     file.close();
   }
@@ -72,6 +73,18 @@ TEST_F(Images, BrokenFilesAreRefusedWithTheReason) {
   EXPECT_THAT(refusal(), HasSubstr("not an image file"));
   write([](core::Hdf5File& file) { file.set_attribute("class_names", "[]"); });
   EXPECT_THAT(refusal(), HasSubstr("class_names"));
+  write([](core::Hdf5File& file) { file.set_attribute("class_names", "2"); });
+  EXPECT_THAT(refusal(), HasSubstr("class_names is no list"));
+}
+
+TEST_F(Images, PixelsOrLabelsEditedUnderTheOldFingerprintAreRefused) {
+  write();
+  const std::string before = ImageDataset::open(path_).info().fingerprint;
+  const auto claim = [&](core::Hdf5File& file) { file.set_attribute("fingerprint", before); };
+  write(claim);
+  EXPECT_EQ(refusal(), "accepted");
+  write(claim, 0);
+  EXPECT_THAT(refusal(), HasSubstr("not what its fingerprint says: " + before));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "core/error.h"
 #include "core/hdf5.h"
+#include "data/fingerprint.h"
 #include "tests/temporary_directory.h"
 
 namespace moraine::data {
@@ -25,7 +26,6 @@ class TaskStreams : public testing::Test {
     file.set_attribute("format_version", 1);
     file.set_attribute("name", "seven");
     file.set_attribute("class_names", R"(["a", "b", "c", "d", "e", "f", "g"])");
-    file.set_attribute("fingerprint", std::string(64, 'f'));
     for (const auto& [split, size] : {std::pair{"train", 42}, std::pair{"test", 21}}) {
       std::vector<int64_t> labels;
       for (int64_t row = 0; row < size; ++row) labels.push_back(row % 7);
@@ -33,6 +33,7 @@ class TaskStreams : public testing::Test {
                           {size, 1, 2, 2});
       file.write<int64_t>(std::string(split) + "/labels", labels, {size});
     }
+    file.set_attribute("fingerprint", image_fingerprint(file));
     file.close();
   }
   ImageDataset dataset() const { return ImageDataset::open(folder_ / "images.h5"); }
@@ -139,11 +140,11 @@ TEST_F(TaskStreams, AClassWithoutTestImagesIsNamed) {
   file.set_attribute("format_version", 1);
   file.set_attribute("name", "two");
   file.set_attribute("class_names", R"(["a", "b"])");
-  file.set_attribute("fingerprint", std::string(64, 'f'));
   file.write<uint8_t>("train/images", std::vector<uint8_t>(8, 0), {2, 1, 2, 2});
   file.write<int64_t>("train/labels", std::vector<int64_t>{0, 1}, {2});
   file.write<uint8_t>("test/images", std::vector<uint8_t>(4, 0), {1, 1, 2, 2});
   file.write<int64_t>("test/labels", std::vector<int64_t>{0}, {1});
+  file.set_attribute("fingerprint", image_fingerprint(file));
   file.close();
   EXPECT_THAT(refusal({.increment = 1}), HasSubstr("class 1 (b) has no image left to test on"));
 }

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "core/hdf5.h"
+#include "data/fingerprint.h"
 #include "tests/temporary_directory.h"
 
 namespace moraine::data {
@@ -17,11 +18,11 @@ using testing::HasSubstr;
 using Tokens = std::vector<int64_t>;
 
 constexpr int64_t E = ByteTokenizer::kEndOfDocument;
-const std::string kFingerprint(64, 'f');
+const std::string kOfContent = "of the content";
 
 /// The parts of a domain file with one split, each of which a test may spoil.
 struct Parts {
-  std::string format = "moraine-text-domain", tokenizer = ByteTokenizer::kName, fingerprint = kFingerprint,
+  std::string format = "moraine-text-domain", tokenizer = ByteTokenizer::kName, fingerprint = kOfContent,
               split = "train";
   int64_t version = 1, vocab_size = ByteTokenizer::kVocabSize;
   Tokens tokens, documents, byte_offsets;
@@ -54,7 +55,9 @@ class TextDatasetTest : public testing::Test {
     file.set_attribute("name", std::string("tiny"));
     file.set_attribute("tokenizer", parts.tokenizer);
     file.set_attribute("vocab_size", parts.vocab_size);
-    if (!parts.fingerprint.empty()) file.set_attribute("fingerprint", parts.fingerprint);
+    file.set_attribute("end_of_document", E);
+    if (!parts.fingerprint.empty())
+      file.set_attribute("fingerprint", parts.fingerprint == kOfContent ? text_fingerprint(file) : parts.fingerprint);
     return path;
   }
   TextDataset open(const Parts& parts, int64_t seq_len) {
@@ -89,7 +92,7 @@ TEST_F(TextDatasetTest, ReportsWhatTheFileHolds) {
   EXPECT_EQ(dataset.info().name, "tiny");
   EXPECT_EQ(dataset.info().tokenizer, "bytes-v1");
   EXPECT_EQ(dataset.info().vocab_size, 257);
-  EXPECT_EQ(dataset.info().fingerprint, kFingerprint);
+  EXPECT_EQ(dataset.info().fingerprint, text_fingerprint(Hdf5File(folder_ / "domain.h5", Hdf5File::Mode::kRead)));
   EXPECT_EQ(dataset.num_tokens(), 7);
 }
 
@@ -208,6 +211,17 @@ TEST_F(TextDatasetTest, RefusesAFileWithoutFingerprint) {
   Parts parts = two_documents_;
   parts.fingerprint = "";
   EXPECT_THAT(refusal(parts), HasSubstr("fingerprint"));
+}
+
+TEST_F(TextDatasetTest, RefusesTokensEditedUnderTheOldFingerprint) {
+  Parts parts = two_documents_;
+  parts.fingerprint = open(parts, 3).info().fingerprint;
+  EXPECT_EQ(refusal(parts), "it was opened");
+  parts.tokens[1] = 'x';
+  EXPECT_THAT(refusal(parts), HasSubstr("not what its fingerprint says: " + parts.fingerprint));
+  parts.tokens[1] = 'b';
+  parts.vocab_size = 300;
+  EXPECT_THAT(refusal(parts), HasSubstr("not what its fingerprint says"));
 }
 
 TEST_F(TextDatasetTest, RefusesAnotherTokenizer) {
