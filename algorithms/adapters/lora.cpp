@@ -10,6 +10,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/ScalarType.h>
 #include <fmt/ranges.h>
 
 #include "algorithms/adapters/peft_files.h"
@@ -72,13 +73,19 @@ at::Tensor read_factor(const core::Safetensors& file, const std::string& name, s
   return stored.to(device, dtype.value_or(stored.scalar_type())).set_requires_grad(true);
 }
 
+/// What is stored narrower than float32 is computed with in float32, as in PEFT.
+at::ScalarType compute_type(const at::Tensor& a, const at::Tensor& b) {
+  return c10::promoteTypes(at::kFloat, c10::promoteTypes(a.scalar_type(), b.scalar_type()));
+}
+
 }  // namespace
 
 LoraLinear::LoraLinear(at::Tensor a, at::Tensor b, double scale) : a_(std::move(a)), b_(std::move(b)), scale_(scale) {}
 
 at::Tensor LoraLinear::forward(const at::Tensor& x, const models::SlotBase& base) {
   const at::Tensor y = base.forward(x);
-  const at::Tensor update = at::linear(at::linear(x.to(a_.scalar_type()), a_), b_);
+  const at::ScalarType type = c10::promoteTypes(compute_type(a_, b_), x.scalar_type());
+  const at::Tensor update = at::linear(at::linear(x.to(type), a_.to(type)), b_.to(type));
   return y.add(update, scale_).to(y.scalar_type());
 }
 
@@ -86,14 +93,15 @@ models::NamedTensors LoraLinear::parameters() const { return {{"lora_A.weight", 
 
 at::Tensor LoraLinear::delta() const {
   const at::NoGradGuard no_grad;
-  return at::matmul(b_.to(at::kFloat), a_.to(at::kFloat)).mul(scale_).to(a_.scalar_type());
+  const at::ScalarType type = compute_type(a_, b_);
+  return at::matmul(b_.to(type), a_.to(type)).mul(scale_);
 }
 
 LoraAdapter LoraAdapter::create(const LoraConfig& config, std::span<const models::Slot> slots, uint64_t seed,
                                 at::Device device) {
   LoraAdapter adapter;
   adapter.targets_ = lora_targets(config, slots);
-  adapter.peft_ = peft_config(config);
+  adapter.peft_ = peft_config(config);  // patterns in alphabetical order, as they are tried
   for (const LoraTarget& target : adapter.targets_) {
     const at::Tensor a = initial_a(target, config.init, seed).to(device).set_requires_grad(true);
     const at::Tensor b = at::zeros({target.slot.out, target.rank}, a.options()).set_requires_grad(true);
@@ -107,10 +115,13 @@ LoraAdapter LoraAdapter::load(const std::filesystem::path& directory, std::span<
   const std::filesystem::path config_path = directory / "adapter_config.json",
                               tensors_path = directory / "adapter_model.safetensors";
   LoraAdapter adapter;
-  adapter.peft_ = core::read_json(config_path);
-  const LoraConfig config = lora_config_from_peft(adapter.peft_, config_path.string());
+  const core::OrderedJson peft = core::read_ordered_json(config_path);
+  adapter.peft_ = peft;
+  adapter.config_ = lora_config_from_peft(peft, config_path.string());
+  const core::Safetensors file = core::open_checked(tensors_path);
+  LoraConfig config = adapter.config_;
+  if (names_no_target(config)) config.target_modules = modules_with_factors(file);
   adapter.targets_ = lora_targets(config, slots, Matching::kAnyName);
-  const core::Safetensors file = core::Safetensors::open(tensors_path);
   check_tensors(file, adapter.targets_);
   for (const LoraTarget& target : adapter.targets_) {
     const std::string path = kPrefix + target.slot.path;
@@ -124,7 +135,7 @@ void LoraAdapter::save(const std::filesystem::path& directory, const std::string
   models::NamedTensors tensors;
   for (const auto& [name, tensor] : parameters()) tensors.emplace_back(name, tensor.detach().to(at::kCPU));
   std::vector<at::Tensor> keep;
-  write_peft_directory(directory, peft_, models::views_of(tensors, keep), base_model);
+  write_peft_directory(directory, peft_, config_, models::views_of(tensors, keep), base_model);
 }
 
 void LoraAdapter::attach(models::Backbone& model) const {

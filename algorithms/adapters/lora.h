@@ -18,8 +18,10 @@ namespace moraine::algorithms::adapters {
 
 /// LoRA on one linear slot: y = base(x) + scale * (x A^T) B^T.
 ///
-/// Shapes: A [r, in], B [out, r], x [..., in]. x is cast to A's dtype and the sum back to the base's, as in PEFT, so
-/// float32 factors of a bfloat16 model are applied in float32. B = 0 leaves the base's output unchanged bit for bit.
+/// Shapes: A [r, in], B [out, r], x [..., in]. The update is computed in the widest of float32, x's and the factors'
+/// dtype, and the sum is cast back to the base's: what type an adapter is stored in does not decide how it is applied.
+/// So float32 factors of a bfloat16 model are applied in float32, as in PEFT. B = 0 leaves the base's output unchanged
+/// bit for bit.
 /// Source: LoRA (arXiv 2106.09685), equation 3.
 class LoraLinear : public models::SlotFunction {
  public:
@@ -27,7 +29,7 @@ class LoraLinear : public models::SlotFunction {
   at::Tensor forward(const at::Tensor& x, const models::SlotBase& base) override;
   /// "lora_A.weight", "lora_B.weight".
   models::NamedTensors parameters() const override;
-  /// scale * B A, [out, in], in the factors' dtype; factors narrower than float32 are multiplied in float32.
+  /// scale * B A, [out, in], in the factors' dtype, at least float32.
   at::Tensor delta() const;
 
  private:
@@ -45,7 +47,7 @@ class LoraAdapter {
                             at::Device device);
   /// Reads a PEFT directory: adapter_config.json and adapter_model.safetensors. `dtype` converts; nullopt keeps the
   /// file's. Factors require gradients. Throws UserError listing every tensor that is missing, left over or of the
-  /// wrong shape, and as lora_config_from_peft().
+  /// wrong shape, if the file differs from the SHA256SUMS beside it, and as lora_config_from_peft().
   static LoraAdapter load(const std::filesystem::path& directory, std::span<const models::Slot> slots,
                           std::optional<at::ScalarType> dtype, at::Device device);
 
@@ -69,6 +71,7 @@ class LoraAdapter {
   std::vector<LoraTarget> targets_;
   std::vector<std::shared_ptr<LoraLinear>> functions_;  // parallel to targets_
   core::Json peft_;                                     // adapter_config.json, unknown fields included
+  LoraConfig config_ = {};                              // of a file: its patterns in their order
 };
 
 }  // namespace moraine::algorithms::adapters

@@ -1,13 +1,15 @@
 #include "algorithms/adapters/lora_config.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <iterator>
-#include <regex>
 #include <set>
+#include <system_error>
 
 #include <fmt/ranges.h>
 
+#include "algorithms/adapters/python_regex.h"
 #include "core/error.h"
 
 namespace moraine::algorithms::adapters {
@@ -33,19 +35,8 @@ const core::Schema<ModuleAlpha>& alpha_schema() {
   return schema;
 }
 
-/// Matches the whole path. ECMAScript syntax, which agrees with Python's in what module patterns use.
-bool matches(const std::string& path, const std::string& pattern) {
-  try {
-    return std::regex_match(path, std::regex(pattern));
-  } catch (const std::regex_error& error) {
-    throw core::UserError(
-        fmt::format("algorithms/adapters: malformed regular expression '{}': {}", pattern, error.what()),
-        "escape special characters: \\. for a dot");
-  }
-}
-
 bool matches_end(const std::string& path, const std::string& module) {
-  return matches(path, R"((.*\.)?()" + module + ")");
+  return python_full_match(R"((.*\.)?()" + module + ")", path);
 }
 
 bool names(const std::string& module, const std::string& path) {
@@ -62,14 +53,23 @@ bool all_linear(const LoraConfig& config) {
 
 /// The layer is the first numbered segment behind two others; a path without one is in no layer.
 bool in_layers(const std::string& path, const std::vector<int64_t>& layers) {
-  static const std::regex numbered(R"(.*?\.[^.]*\.(\d+)\..*)");
-  std::smatch match;
-  return std::regex_match(path, match, numbered) && std::ranges::find(layers, std::stoll(match[1])) != layers.end();
+  size_t start = path.find('.');
+  start = start == std::string::npos ? start : path.find('.', start + 1);
+  for (size_t end; start != std::string::npos; start = end) {
+    end = path.find('.', ++start);
+    if (end == std::string::npos) return false;
+    int64_t number = 0;
+    const auto [stop, error] = std::from_chars(path.data() + start, path.data() + end, number);
+    if (error == std::errc() && stop == path.data() + end && path[start] != '-')
+      return std::ranges::find(layers, number) != layers.end();
+  }
+  return false;
 }
 
 bool selects(const LoraConfig& config, const std::string& path) {
   if (any_names(config.exclude_modules, path)) return false;
-  if (!config.target_regex.empty()) return matches(path, config.target_regex);
+  if (!config.exclude_regex.empty() && python_full_match(config.exclude_regex, path)) return false;
+  if (!config.target_regex.empty()) return python_full_match(config.target_regex, path);
   if (all_linear(config)) return path != "lm_head";
   if (std::ranges::find(config.target_modules, path) != config.target_modules.end())
     return true;  // as PEFT: in any layer
@@ -77,10 +77,9 @@ bool selects(const LoraConfig& config, const std::string& path) {
          (config.layers_to_transform.empty() || in_layers(path, config.layers_to_transform));
 }
 
-/// Of the patterns, sorted as PEFT's file sorts them, the first that matches decides.
+/// The first pattern that matches decides.
 template <typename Pattern, typename Value>
-Value value_at(const std::string& path, std::vector<Pattern> patterns, Value Pattern::*value, Value fallback) {
-  std::ranges::sort(patterns, {}, &Pattern::module);
+Value value_at(const std::string& path, const std::vector<Pattern>& patterns, Value Pattern::*value, Value fallback) {
   for (const Pattern& pattern : patterns) {
     if (matches_end(path, pattern.module)) return pattern.*value;
   }
@@ -142,8 +141,13 @@ const core::Schema<LoraConfig>& lora_schema() {
   return schema;
 }
 
-std::vector<LoraTarget> lora_targets(const LoraConfig& config, std::span<const models::Slot> slots, Matching matching) {
-  if (matching == Matching::kEveryName) check_names(config, slots);
+std::vector<LoraTarget> lora_targets(const LoraConfig& given, std::span<const models::Slot> slots, Matching matching) {
+  LoraConfig config = given;
+  if (matching == Matching::kEveryName) {
+    check_names(config, slots);
+    std::ranges::stable_sort(config.rank_pattern, {}, &ModuleRank::module);
+    std::ranges::stable_sort(config.alpha_pattern, {}, &ModuleAlpha::module);
+  }
   std::vector<LoraTarget> targets;
   for (const models::Slot& slot : slots) {
     if (slot.kind != models::SlotKind::kLinear || !selects(config, slot.path)) continue;

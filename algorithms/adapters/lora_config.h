@@ -7,11 +7,13 @@
 
 #include "core/config.h"
 #include "core/json.h"
+#include "core/ordered_json.h"
 #include "models/slot.h"
 
 namespace moraine::algorithms::adapters {
 
-/// Another rank (or alpha) for the modules whose path matches the regular expression `(.*\.)?(module)$`.
+/// Another rank (or alpha) for the modules whose path matches the regular expression `(.*\.)?(module)$`, as Python
+/// reads it (python_regex.h).
 struct ModuleRank {
   std::string module;
   int64_t rank = 8;
@@ -31,13 +33,19 @@ struct LoraConfig {
       "all-linear"};                         // whole paths or their last segments; "all-linear" alone: all but lm_head
   std::string target_regex;                  // instead of target_modules: matches the whole path
   std::vector<std::string> exclude_modules;  // as target_modules
+  std::string exclude_regex;                 // matches the whole path; only adapters' files have it
   std::vector<int64_t> layers_to_transform;  // layer numbers; empty = all; needs named target_modules
-  std::vector<ModuleRank> rank_pattern;      // tried in order of `module`, as PEFT does after reading its file
+  std::vector<ModuleRank> rank_pattern;      // the first that matches decides; see lora_targets()
   std::vector<ModuleAlpha> alpha_pattern;
   std::string init = "kaiming";  // A: kaiming U(+-1/sqrt(in)) | gaussian N(0, 1/r); B is 0
   bool use_rslora = false;       // scale alpha / sqrt(r) instead of alpha / r
 };
 const core::Schema<LoraConfig>& lora_schema();
+
+/// An adapter's file whose target_modules is null: the modules that have tensors are meant.
+inline bool names_no_target(const LoraConfig& config) {
+  return config.target_modules.empty() && config.target_regex.empty();
+}
 
 /// One slot the adapter sits on.
 struct LoraTarget {
@@ -46,8 +54,9 @@ struct LoraTarget {
   double alpha = 0, scale = 0;  // y += scale * x A^T B^T
 };
 
-/// kEveryName: a target, an exclusion or a pattern that matches no linear slot is an error. kAnyName: PEFT's own rule,
-/// one target must match; for files, whose tensors say what is meant.
+/// kEveryName, for recipes: a target, an exclusion or a pattern that matches no linear slot is an error, and patterns
+/// are tried in alphabetical order, which is the order PEFT writes them in. kAnyName, for files, whose tensors say what
+/// is meant: PEFT's own rules, one target must match, and patterns are tried in the order of the file.
 enum class Matching { kEveryName, kAnyName };
 
 /// The linear slots that `config` selects, in slot order. Works on shapes alone. Throws UserError if a name matches no
@@ -60,9 +69,10 @@ int64_t lora_parameters(std::span<const LoraTarget> targets);
 
 /// adapter_config.json as PEFT 0.21 would write it, every field included.
 core::Json peft_config(const LoraConfig& config);
-/// Reads adapter_config.json. An unknown peft_type and options that would change the result and are not implemented
-/// here (DoRA, biases, initialisations that change the base, ...) are UserErrors; unknown fields are named in a
-/// warning.
-LoraConfig lora_config_from_peft(const core::Json& json, const std::string& origin);
+/// Reads adapter_config.json, whose patterns keep their order. An unknown peft_type and options that would change the
+/// result and are not implemented here (DoRA, biases, initialisations that change the base, ...) are UserErrors;
+/// unknown fields are named in a warning. A target_modules of null leaves both ways to name targets empty: the tensors
+/// say which modules are meant.
+LoraConfig lora_config_from_peft(const core::OrderedJson& json, const std::string& origin);
 
 }  // namespace moraine::algorithms::adapters

@@ -1,4 +1,6 @@
 // adapter_config.json of Hugging Face PEFT 0.21: its fields, their defaults and which of them matter here.
+#include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <set>
 
@@ -61,16 +63,43 @@ void check_init(const core::Json& init, const std::string& origin) {
       "save the adapter in PEFT with path_initial_model_for_weight_conversion, which turns it into plain LoRA");
 }
 
-/// A list of names, or a string that is a regular expression.
-void read_modules(const core::Json& value, std::vector<std::string>& list, std::string* regex) {
+/// A list of names, or text that is a regular expression.
+void read_modules(const core::Json& value, std::vector<std::string>& list, std::string& regex) {
   if (value.is_null()) return;
   if (value.is_array()) {
     list = value.get<std::vector<std::string>>();
-  } else if (regex != nullptr && value != "all-linear") {
-    *regex = value.get<std::string>();
   } else {
-    list = {value.get<std::string>()};
+    regex = value.get<std::string>();
   }
+}
+
+/// Targets may also be the words all-linear, in any case.
+void read_targets(const core::Json& value, LoraConfig& config) {
+  config.target_modules.clear();
+  read_modules(value, config.target_modules, config.target_regex);
+  std::string lower = config.target_regex;
+  std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+  if (lower != "all-linear") return;
+  config.target_regex.clear();
+  config.target_modules = {lower};
+}
+
+/// JSON for numbers has one type; a rank of 8.5 is none.
+int64_t whole(const core::Json& value) {
+  const double number = value.get<double>();
+  if (value.is_boolean() || number != std::floor(number) || std::abs(number) > 1e15)
+    throw core::UserError(fmt::format("algorithms/adapters: not a whole number: {}", value.dump()),
+                          "ranks and layers are counted");
+  return static_cast<int64_t>(number);
+}
+
+/// One number, or a list of them.
+std::vector<int64_t> whole_numbers(const core::Json& value) {
+  std::vector<int64_t> list;
+  if (value.is_null()) return list;
+  if (!value.is_array()) return {whole(value)};
+  for (const auto& item : value) list.push_back(whole(item));
+  return list;
 }
 
 core::Json number(double value) {
@@ -87,6 +116,7 @@ core::Json peft_config(const LoraConfig& config) {
   if (config.target_modules == std::vector<std::string>{"all-linear"}) json["target_modules"] = "all-linear";
   if (!config.target_regex.empty()) json["target_modules"] = config.target_regex;
   if (!config.exclude_modules.empty()) json["exclude_modules"] = config.exclude_modules;
+  if (!config.exclude_regex.empty()) json["exclude_modules"] = config.exclude_regex;
   if (!config.layers_to_transform.empty()) json["layers_to_transform"] = config.layers_to_transform;
   for (const auto& [module, rank] : config.rank_pattern) json["rank_pattern"][module] = rank;
   for (const auto& [module, alpha] : config.alpha_pattern) json["alpha_pattern"][module] = number(alpha);
@@ -95,7 +125,8 @@ core::Json peft_config(const LoraConfig& config) {
   return json;
 }
 
-LoraConfig lora_config_from_peft(const core::Json& json, const std::string& origin) {
+LoraConfig lora_config_from_peft(const core::OrderedJson& ordered, const std::string& origin) {
+  const core::Json json = ordered;
   if (!json.is_object() || json.value("peft_type", core::Json()) != "LORA") {
     throw core::UserError(fmt::format("algorithms/adapters: {}: peft_type is {}, not \"LORA\"", origin,
                                       json.is_object() ? json.value("peft_type", core::Json()).dump() : "missing"),
@@ -108,18 +139,18 @@ LoraConfig lora_config_from_peft(const core::Json& json, const std::string& orig
     values.update(json);
     check_init(values.at("init_lora_weights"), origin);
     if (values.at("init_lora_weights") == "gaussian") config.init = "gaussian";
-    config.rank = values.at("r");
+    config.rank = whole(values.at("r"));
     config.alpha = values.at("lora_alpha");
     config.use_rslora = values.at("use_rslora");
-    config.target_modules.clear();
-    read_modules(values.at("target_modules"), config.target_modules, &config.target_regex);
-    read_modules(values.at("exclude_modules"), config.exclude_modules, nullptr);
-    const core::Json& layers = values.at("layers_to_transform");
-    if (layers.is_array()) config.layers_to_transform = layers.get<std::vector<int64_t>>();
-    if (layers.is_number()) config.layers_to_transform = {layers.get<int64_t>()};
-    for (const auto& [module, rank] : values.at("rank_pattern").items()) config.rank_pattern.push_back({module, rank});
-    for (const auto& [module, alpha] : values.at("alpha_pattern").items())
-      config.alpha_pattern.push_back({module, alpha});
+    read_targets(values.at("target_modules"), config);
+    read_modules(values.at("exclude_modules"), config.exclude_modules, config.exclude_regex);
+    config.layers_to_transform = whole_numbers(values.at("layers_to_transform"));
+    if (const auto ranks = ordered.find("rank_pattern"); ranks != ordered.end() && !ranks->is_null())
+      for (const auto& [module, rank] : ranks->get_ref<const core::OrderedJson::object_t&>())
+        config.rank_pattern.push_back({module, whole(rank)});
+    if (const auto alphas = ordered.find("alpha_pattern"); alphas != ordered.end() && !alphas->is_null())
+      for (const auto& [module, alpha] : alphas->get_ref<const core::OrderedJson::object_t&>())
+        config.alpha_pattern.push_back({module, alpha.get<double>()});
     if (values.at("lora_dropout").get<double>() != 0)
       core::log::warn("dropout of an adapter is not applied when it is trained further: file={} lora_dropout={}",
                       origin, values.at("lora_dropout").dump());

@@ -4,14 +4,17 @@
 
 #include <fmt/ranges.h>
 
-#include "algorithms/adapters/lora_config.h"
+#include "core/checksums.h"
 #include "core/error.h"
 #include "core/file.h"
+#include "core/hash.h"
+#include "core/ordered_json.h"
 
 namespace moraine::algorithms::adapters {
 namespace {
 
 constexpr std::string_view kPrefix = "base_model.model.";
+constexpr const char* kTensors = "adapter_model.safetensors";
 constexpr std::string_view kA = ".lora_A.weight", kB = ".lora_B.weight";
 
 struct Pair {
@@ -52,15 +55,45 @@ std::vector<models::Slot> slots_of(const std::map<std::string, Pair>& pairs, std
   return slots;
 }
 
+/// The patterns of an imported adapter in the order of its file, which its "peft", a sorted object, has lost.
+LoraConfig patterns_as_read(const core::Json& meta) {
+  LoraConfig config;
+  const core::Json lora = meta.value("lora", core::Json::object());
+  const auto of_peft = [&](const char* key, const core::Json& pattern) {
+    return meta.at("peft").value(key, core::Json::object()).contains(pattern.at("module").get<std::string>());
+  };
+  for (const auto& pattern : lora.value("rank_pattern", core::Json::array()))
+    if (of_peft("rank_pattern", pattern)) config.rank_pattern.push_back({pattern.at("module"), pattern.at("rank")});
+  for (const auto& pattern : lora.value("alpha_pattern", core::Json::array()))
+    if (of_peft("alpha_pattern", pattern)) config.alpha_pattern.push_back({pattern.at("module"), pattern.at("alpha")});
+  return config;
+}
+
 }  // namespace
 
-void write_peft_directory(const std::filesystem::path& directory, core::Json config,
+void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const LoraConfig& config,
                           std::vector<core::TensorView> factors, const std::string& base_model) {
-  if (!base_model.empty()) config["base_model_name_or_path"] = base_model;
+  if (!base_model.empty()) peft["base_model_name_or_path"] = base_model;
+  core::OrderedJson ordered = peft;
+  const auto reorder = [&](const char* key, const auto& patterns) {
+    if (patterns.empty()) return;
+    ordered[key] = core::OrderedJson::object();
+    for (const auto& pattern : patterns) ordered[key][pattern.module] = peft.at(key).at(pattern.module);
+  };
+  reorder("rank_pattern", config.rank_pattern);
+  reorder("alpha_pattern", config.alpha_pattern);
   for (core::TensorView& factor : factors) factor.name.insert(0, kPrefix);
-  core::write_atomically(directory / "adapter_model.safetensors",
-                         core::serialize_safetensors(factors, {{"format", "pt"}}));
-  core::write_atomically(directory / "adapter_config.json", config.dump(2, ' ', /*ensure_ascii=*/true));
+  std::filesystem::remove(directory / core::kChecksumsFile);  // of an earlier adapter
+  const auto bytes = core::serialize_safetensors(factors, {{"format", "pt"}});
+  core::write_atomically(directory / kTensors, bytes);
+  core::write_atomically(directory / "adapter_config.json", ordered.dump(2, ' ', /*ensure_ascii=*/true));
+  core::write_checksums(directory, {{kTensors, core::sha256(bytes)}});
+}
+
+std::vector<std::string> modules_with_factors(const core::Safetensors& file) {
+  std::vector<std::string> modules, problems;
+  for (const auto& [path, pair] : pairs_of(file, problems)) modules.push_back(path);
+  return modules;
 }
 
 void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
@@ -85,19 +118,24 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
   if (factors.empty()) refuse("is no LoRA adapter: it holds no factors");
   for (const auto& [path, count] : halves)
     if (count != 2) refuse(fmt::format("has only one of lora_A and lora_B of {}", path));
-  core::Json config = as_read ? meta.at("peft") : peft_config(lora_schema().from_json(meta.at("lora")));
-  write_peft_directory(directory, std::move(config), std::move(factors), base_model);
+  if (as_read) {
+    write_peft_directory(directory, meta.at("peft"), patterns_as_read(meta), std::move(factors), base_model);
+  } else {
+    write_peft_directory(directory, peft_config(lora_schema().from_json(meta.at("lora"))), {}, std::move(factors),
+                         base_model);
+  }
 }
 
 core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   const std::filesystem::path config_path = directory / "adapter_config.json";
-  const core::Json peft = core::read_json(config_path);
-  const LoraConfig config = lora_config_from_peft(peft, config_path.string());
-  const core::Safetensors file = core::Safetensors::open(directory / "adapter_model.safetensors");
+  const core::OrderedJson peft = core::read_ordered_json(config_path);
+  LoraConfig config = lora_config_from_peft(peft, config_path.string());
+  const core::Safetensors file = core::open_checked(directory / kTensors);
   std::vector<std::string> problems;
   const auto pairs = pairs_of(file, problems);
   const std::vector<models::Slot> slots = slots_of(pairs, problems);
   if (problems.empty()) {
+    if (names_no_target(config)) config.target_modules = modules_with_factors(file);
     std::map<std::string, int64_t> selected;
     for (const LoraTarget& target : lora_targets(config, slots, Matching::kAnyName))
       selected[target.slot.path] = target.rank;
@@ -119,7 +157,8 @@ core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   }
   std::vector<core::TensorView> factors = file.tensors();
   for (core::TensorView& factor : factors) factor.name.erase(0, kPrefix.size());
-  return core::Artefact::create("adapter", {{"lora", lora_schema().to_json(config)}, {"peft", peft}}, factors);
+  return core::Artefact::create("adapter", {{"lora", lora_schema().to_json(config)}, {"peft", core::Json(peft)}},
+                                factors);
 }
 
 }  // namespace moraine::algorithms::adapters

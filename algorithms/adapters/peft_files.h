@@ -4,17 +4,22 @@
 #include <string>
 #include <vector>
 
+#include "algorithms/adapters/lora_config.h"
 #include "core/artefact.h"
 #include "core/json.h"
 #include "core/safetensors.h"
 
 namespace moraine::algorithms::adapters {
 
-/// Writes a PEFT directory: adapter_config.json (sorted keys, indent 2) and adapter_model.safetensors (metadata format
-/// "pt"). `factors` are named "<slot path>.lora_A.weight" and ".lora_B.weight", as in artefacts of kind "adapter". A
-/// non-empty `base_model` is entered as base_model_name_or_path. Throws IoError.
-void write_peft_directory(const std::filesystem::path& directory, core::Json config,
+/// Writes a PEFT directory: adapter_config.json (sorted keys, indent 2; patterns in the order of `config`, in which
+/// they are tried) and adapter_model.safetensors (metadata format "pt"), with SHA256SUMS. `peft` holds the fields.
+/// `factors` are named "<slot path>.lora_A.weight" and ".lora_B.weight", as in artefacts of kind "adapter". A non-empty
+/// `base_model` is entered as base_model_name_or_path. Throws IoError.
+void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const LoraConfig& config,
                           std::vector<core::TensorView> factors, const std::string& base_model);
+
+/// The module paths that have factors in an adapter_model.safetensors.
+std::vector<std::string> modules_with_factors(const core::Safetensors& file);
 
 /// An artefact that is a LoRA (kinds "adapter" and "update", docs/formats.md) as a PEFT directory: its metadata hold
 /// adapter_config.json under "peft", or a LoraConfig under "lora". A server optimiser's moments are left behind. Throws

@@ -9,12 +9,16 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <c10/core/ScalarType.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "core/error.h"
 #include "core/file.h"
 #include "core/json.h"
+#include "core/ordered_json.h"
 #include "models/decoder.h"
 #include "models/tensor_io.h"
 #include "tests/temporary_directory.h"
@@ -179,6 +183,69 @@ TEST(LoraTargets, RankOutsideTheSlotsSidesIsAnError) {
   expect_user_error(config, "rank 17 does not fit model.layers.0.self_attn.o_proj (16 x 16)");
 }
 
+/// Rank and alpha of each query and key of one layer under a file's fields.
+std::map<std::string, std::pair<int64_t, double>> selected(const std::string& fields) {
+  const auto json =
+      core::parse_ordered_json(R"({"peft_type": "LORA", "r": 4, "lora_alpha": 8, )" + fields + "}", "file");
+  std::map<std::string, std::pair<int64_t, double>> out;
+  for (const LoraTarget& target :
+       lora_targets(lora_config_from_peft(json, "file"), decoder_slots(2, 16, 8, 24), Matching::kAnyName))
+    out[target.slot.path.substr(13)] = {target.rank, target.alpha};
+  return out;
+}
+
+TEST(LoraTargets, PatternsOfAFileAreTriedInTheOrderOfTheFile) {
+  const std::string q = R"("target_modules": ["q_proj"], )";
+  using Expected = std::map<std::string, std::pair<int64_t, double>>;
+  EXPECT_EQ(selected(q + R"("alpha_pattern": {"q_proj": 32, "layers.0.self_attn.q_proj": 64})"),
+            (Expected{{"0.self_attn.q_proj", {4, 32}}, {"1.self_attn.q_proj", {4, 32}}}));
+  EXPECT_EQ(selected(q + R"("alpha_pattern": {"layers.0.self_attn.q_proj": 64, "q_proj": 32})"),
+            (Expected{{"0.self_attn.q_proj", {4, 64}}, {"1.self_attn.q_proj", {4, 32}}}));
+  EXPECT_EQ(selected(q + R"("rank_pattern": {"self_attn.q_proj": 2, "0.self_attn.q_proj": 3})"),
+            (Expected{{"0.self_attn.q_proj", {2, 8}}, {"1.self_attn.q_proj", {2, 8}}}));
+}
+
+TEST(LoraTargets, FieldsOfTwoTypesAreReadAsPeftReadsThem) {
+  const auto names = [](const std::string& fields) {
+    std::string list;
+    for (const auto& [path, values] : selected(fields)) list += path + " ";
+    return list;
+  };
+  EXPECT_EQ(names(R"("target_modules": ".*\\.0\\.self_attn\\.(q|k)_proj")"), "0.self_attn.k_proj 0.self_attn.q_proj ");
+  EXPECT_EQ(names(R"("target_modules": "(?P<any>.*)q_proj\\Z")"), "0.self_attn.q_proj 1.self_attn.q_proj ");
+  EXPECT_EQ(names(R"("target_modules": "All-Linear", "exclude_modules": ".*(mlp|layers\\.1|[vko]_proj).*")"),
+            "0.self_attn.q_proj ");
+  EXPECT_EQ(names(R"("target_modules": ["q_proj"], "exclude_modules": "q_proj")"),
+            "0.self_attn.q_proj 1.self_attn.q_proj ")
+      << "text is a regular expression for the whole path, not a name";
+  EXPECT_EQ(names(R"("target_modules": ["q_proj"], "layers_to_transform": 1)"), "1.self_attn.q_proj ");
+  EXPECT_EQ(names(R"("target_modules": ["q_proj"], "layers_to_transform": [0, 7])"), "0.self_attn.q_proj ");
+  EXPECT_EQ(
+      names(R"("target_modules": ["q_proj"], "rank_pattern": null, "alpha_pattern": null, "layers_to_transform": [])"),
+      "0.self_attn.q_proj 1.self_attn.q_proj ");
+  EXPECT_THROW(names(R"("target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2.5})"), core::UserError);
+  EXPECT_THROW(names(R"("target_modules": ["q_proj"], "rank_pattern": ["q_proj"])"), core::UserError);
+  EXPECT_THROW(names(R"("target_modules": "(?<=a)q_proj")"), core::UserError);
+}
+
+TEST(LoraLinear, TheTypeFactorsAreStoredInDoesNotDecideHowTheyAreApplied) {
+  // 300 * 300 is beyond float16, and 2^-18 is a subnormal there.
+  const at::Tensor x = at::full({2, 3}, 9e4, at::kFloat), weight = at::ones({4, 3}, at::kFloat);
+  const at::Tensor a = at::full({2, 3}, std::ldexp(1.0, -18), at::kFloat), b = at::full({4, 2}, 0.5, at::kFloat);
+  models::SlotBase base;
+  base.weight = weight;
+  const at::Tensor expected = LoraLinear(a, b, 2).forward(x, base);
+  for (const at::ScalarType stored : {at::kHalf, at::kBFloat16}) {
+    const LoraLinear narrow(a.to(stored), b.to(stored), 2);
+    EXPECT_TRUE(at::equal(narrow.forward(x, base), expected)) << c10::toString(stored);
+    EXPECT_EQ(narrow.delta().scalar_type(), at::kFloat) << c10::toString(stored);
+    EXPECT_TRUE(at::equal(narrow.delta(), LoraLinear(a, b, 2).delta())) << c10::toString(stored);
+  }
+  base.weight = weight.to(at::kDouble);
+  EXPECT_TRUE(at::equal(LoraLinear(a, b, 2).forward(x.to(at::kDouble), base),
+                        LoraLinear(a.to(at::kDouble), b.to(at::kDouble), 2).forward(x.to(at::kDouble), base)));
+}
+
 TEST(LoraScale, IsAlphaOverRankOrOverItsSquareRoot) {
   LoraConfig config;
   config.rank = 4;
@@ -323,6 +390,26 @@ TEST_F(LoraFiles, OwnAdapterIsReadBackWithItsConfigurationAndBits) {
     EXPECT_EQ(again.parameters()[i].first, adapter.parameters()[i].first);
     EXPECT_TRUE(at::equal(again.parameters()[i].second, adapter.parameters()[i].second));
   }
+}
+
+TEST_F(LoraFiles, WithoutTargetModulesTheTensorsSayWhatIsMeant) {
+  const auto load = [&](const std::filesystem::path& directory) {
+    return LoraAdapter::load(directory, golden_base().slots(), std::nullopt, at::kCPU);
+  };
+  const LoraAdapter named = load(kGolden / "lora_plain"), unnamed = load(edited({{"target_modules", nullptr}}));
+  ASSERT_EQ(named.targets().size(), unnamed.targets().size());
+  for (size_t i = 0; i < named.targets().size(); ++i) {
+    EXPECT_EQ(unnamed.targets()[i].slot.path, named.targets()[i].slot.path);
+    EXPECT_EQ(unnamed.targets()[i].scale, named.targets()[i].scale);
+  }
+}
+
+TEST_F(LoraFiles, DamagedFactorsAreRefused) {
+  LoraAdapter::load(kGolden / "lora_plain", golden_base().slots(), std::nullopt, at::kCPU).save(directory_);
+  std::string bytes = core::read_text(directory_ / "adapter_model.safetensors");
+  bytes.back() ^= 1;
+  core::write_atomically(directory_ / "adapter_model.safetensors", bytes);
+  EXPECT_THROW(LoraAdapter::load(directory_, golden_base().slots(), std::nullopt, at::kCPU), core::UserError);
 }
 
 TEST_F(LoraFiles, UnknownFieldsSurviveARoundTrip) {

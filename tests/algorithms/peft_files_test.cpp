@@ -6,6 +6,7 @@
 #include "algorithms/adapters/lora_config.h"
 #include "core/error.h"
 #include "core/file.h"
+#include "core/ordered_json.h"
 #include "models/tensor_io.h"
 #include "tests/models/random_tensors.h"
 #include "tests/temporary_directory.h"
@@ -36,6 +37,23 @@ TEST(PeftFiles, ImportAndExportReturnEveryByteOfTheTensorsAndEveryField) {
     EXPECT_NE(adapter->file().tensors().front().name.find("model.layers."), std::string::npos);
     EXPECT_EQ(adapter->file().tensors().front().name.find("base_model"), std::string::npos);
   }
+}
+
+TEST(PeftFiles, PatternsKeepTheOrderInWhichPeftTriesThem) {
+  const TemporaryDirectory directory, again;
+  const std::string q = "model.layers.0.self_attn.q_proj";
+  std::vector<at::Tensor> keep;
+  const models::NamedTensors tensors = {{"base_model.model." + q + ".lora_A.weight", random_tensor({4, 16}, 1)},
+                                        {"base_model.model." + q + ".lora_B.weight", random_tensor({16, 4}, 2)}};
+  core::write_atomically(directory / "adapter_model.safetensors",
+                         core::serialize_safetensors(models::views_of(tensors, keep), {}));
+  directory.write("adapter_config.json", R"({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"],
+      "alpha_pattern": {"q_proj": 32, "0.self_attn.q_proj": 64}})");
+  export_adapter(*import_adapter(directory.path()), again.path(), "");
+  const auto written = core::read_ordered_json(again / "adapter_config.json").at("alpha_pattern");
+  EXPECT_EQ(written.begin().key(), "q_proj");
+  EXPECT_EQ(written.size(), 2U);
+  EXPECT_EQ(written.at("0.self_attn.q_proj"), 64);
 }
 
 // As a method writes it: factors by slot path, the configuration of its recipe.
