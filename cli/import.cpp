@@ -9,6 +9,7 @@
 #include "cli/output.h"
 #include "core/error.h"
 #include "core/file.h"
+#include "models/checkpoint.h"
 #include "models/tensor_io.h"
 
 namespace moraine::cli {
@@ -46,8 +47,14 @@ void import_dense(const ImportArguments& arguments, const models::DecoderConfig&
 void import_mixture(const ImportArguments& arguments) {
   const flexmore::MixtureModel model = flexmore::read_mixture_directory(arguments.directory);
   const fs::path out = arguments.out;
+  for (const auto& expert : model.mixture.experts)
+    if (expert.name == "mixture" || expert.name == "public_model")
+      throw core::UserError(fmt::format("cli: {}: an expert is named '{}', as a part of what import writes",
+                                        arguments.directory, expert.name),
+                            "rename it in config.json's '_expert_names'");
   algorithms::write_model_directory(out / "public_model", model.base.to_json(),
                                     {model.base_weights.begin(), model.base_weights.end()});
+  models::copy_companions(arguments.directory, out / "public_model");
   print(fmt::format("public model  {}\n", (out / "public_model").string()));
   const std::string base = algorithms::model_identity(out / "public_model", model.base);
   std::map<std::string, at::Tensor> weights;  // as a worker sees them

@@ -1,4 +1,5 @@
 // What a file or directory holds: shapes, types, counts, ranks, hashes, and the singular values of low-rank pairs.
+#include <algorithm>
 #include <array>
 #include <fstream>
 #include <map>
@@ -13,6 +14,7 @@
 #include "cli/output.h"
 #include "coordinator/report/table.h"
 #include "coordinator/run_record.h"
+#include "core/checksums.h"
 #include "core/error.h"
 #include "core/hash.h"
 #include "core/hdf5.h"
@@ -77,10 +79,25 @@ void add_tensors(core::Json& facts, const std::vector<core::TensorView>& tensors
   facts["low_rank"] = low_rank_pairs(tensors, spectra);
 }
 
+// The SHA-256 that a file's place promises: of an artefact its name, ab/cd<rest>.safetensors, else what the SHA256SUMS
+// beside it says.
+std::optional<std::string> promised_hash(const fs::path& path) {
+  const std::string name = fs::absolute(path).parent_path().filename().string() + path.stem().string();
+  const auto hexadecimal = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+  if (name.size() == 64 && std::all_of(name.begin(), name.end(), hexadecimal)) return name;
+  const core::Checksums sums = core::read_checksums(fs::absolute(path).parent_path());
+  const auto listed = sums.find(path.filename().string());
+  return listed == sums.end() ? std::nullopt : std::optional(listed->second);
+}
+
 core::Json inspect_safetensors(const fs::path& path, const InspectArguments& how) {
   const auto file = core::Safetensors::open(path);
   core::Json facts = {{"type", "safetensors"}, {"bytes", file.bytes().size()}};
-  if (how.hash) facts["sha256"] = core::sha256(file.bytes().span());
+  if (how.hash) {
+    facts["sha256"] = core::sha256(file.bytes().span());
+    if (const auto promised = promised_hash(path); promised && *promised != facts["sha256"])
+      facts["damaged"] = fmt::format("its SHA-256 should be {}", *promised);
+  }
   core::Json metadata = core::Json::object();
   for (const auto& [key, value] : file.metadata()) {
     if (key == "moraine") {
@@ -129,11 +146,15 @@ core::Json inspect_model(const fs::path& directory, const InspectArguments& how)
         how.hash ? core::sha256(core::Bytes::map_file(entry.path()).span()) : std::string();
   }
   facts["bytes"] = bytes;
-  if (how.hash) facts["files"] = files;
+  if (how.hash) {
+    facts["files"] = files;
+    for (const auto& [name, sum] : core::read_checksums(directory))
+      if (files.value(name, sum) != sum) facts["damaged"][name] = fmt::format("its SHA-256 should be {}", sum);
+  }
   if (peft) {
     add_tensors(facts, core::Safetensors::open(directory / "adapter_model.safetensors").tensors(), how.spectra);
   } else {
-    add_tensors(facts, core::ShardedSafetensors::open(directory).tensors(), how.spectra);
+    add_tensors(facts, core::ShardedSafetensors::open_unchecked(directory).tensors(), how.spectra);
   }
   return facts;
 }
@@ -277,7 +298,8 @@ void add_inspect(CLI::App& app, int& exit_code) {
       ->required();
   command->add_option("what", arguments->what, "Of a run: unit label, artefact id, or the beginning of one");
   command->add_flag("--spectra", arguments->spectra, "Singular values of every low-rank pair");
-  command->add_flag("!--no-hash", arguments->hash, "Do not read all bytes for SHA-256");
+  command->add_flag("!--no-hash", arguments->hash,
+                    "Do not read all bytes for SHA-256, nor compare it with the file's name or SHA256SUMS");
   add_format_option(*command, arguments->format);
   command->footer(
       "Examples: moraine inspect runs/quickstart/mixture\n          moraine inspect runs/quickstart extract/german "
@@ -290,7 +312,7 @@ void add_inspect(CLI::App& app, int& exit_code) {
     } else {
       print_tables(facts);
     }
-    exit_code = 0;
+    exit_code = facts.contains("damaged") ? core::kExitUser : core::kExitOk;
   });
 }
 

@@ -156,7 +156,7 @@ flexmore::MixtureModel public_model(const fs::path& source) {
                             "set base to a Hugging Face directory");
   }
   const auto model = models::Decoder::from_directory(directory, std::nullopt);
-  return {model.config(), model.weights(), {}, 0, false};
+  return {model.config(), model.weights(), {}, 0, false, directory};
 }
 
 // Digests were taken of the tensors as workers saw them, that is in the run's compute type.

@@ -6,9 +6,11 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/stack.h>
+#include <fmt/ranges.h>
 
 #include "algorithms/flexmore/phlora.h"
 #include "core/error.h"
+#include "core/file_name.h"
 #include "core/hash.h"
 #include "core/registry.h"
 #include "models/tensor_io.h"
@@ -39,6 +41,57 @@ at::Tensor load(const core::Artefact& artefact, const std::string& name) {
     throw core::UserError(fmt::format("algorithms/flexmore: {} has no tensor '{}'", artefact.file().origin(), name),
                           "the artefact is not of this recipe; remove it to have it made again");
   return models::copy_of(*view);
+}
+
+// Metadata of an artefact, which may come from anywhere: there and of the right type, or a UserError.
+template <typename T>
+T meta_of(const core::Artefact& artefact, const char* key) {
+  try {
+    return artefact.meta().at(key).get<T>();
+  } catch (const core::Json::exception&) {
+    throw core::UserError(fmt::format("algorithms/flexmore: {}: the metadata's '{}' is missing or of another type",
+                                      artefact.file().origin(), key),
+                          "use a file that `moraine cp` or `moraine import` wrote");
+  }
+}
+
+// The number of layers is believed as far as there are tensors for it.
+size_t layers_of(const core::Artefact& artefact) {
+  const auto layers = meta_of<int64_t>(artefact, "layers");
+  if (layers < 1 || layers > static_cast<int64_t>(artefact.file().tensors().size()))
+    throw core::UserError(fmt::format("algorithms/flexmore: {}: {} layers, but {} tensors", artefact.file().origin(),
+                                      layers, artefact.file().tensors().size()),
+                          "use a file that `moraine cp` or `moraine import` wrote");
+  return static_cast<size_t>(layers);
+}
+
+[[noreturn]] void refuse_shapes(const std::string& expert, size_t layer, const std::string& what) {
+  throw core::UserError(fmt::format("algorithms/flexmore: expert '{}': layer {}: {}", expert, layer, what),
+                        "the tensors of an expert have to fit each other and its public model");
+}
+
+// All tensors of a layer fit each other: router row [d], and matrices or pairs of factors between d and one h.
+void check_shapes(const std::string& name, size_t layer, const models::FfnExpert& ffn, const at::Tensor& row,
+                  int64_t rank) {
+  using Sides = std::vector<int64_t>;
+  if (row.dim() != 1) refuse_shapes(name, layer, "the router row is no vector");
+  const int64_t d = row.size(0);
+  const auto expect = [&](const char* what, const at::Tensor& tensor, const Sides& sides) {
+    if (tensor.sizes().vec() != sides)
+      refuse_shapes(name, layer,
+                    fmt::format("{} is [{}], expected [{}]", what, fmt::join(tensor.sizes().vec(), ", "),
+                                fmt::join(sides, ", ")));
+  };
+  const at::Tensor& outer = rank == 0 ? ffn.gate : ffn.gate_delta.b;
+  if (outer.dim() != 2) refuse_shapes(name, layer, "gate_proj is no matrix");
+  const int64_t h = outer.size(0);
+  if (rank == 0) {
+    expect("gate_proj", ffn.gate, {h, d}), expect("up_proj", ffn.up, {h, d}), expect("down_proj", ffn.down, {d, h});
+    return;
+  }
+  expect("gate_proj_a", ffn.gate_delta.a, {rank, d}), expect("gate_proj_b", ffn.gate_delta.b, {h, rank});
+  expect("up_proj_a", ffn.up_delta.a, {rank, d}), expect("up_proj_b", ffn.up_delta.b, {h, rank});
+  expect("down_proj_a", ffn.down_delta.a, {rank, h}), expect("down_proj_b", ffn.down_delta.b, {d, rank});
 }
 
 void expect_kind(const core::Artefact& artefact, const std::string& kind) {
@@ -108,18 +161,19 @@ core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::Na
 Expert read_expert(const core::Artefact& artefact, int64_t rank) {
   expect_kind(artefact, "expert");
   Expert expert;
-  expert.name = artefact.meta().at("name").get<std::string>();
-  const int64_t stored = artefact.meta().at("rank").get<int64_t>();
+  expert.name = core::check_file_name(meta_of<std::string>(artefact, "name"), "an expert", artefact.file().origin());
+  const auto stored = meta_of<int64_t>(artefact, "rank");
   if (rank < 0 || (rank > 0 && stored == 0))
     throw core::UserError(
         fmt::format("algorithms/flexmore: expert '{}' cannot be used at rank {}: it was shipped full-size", expert.name,
                     rank),
         "extract a low-rank expert from it first");
-  const auto layers = artefact.meta().at("layers").get<size_t>();
+  const size_t layers = layers_of(artefact);
   for (size_t l = 0; l < layers; ++l) {
     const std::string prefix = layer_prefix(l);
     models::FfnExpert ffn;
     visit_ffn(ffn, stored == 0, prefix, [&](const std::string& name, at::Tensor& t) { t = load(artefact, name); });
+    check_shapes(expert.name, l, ffn, load(artefact, prefix + "gate.weight"), stored);
     if (rank > 0 && rank != stored)
       for (auto* delta : {&ffn.gate_delta, &ffn.up_delta, &ffn.down_delta}) *delta = slice(*delta, rank);
     expert.layers.push_back(std::move(ffn));
@@ -135,7 +189,16 @@ Mixture merge(const std::vector<core::ArtefactPtr>& artefacts, const std::vector
   Mixture mixture{public_rows, {}};
   for (size_t i = 0; i < artefacts.size(); ++i) {
     Expert expert = read_expert(*artefacts[i], ranks[i]);
-    const core::Json& trained_against = artefacts[i]->meta().at("base_tensors");
+    if (expert.layers.size() != public_rows.size())
+      throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' has {} layers, the public model {}",
+                                        expert.name, expert.layers.size(), public_rows.size()),
+                            "every expert has to be trained against the same public model");
+    for (size_t l = 0; l < public_rows.size(); ++l)
+      if (expert.router_rows[l].sizes() != public_rows[l].sizes())
+        refuse_shapes(expert.name, l,
+                      fmt::format("its router row has {} values, the public expert's {}", expert.router_rows[l].numel(),
+                                  public_rows[l].numel()));
+    const auto trained_against = meta_of<core::Json>(*artefacts[i], "base_tensors");
     std::vector<std::string> differing;
     for (const auto& [name, digest] : base_fingerprint.items())
       if (!trained_against.contains(name) || trained_against.at(name) != digest) differing.push_back(name);
@@ -195,20 +258,32 @@ core::ArtefactPtr write_mixture(const Mixture& mixture, core::Json meta) {
 Mixture read_mixture(const core::Artefact& artefact) {
   expect_kind(artefact, "mixture");
   Mixture mixture;
-  const auto layers = artefact.meta().at("layers").get<size_t>();
-  const auto names = artefact.meta().at("experts").get<std::vector<std::string>>();
-  const auto ranks = artefact.meta().at("expert_ranks").get<std::vector<int64_t>>();
-  for (const auto& name : names) mixture.experts.push_back({name, {}, {}, {}});
+  const size_t layers = layers_of(artefact);
+  const auto names = meta_of<std::vector<std::string>>(artefact, "experts");
+  const auto ranks = meta_of<std::vector<int64_t>>(artefact, "expert_ranks");
+  const std::string& origin = artefact.file().origin();
+  if (ranks.size() != names.size() + 1)
+    throw core::UserError(
+        fmt::format("algorithms/flexmore: {}: {} ranks for {} experts", origin, ranks.size(), names.size()),
+        "expert_ranks holds one rank per expert and a 0 for the public one");
+  for (const auto& name : names)
+    mixture.experts.push_back({core::check_file_name(name, "an expert", origin), {}, {}, {}});
   for (size_t l = 0; l < layers; ++l) {
     const at::Tensor rows = load(artefact, layer_prefix(l) + "gate.weight");
     const bool has_bias = artefact.file().find(layer_prefix(l) + "gate.bias") != nullptr;
     const at::Tensor bias = has_bias ? load(artefact, layer_prefix(l) + "gate.bias") : at::Tensor();
+    if (rows.dim() != 2 || rows.size(0) != static_cast<int64_t>(ranks.size()) ||
+        (has_bias && bias.numel() != static_cast<int64_t>(names.size())))
+      throw core::UserError(
+          fmt::format("algorithms/flexmore: {}: layer {}: the router does not have {} rows", origin, l, ranks.size()),
+          "one row per expert, the public one first; one bias per expert but that");
     mixture.public_rows.push_back(rows[0].contiguous());
     for (size_t e = 0; e < names.size(); ++e) {
       const auto index = static_cast<int64_t>(e);
       models::FfnExpert ffn;
       visit_ffn(ffn, ranks[e + 1] == 0, layer_prefix(l) + fmt::format("experts.{}.", e + 1),
                 [&](const std::string& name, at::Tensor& t) { t = load(artefact, name); });
+      check_shapes(names[e], l, ffn, rows[index + 1], ranks[e + 1]);
       mixture.experts[e].layers.push_back(std::move(ffn));
       mixture.experts[e].router_rows.push_back(rows[index + 1].contiguous());
       if (has_bias) mixture.experts[e].biases.push_back(bias.narrow(0, index, 1).contiguous());
@@ -238,6 +313,26 @@ std::vector<models::FfnExpert> soup(const std::vector<Expert>& experts) {
   return layers;
 }
 
+namespace {
+
+// Every layer of the expert has the sides of the FFN it stands beside.
+void check_fit(const Expert& expert, const models::Decoder& decoder) {
+  if (static_cast<int64_t>(expert.layers.size()) != decoder.config().num_layers)
+    throw core::UserError(fmt::format("algorithms/flexmore: expert '{}' has {} layers, the public model {}",
+                                      expert.name, expert.layers.size(), decoder.config().num_layers),
+                          "use the public model that the expert was trained against");
+  for (size_t l = 0; l < expert.layers.size(); ++l) {
+    const models::FfnExpert& ffn = expert.layers[l];
+    const int64_t h = ffn.full() ? ffn.gate.size(0) : ffn.gate_delta.b.size(0), d = expert.router_rows[l].numel();
+    if (h != decoder.config().intermediate_size || d != decoder.config().hidden_size)
+      refuse_shapes(expert.name, l,
+                    fmt::format("its FFN is {} x {}, the public model's {} x {}", h, d,
+                                decoder.config().intermediate_size, decoder.config().hidden_size));
+  }
+}
+
+}  // namespace
+
 std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder, const Mixture& mixture,
                                                         models::MixtureFfn::Options options,
                                                         const std::vector<std::string>& leave_out) {
@@ -250,6 +345,11 @@ std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder
   std::vector<const Expert*> kept;
   for (const auto& expert : mixture.experts)
     if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) kept.push_back(&expert);
+  if (static_cast<int64_t>(mixture.public_rows.size()) != decoder.config().num_layers)
+    throw core::UserError(fmt::format("algorithms/flexmore: a mixture of {} layers on a public model of {}",
+                                      mixture.public_rows.size(), decoder.config().num_layers),
+                          "use the public model that the experts were trained against");
+  for (const Expert* expert : kept) check_fit(*expert, decoder);
   const at::Device device = decoder.device();
   std::vector<std::shared_ptr<models::MixtureFfn>> attached;
   for (size_t l = 0; l < mixture.public_rows.size(); ++l) {

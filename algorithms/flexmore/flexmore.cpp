@@ -112,8 +112,12 @@ models::Decoder FlexMore::public_model(const Stages& stages, const RunState& sta
 }
 
 MixtureModel FlexMore::mixture_model(const std::string& id, const Stages& stages, const RunState& state) const {
-  return {architecture_, public_model(stages, state).weights(), read_mixture(*state.artefact(id)), config_.top_k,
-          config_.norm_topk_prob};
+  return {architecture_,
+          public_model(stages, state).weights(),
+          read_mixture(*state.artefact(id)),
+          config_.top_k,
+          config_.norm_topk_prob,
+          model_id_.empty() ? "" : config_.model.path};
 }
 
 void FlexMore::publish(const RunState& state, const std::filesystem::path& run_directory) const {

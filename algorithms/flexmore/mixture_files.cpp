@@ -11,8 +11,11 @@
 
 #include "algorithms/adapters/lora_config.h"
 #include "algorithms/adapters/peft_files.h"
+#include "core/checksums.h"
 #include "core/error.h"
 #include "core/file.h"
+#include "core/file_name.h"
+#include "core/hash.h"
 #include "core/log.h"
 #include "core/registry.h"
 #include "models/checkpoint.h"
@@ -96,6 +99,28 @@ void require_low_rank(const Expert& expert) {
         "--experts chooses the low-rank ones; --to flexolmo or hf exports any");
 }
 
+// Names of the experts 1 and up. They become file names in exports and imports.
+std::vector<std::string> names_in(const core::Json& json, int64_t experts, const std::string& origin) {
+  std::vector<std::string> names;
+  const core::Json listed = json.value(kNames, core::Json());
+  if (listed.is_null()) {
+    for (int64_t e = 1; e < experts; ++e) names.push_back(fmt::format("expert{}", e));
+    return names;
+  }
+  const auto text = [](const core::Json& name) { return name.is_string(); };
+  if (!listed.is_array() || static_cast<int64_t>(listed.size()) != experts ||
+      !std::all_of(listed.begin(), listed.end(), text))
+    throw core::UserError(fmt::format("algorithms/flexmore: {}: '{}' is no list of {} names", origin, kNames, experts),
+                          "name every expert, the public one first, or remove the key");
+  for (auto name = listed.begin() + 1; name != listed.end(); ++name) {
+    names.push_back(core::check_file_name(name->get<std::string>(), "an expert", origin));
+    if (std::count(names.begin(), names.end(), names.back()) > 1)
+      throw core::UserError(fmt::format("algorithms/flexmore: {}: two experts are named '{}'", origin, names.back()),
+                            "rename one in '_expert_names'");
+  }
+  return names;
+}
+
 void attach_to(const core::Safetensors& biases, MixtureModel& model) {
   for (size_t l = 0; l < model.mixture.public_rows.size(); ++l) {
     const std::string name = ffn_slot(l) + ".gate.bias";
@@ -122,25 +147,23 @@ MixtureModel read_mixture_directory(const fs::path& directory) {
                                       json.at("model_type").dump()),
                           "name a directory with model_type flex_olmo or flexmore");
   const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
-  const models::OwnedViews named = models::hugging_face_layout(files->tensors(), files, directory.string());
+  models::OwnedViews named = models::hugging_face_layout(files->tensors(), files, directory.string());
+  named.tensors = models::without_redundant(std::move(named.tensors), config, directory.string());
+  models::require_plausible_layers(config.num_layers, config.num_experts, named.tensors.size(), directory.string());
   const auto expected = models::expected_tensors(config);
   std::map<std::string, at::Tensor> tensors;
   for (const auto* view : models::match_tensors(expected, named.tensors, directory.string()))
     tensors.emplace(view->name, models::borrow(*view, named.owner));
 
-  MixtureModel model{config, {}, {}, config.num_experts_per_tok, config.norm_topk_prob};
+  MixtureModel model{config, {}, {}, config.num_experts_per_tok, config.norm_topk_prob, directory};
   model.base.family = DecoderConfig::Family::kOlmo2;
   model.base.num_experts = model.base.num_experts_per_tok = 1;
   model.base.norm_topk_prob = false;
   model.base.expert_ranks.clear();
   for (const auto& [name, shape] : models::expected_tensors(model.base))
     model.base_weights.emplace(name, tensors.at(key_in_mixture(name)));
-  for (int64_t e = 1; e < config.num_experts; ++e)
-    model.mixture.experts.push_back({fmt::format("expert{}", e), {}, {}, {}});
-  if (const auto names = json.find(kNames);
-      names != json.end() && names->is_array() && static_cast<int64_t>(names->size()) == config.num_experts)
-    for (size_t e = 0; e < model.mixture.experts.size(); ++e)
-      model.mixture.experts[e].name = names->at(e + 1).get<std::string>();
+  for (const std::string& name : names_in(json, config.num_experts, config_path.string()))
+    model.mixture.experts.push_back({name, {}, {}, {}});
   for (int64_t l = 0; l < config.num_layers; ++l) {
     const std::string mlp = ffn_slot(static_cast<size_t>(l));
     const at::Tensor& rows = tensors.at(mlp + ".gate.weight");
@@ -160,7 +183,7 @@ MixtureModel read_mixture_directory(const fs::path& directory) {
       expert.router_rows.push_back(rows[e].contiguous());
     }
   }
-  if (fs::exists(directory / kBiasFile)) attach_to(core::Safetensors::open(directory / kBiasFile), model);
+  if (fs::exists(directory / kBiasFile)) attach_to(core::open_checked(directory / kBiasFile), model);
   return model;
 }
 
@@ -182,13 +205,17 @@ void write_flexmore_directory(const MixtureModel& model, const fs::path& directo
   core::Json config = mixture_config(model, DecoderConfig::Family::kFlexMore).to_json();
   config[kNames] = expert_names(model.mixture);
   models::write_checkpoint(directory, config, std::move(tensors));
+  models::copy_companions(model.source, directory);
   if (biases.empty()) {
     fs::remove(directory / kBiasFile);  // of an earlier mixture
     return;
   }
   std::vector<at::Tensor> keep;
-  core::write_atomically(directory / kBiasFile,
-                         core::serialize_safetensors(models::views_of(biases, keep), {{"format", "pt"}}));
+  const auto bytes = core::serialize_safetensors(models::views_of(biases, keep), {{"format", "pt"}});
+  core::write_atomically(directory / kBiasFile, bytes);
+  core::Checksums sums = core::read_checksums(directory);
+  sums[kBiasFile] = core::sha256(bytes);
+  core::write_checksums(directory, sums);
   core::log::warn("the mixture's router bias has no place in the FlexMoRE format: file={} other_tools=ignore it",
                   (directory / kBiasFile).string());
 }
@@ -227,6 +254,7 @@ void write_flexolmo_directory(const MixtureModel& model, const fs::path& directo
   config[kNames] = expert_names(model.mixture);
   models::write_checkpoint(directory, config,
                            olmo_core ? models::to_olmo_core(std::move(tensors)) : std::move(tensors));
+  models::copy_companions(model.source, directory);
 }
 
 void write_peft_expert(const Expert& expert, const fs::path& directory, const std::string& base_model) {
@@ -247,7 +275,7 @@ void write_peft_expert(const Expert& expert, const fs::path& directory, const st
   core::Json peft = adapters::peft_config(config);
   peft["task_type"] = "CAUSAL_LM";
   std::vector<at::Tensor> keep;
-  adapters::write_peft_directory(directory, std::move(peft), models::views_of(factors, keep), base_model);
+  adapters::write_peft_directory(directory, std::move(peft), {}, models::views_of(factors, keep), base_model);
 }
 
 MixtureModel keep_experts(MixtureModel model, const std::vector<std::string>& names) {
@@ -272,7 +300,8 @@ void export_mixture(MixtureModel all, const ExportRequest& request) {
                             "there is nothing to write as an adapter");
     for (const auto& expert : model.mixture.experts) require_low_rank(expert);  // before anything is written
     for (const auto& expert : model.mixture.experts)
-      write_peft_expert(expert, request.directory / expert.name, request.base_model);
+      write_peft_expert(expert, request.directory / core::check_file_name(expert.name, "an expert", "the mixture"),
+                        request.base_model);
   } else if (request.format == "flexolmo" || request.format == "olmo_core") {
     const auto dtype =
         request.dtype.empty() ? std::nullopt : std::optional(request.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
@@ -283,6 +312,9 @@ void export_mixture(MixtureModel all, const ExportRequest& request) {
                             "leave out --dtype, or use --to flexolmo");
     write_flexmore_directory(model, request.directory);
   }
+  if (request.format != "peft" && !fs::exists(request.directory / "tokenizer.json"))
+    core::log::info("no tokenizer was written, the public model has none beside it: other tools need one: directory={}",
+                    request.directory.string());
 }
 
 models::Decoder assemble(const MixtureModel& model, at::ScalarType dtype) {

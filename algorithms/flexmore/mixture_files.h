@@ -22,11 +22,13 @@ struct MixtureModel {
   Mixture mixture;
   int64_t top_k = 2;
   bool norm_topk_prob = false;
+  std::filesystem::path source = {};  // of the public model: its tokeniser files go along; empty = it has none
 };
 
 /// Reads a flex_olmo directory (one tensor per expert, or packed) or a flexmore one, with the router_bias.safetensors
 /// beside it if there is one. Experts are named by config.json's "_expert_names", else "expert1", ... Throws UserError
-/// on another model type, an option that is not implemented, or weights that do not fit.
+/// on another model type, an option that is not implemented, weights that do not fit or differ from the SHA256SUMS
+/// beside them, and names that cannot be file names or stand twice.
 MixtureModel read_mixture_directory(const std::filesystem::path& directory);
 
 /// FlexMoRE keys (docs/formats.md): experts as they are; a router bias goes into router_bias.safetensors, with a

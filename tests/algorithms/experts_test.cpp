@@ -173,5 +173,42 @@ TEST(Expert, CountsItsParameters) {
             config.low_rank_parameters(3) + config.router_parameters(1));
 }
 
+// A shipped expert says of itself how it is called and how many layers it has.
+TEST(Experts, MetadataOfAFileIsNotBelieved) {
+  World world;
+  const auto good = world.submit(world.full("a", 1));
+  const auto complaint = [&](const char* key, const core::Json& value) {
+    core::Json meta = good->meta();
+    meta[key] = value;
+    const auto changed = core::Artefact::create("expert", meta, good->file().tensors());
+    return models::thrown<core::UserError>([&] { merge({changed}, {0}, world.public_rows, world.fingerprint); });
+  };
+  EXPECT_EQ(complaint("layers", good->meta().at("layers")), "");
+  EXPECT_THAT(complaint("layers", 1), testing::HasSubstr("has 1 layers, the public model 2"));
+  for (const core::Json& layers :
+       {core::Json(0), core::Json(-1), core::Json(1000000000), core::Json("2"), core::Json()})
+    EXPECT_NE(complaint("layers", layers), "") << layers.dump();
+  EXPECT_NE(complaint("rank", 2), "");
+  EXPECT_THAT(complaint("name", "../../x"), testing::HasSubstr("cannot be a file name"));
+  EXPECT_THAT(complaint("name", 7), testing::HasSubstr("'name' is missing or of another type"));
+}
+
+TEST(Experts, MetadataOfAMixtureIsNotBelieved) {
+  World world;
+  const auto good =
+      write_mixture(merge({world.submit(world.full("a", 1))}, {0}, world.public_rows, world.fingerprint), {});
+  const auto complaint = [&](const char* key, const core::Json& value) {
+    core::Json meta = good->meta();
+    meta[key] = value;
+    const auto changed = core::Artefact::create("mixture", meta, good->file().tensors());
+    return models::thrown<core::UserError>([&] { attach(world.base, read_mixture(*changed), {}, {}); });
+  };
+  EXPECT_THAT(complaint("layers", 1), testing::HasSubstr("a mixture of 1 layers on a public model of 2"));
+  EXPECT_THAT(complaint("expert_ranks", core::Json::array({0})), testing::HasSubstr("1 ranks for 1 experts"));
+  EXPECT_NE(complaint("experts", core::Json::array({"a", "b"})), "");
+  EXPECT_NE(complaint("layers", 1000000), "");
+  EXPECT_EQ(complaint("layers", 2), "");
+}
+
 }  // namespace
 }  // namespace moraine::algorithms::flexmore

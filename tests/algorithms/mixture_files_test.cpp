@@ -160,6 +160,59 @@ TEST(MixtureFiles, ExportChoosesExpertsAndRefusesWhatHasNoForm) {
   EXPECT_EQ(one.config().num_experts_per_tok, 2);
 }
 
+TEST(MixtureFiles, NamesThatLeaveTheDirectoryStandTwiceOrAreNoneAreRefused) {
+  const TemporaryDirectory directory;
+  write_flexmore_directory(sample(), directory.path());
+  const core::Json config = core::read_json(directory / "config.json");
+  const auto complaint = [&](const core::Json& names) {
+    core::Json changed = config;
+    changed["_expert_names"] = names;
+    directory.write("config.json", changed.dump());
+    return models::thrown<core::UserError>([&] { read_mixture_directory(directory.path()); });
+  };
+  EXPECT_EQ(complaint({"public", "a", "b"}), "");
+  EXPECT_EQ(complaint(nullptr), "");
+  EXPECT_THAT(complaint({"public", "../../x", "b"}), AllOf(HasSubstr("cannot be a file name"), HasSubstr("../../x")));
+  EXPECT_THAT(complaint({"public", "a", ".."}), HasSubstr("cannot be a file name"));
+  EXPECT_THAT(complaint({"public", "a", "a"}), HasSubstr("two experts are named 'a'"));
+  EXPECT_THAT(complaint({"public", "a"}), HasSubstr("no list of 3 names"));
+  EXPECT_THAT(complaint({"public", "a", 3}), HasSubstr("no list of 3 names"));
+}
+
+TEST(MixtureFiles, OneChangedByteOfTheWeightsIsNoticed) {
+  const TemporaryDirectory directory;
+  MixtureModel model = sample();
+  for (auto& expert : model.mixture.experts)
+    for (size_t l = 0; l < expert.layers.size(); ++l) expert.biases.push_back(at::full({1}, -0.75, at::kDouble));
+  write_flexmore_directory(model, directory.path());
+  for (const char* file : {"model.safetensors", "router_bias.safetensors"}) {
+    const std::string good = core::read_text(directory / file);
+    std::string bad = good;
+    bad.back() ^= 1;
+    directory.write(file, bad);
+    EXPECT_THAT(models::thrown<core::UserError>([&] { read_mixture_directory(directory.path()); }),
+                AllOf(HasSubstr(file), HasSubstr("damaged or changed")));
+    directory.write(file, good);
+  }
+  EXPECT_EQ(read_mixture_directory(directory.path()).mixture.experts.size(), 2U);
+}
+
+TEST(MixtureFiles, TokeniserFilesOfThePublicModelGoAlong) {
+  const TemporaryDirectory directory;
+  directory.write("base/tokenizer.json", "{}");
+  directory.write("base/generation_config.json", "[]");
+  directory.write("base/notes.txt", "mine");
+  MixtureModel model = sample();
+  model.source = directory / "base";
+  write_flexmore_directory(model, directory / "a");
+  write_flexolmo_directory(read_mixture_directory(directory / "a"), directory / "b", std::nullopt);
+  for (const char* written : {"a", "b"}) {
+    EXPECT_EQ(core::read_text(directory / written / "tokenizer.json"), "{}") << written;
+    EXPECT_EQ(core::read_text(directory / written / "generation_config.json"), "[]") << written;
+    EXPECT_FALSE(std::filesystem::exists(directory / written / "notes.txt")) << written;
+  }
+}
+
 TEST(MixtureFiles, DirectoriesThatAreNoMixtureAreRefused) {
   const TemporaryDirectory directory;
   directory.write("config.json", models::tiny_config(DecoderConfig::Family::kOlmo2).to_json().dump());

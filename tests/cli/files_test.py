@@ -2,6 +2,7 @@
 """Commands that look into runs and files: files_test.py BINARY CLAIM. Exit code 77 = skipped."""
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -241,6 +242,65 @@ def evaluating(world: World) -> None:
     expect_in(moraine("eval", run, "--data", here / "left.h5", "--seq-len", 65, expect=2).stderr, "65", "64 positions")
     expect_in(moraine("eval", run, "--data", here / "left.h5", "--experts", "middle", expect=2).stderr, "no expert 'middle'")
     expect_in(moraine("eval", here, "--data", here / "left.h5", expect=2).stderr, "config.json")
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def damage_is_noticed(world: World) -> None:
+    world.run("run")
+    run, here = world.directory / "run", world.directory
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=run / "mixture", check=True)
+    evaluate = ("--data", here / "left.h5", "--seq-len", 32, "--sequences", 2)
+    moraine("eval", run, *evaluate)
+    flip_last_byte(run / "mixture/model.safetensors")
+    for command in (("eval", run, *evaluate), ("export", run / "mixture", here / "no", "--to", "flexolmo"), ("import", run / "mixture", here / "no")):
+        expect_in(moraine(*command, expect=2).stderr, "model.safetensors", "damaged or changed", "SHA256SUMS")
+    assert not (here / "no").exists()
+    facts = json.loads(moraine("inspect", run / "mixture", "--format", "json", expect=2).stdout)
+    assert list(facts["damaged"]) == ["model.safetensors"], facts.get("damaged")
+
+    artefact = Path(as_json("inspect", run, "train/left")["path"])
+    flip_last_byte(artefact)
+    facts = json.loads(moraine("inspect", artefact, "--format", "json", expect=2).stdout)
+    assert facts["damaged"].endswith(artefact.parent.name + artefact.stem) and facts["sha256"] == sha256(artefact), facts["damaged"]
+    expect_in(moraine("inspect", run, "train/left", expect=2).stdout, "damaged", artefact.parent.name + artefact.stem)
+    assert "damaged" not in json.loads(moraine("inspect", artefact, "--no-hash", "--format", "json").stdout)
+
+    (here / "model.bin").write_bytes(b"PK\x03\x04" + bytes(60))
+    expect_in(moraine("inspect", here / "model.bin", expect=2).stderr, "no safetensors file", "zip archive")
+    os.mkfifo(here / "pipe")
+    for command in (("inspect", here / "pipe"), ("eval", run, "--data", here / "pipe"), ("export", here / "pipe", here / "no", "--to", "peft")):
+        expect_in(moraine(*command, expect=2).stderr, "pipe")
+
+
+def text_and_model_are_compared(world: World) -> None:
+    world.run("run")
+    run, here = world.directory / "run", world.directory
+    shutil.copytree(run / "public_model", here / "model")
+    (here / "model/tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}))
+    own = "hf:" + sha256(here / "model/tokenizer.json")
+    expect_in(moraine("eval", here / "model", "--data", here / "left.h5", "--seq-len", 32, expect=2).stderr, "'bytes-v1'", own, "--tokenizer")
+    federated = here / "federated.yaml"
+    federated.write_text("name: t\nmethod: fedit\nmodel: {path: model}\ndomains: [{name: left, path: left.h5}]\nclients: {count: 1}\nrounds: 1\n"
+                         "seq_len: 32\ntrain: {steps: 1, batch_size: 2}\n")
+    expect_in(moraine("validate", federated, expect=2).stderr, "domains.0.path", own)
+    (here / "model/tokenizer.json").write_text("{}")   # no tokeniser: nothing to compare, but it goes along
+    moraine("validate", federated)
+    world.run("two", "model.architecture=null", "model.train=null", f"model.path={here / 'model'}")
+    assert (here / "two/mixture/tokenizer.json").read_text() == "{}"
+    moraine("export", here / "two", here / "dense", "--to", "flexolmo")
+    assert (here / "dense/tokenizer.json").read_text() == "{}"
+
+    shutil.copy(here / "left.h5", here / "edited.h5")
+    with h5py.File(here / "edited.h5", "r+") as file:   # other tokens under the old fingerprint
+        file["train/tokens"][0] = 7
+    expect_in(moraine("eval", run, "--data", here / "edited.h5", "--seq-len", 32, expect=2).stderr, "edited.h5", "not what its fingerprint says")
+    expect_in(moraine("validate", world.recipe, "domains.0.path=edited.h5", cwd=here, expect=2).stderr, "edited.h5", "not what its fingerprint says")
 
 
 def event_frames(data: bytes):
