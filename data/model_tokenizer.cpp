@@ -40,9 +40,10 @@ bool first_time(const std::string& what) {
 void check_model_tokenizer(const TextDomainInfo& text, const fs::path& text_path, const fs::path& model_directory,
                            int64_t model_vocabulary) {
   if (text.vocab_size > model_vocabulary)
-    throw core::UserError(fmt::format("data: {} has {} token ids, the vocabulary of the model in {} is {}",
-                                      text_path.string(), text.vocab_size, model_directory.string(), model_vocabulary),
+    throw core::UserError(fmt::format("data: {} has {} token ids, the model's vocabulary is {}", text_path.string(),
+                                      text.vocab_size, model_vocabulary),
                           "prepare the text with the model's own tokeniser");
+  if (model_directory.empty()) return;
   const auto own = tokenizer_in(model_directory);
   if (own && *own != text.tokenizer)
     throw core::UserError(

@@ -14,7 +14,8 @@ namespace moraine::data {
 /// Throws UserError if the directory holds a tokenizer.json with another SHA-256 than the text's, or, for bytes, one at
 /// all; and if the text has token ids that the model's vocabulary lacks. Where the directory does not say (no
 /// tokenizer.json, or none that holds a model), a text that is not bytes for a byte-sized vocabulary is named in a
-/// warning, once per pair of text and directory.
+/// warning, once per pair of text and directory. A model that is still to be made has no directory (empty): it takes
+/// any tokeniser its vocabulary holds.
 void check_model_tokenizer(const TextDomainInfo& text, const std::filesystem::path& text_path,
                            const std::filesystem::path& model_directory, int64_t model_vocabulary);
 

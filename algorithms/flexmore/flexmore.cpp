@@ -4,6 +4,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
+#include "data/model_tokenizer.h"
 #include "data/text_dataset.h"
 #include "models/decoder.h"
 
@@ -45,11 +46,8 @@ void FlexMore::open_inputs() {
       for (const char* split : {"train", "validation", "test"}) {
         const auto dataset = data::TextDataset::open(data_path(name), split, config_.seq_len, config_.tokenizer);
         fingerprints_[name] = dataset.info().fingerprint;
-        if (dataset.info().vocab_size > architecture_.vocab_size)
-          problems.add(key, key,
-                       fmt::format("has {} token ids, the model's vocabulary is {}", dataset.info().vocab_size,
-                                   architecture_.vocab_size),
-                       "use the model's own tokeniser");
+        data::check_model_tokenizer(dataset.info(), data_path(name),
+                                    config_.model.architecture ? "" : config_.model.path, architecture_.vocab_size);
       }
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());

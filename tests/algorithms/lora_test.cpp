@@ -236,7 +236,7 @@ TEST(LoraLinear, TheTypeFactorsAreStoredInDoesNotDecideHowTheyAreApplied) {
   base.weight = weight;
   const at::Tensor expected = LoraLinear(a, b, 2).forward(x, base);
   for (const at::ScalarType stored : {at::kHalf, at::kBFloat16}) {
-    const LoraLinear narrow(a.to(stored), b.to(stored), 2);
+    LoraLinear narrow(a.to(stored), b.to(stored), 2);
     EXPECT_TRUE(at::equal(narrow.forward(x, base), expected)) << c10::toString(stored);
     EXPECT_EQ(narrow.delta().scalar_type(), at::kFloat) << c10::toString(stored);
     EXPECT_TRUE(at::equal(narrow.delta(), LoraLinear(a, b, 2).delta())) << c10::toString(stored);
