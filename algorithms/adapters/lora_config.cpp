@@ -110,6 +110,10 @@ void check_names(const LoraConfig& config, std::span<const models::Slot> slots) 
     for (const std::string& module : config.target_modules) require("target_modules", module, by_name);
   }
   for (const std::string& module : config.exclude_modules) require("exclude_modules", module, by_name);
+  const auto by_regex = [](const std::string& path, const std::string& regex) {
+    return python_full_match(regex, path);
+  };
+  if (!config.exclude_regex.empty()) require("exclude_regex", config.exclude_regex, by_regex);
   for (const auto& [module, rank] : config.rank_pattern) require("rank_pattern", module, matches_end);
   for (const auto& [module, alpha] : config.alpha_pattern) require("alpha_pattern", module, matches_end);
 }
@@ -127,6 +131,13 @@ const core::Schema<LoraConfig>& lora_schema() {
         .doc("Modules by whole path or last segments; all-linear = every linear but lm_head.");
     s.field("target_regex", &C::target_regex).doc("Regular expression for whole paths; replaces target_modules.");
     s.field("exclude_modules", &C::exclude_modules).doc("Modules left alone; named as in target_modules.");
+    s.field("exclude_regex", &C::exclude_regex)
+        .joined_later()
+        .doc("Regular expression for whole paths of modules left alone.");
+    s.check([](const C& c) -> std::optional<std::string> {
+      if (c.exclude_modules.empty() || c.exclude_regex.empty()) return std::nullopt;
+      return "give exclude_modules or exclude_regex: an adapter's file holds one of them";
+    });
     s.field("layers_to_transform", &C::layers_to_transform).min(0).doc("Layer numbers; empty = all.");
     s.list("rank_pattern", &C::rank_pattern, rank_schema()).doc("Other ranks for some modules.");
     s.list("alpha_pattern", &C::alpha_pattern, alpha_schema()).doc("Other alphas for some modules.");

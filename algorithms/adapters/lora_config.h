@@ -33,7 +33,7 @@ struct LoraConfig {
       "all-linear"};                         // whole paths or their last segments; "all-linear" alone: all but lm_head
   std::string target_regex;                  // instead of target_modules: matches the whole path
   std::vector<std::string> exclude_modules;  // as target_modules
-  std::string exclude_regex;                 // matches the whole path; only adapters' files have it
+  std::string exclude_regex;                 // beside exclude_modules: matches the whole path
   std::vector<int64_t> layers_to_transform;  // layer numbers; empty = all; needs named target_modules
   std::vector<ModuleRank> rank_pattern;      // the first that matches decides; see lora_targets()
   std::vector<ModuleAlpha> alpha_pattern;

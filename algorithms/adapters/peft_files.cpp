@@ -73,7 +73,10 @@ LoraConfig patterns_as_read(const core::Json& meta) {
 
 void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const LoraConfig& config,
                           std::vector<core::TensorView> factors, const std::string& base_model) {
-  if (!base_model.empty()) peft["base_model_name_or_path"] = base_model;
+  if (!base_model.empty())  // a directory by a name that holds wherever the adapter is read
+    peft["base_model_name_or_path"] = std::filesystem::is_directory(base_model)
+                                          ? std::filesystem::absolute(base_model).lexically_normal().string()
+                                          : base_model;
   core::OrderedJson ordered = peft;
   const auto reorder = [&](const char* key, const auto& patterns) {
     if (patterns.empty()) return;

@@ -14,7 +14,7 @@ namespace moraine::algorithms::adapters {
 /// Writes a PEFT directory: adapter_config.json (sorted keys, indent 2; patterns in the order of `config`, in which
 /// they are tried) and adapter_model.safetensors (metadata format "pt"), with SHA256SUMS. `peft` holds the fields.
 /// `factors` are named "<slot path>.lora_A.weight" and ".lora_B.weight", as in artefacts of kind "adapter". A non-empty
-/// `base_model` is entered as base_model_name_or_path. Throws IoError.
+/// `base_model` is entered as base_model_name_or_path, a directory by its absolute path. Throws IoError.
 void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const LoraConfig& config,
                           std::vector<core::TensorView> factors, const std::string& base_model);
 

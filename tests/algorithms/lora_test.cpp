@@ -161,6 +161,9 @@ TEST(LoraTargets, NameThatMatchesNoSlotIsAnErrorThatListsTheSlots) {
   config.exclude_modules = {"o_porj"};
   expect_user_error(config, "exclude_modules matches no slot");
   config = {};
+  config.exclude_regex = ".*o_porj";
+  expect_user_error(config, "exclude_regex matches no slot");
+  config = {};
   config.rank_pattern = {{"q_prj", 2}};
   expect_user_error(config, "rank_pattern matches no slot");
   config = {};
