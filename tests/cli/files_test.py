@@ -274,7 +274,7 @@ def damage_is_noticed(world: World) -> None:
     (here / "model.bin").write_bytes(b"PK\x03\x04" + bytes(60))
     expect_in(moraine("inspect", here / "model.bin", expect=2).stderr, "no safetensors file", "zip archive")
     os.mkfifo(here / "pipe")
-    for command in (("inspect", here / "pipe"), ("eval", run, "--data", here / "pipe"), ("export", here / "pipe", here / "no", "--to", "peft")):
+    for command in (("inspect", here / "pipe"), ("eval", run / "public_model", "--data", here / "pipe"), ("export", here / "pipe", here / "no", "--to", "peft")):
         expect_in(moraine(*command, expect=2).stderr, "pipe")
 
 
@@ -300,7 +300,7 @@ def text_and_model_are_compared(world: World) -> None:
     with h5py.File(here / "edited.h5", "r+") as file:   # other tokens under the old fingerprint
         file["train/tokens"][0] = 7
     expect_in(moraine("eval", run, "--data", here / "edited.h5", "--seq-len", 32, expect=2).stderr, "edited.h5", "not what its fingerprint says")
-    expect_in(moraine("validate", world.recipe, "domains.0.path=edited.h5", cwd=here, expect=2).stderr, "edited.h5", "not what its fingerprint says")
+    expect_in(moraine("validate", world.recipe, f"domains.0.path={here / 'edited.h5'}", expect=2).stderr, "edited.h5", "not what its fingerprint says")
 
 
 def event_frames(data: bytes):
