@@ -212,9 +212,9 @@ Safetensors Safetensors::parse(Bytes bytes, std::string origin) {
 Safetensors Safetensors::open(const fs::path& path) { return parse(Bytes::map_file(path), path.string()); }
 
 Safetensors open_checked(const fs::path& path) {
-  Bytes bytes = Bytes::map_file(path);
-  check_checksum(path, bytes.span());
-  return Safetensors::parse(std::move(bytes), path.string());
+  Safetensors file = Safetensors::open(path);  // first: it says more about a file that is cut off
+  check_checksum(path, file.bytes().span());
+  return file;
 }
 
 const TensorView* Safetensors::find(std::string_view name) const { return find_sorted(tensors_, name); }
