@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "algorithms/arithmetic.h"
 #include "core/error.h"
 
 namespace moraine::algorithms {
@@ -37,12 +38,22 @@ const core::Schema<WorkersConfig>& workers_schema() {
         .doc("Send gradients while backward still runs; false only to measure what that gains")
         .field("device", &WorkersConfig::device)
         .choices({"cpu", "cuda"})
-        .doc("Where workers compute; never falls back")
+        .doc("Where workers compute, never falls back; part of every unit's identity, because sums depend on it")
+        .field("arithmetic", &WorkersConfig::arithmetic)
+        .joined_later()
+        .doc(
+            "portable: the same bits on every processor with AVX2, at about half the speed where there is AVX-512; "
+            "native: the fastest of this processor, named in every unit's identity, so that other processors cannot "
+            "join or continue the run")
         .field("retries", &WorkersConfig::retries)
         .min(1)
         .max(10)
         .changes_nothing()
-        .doc("Attempts per unit before the run gives up");
+        .doc("Attempts per unit before the run gives up")
+        .check([](const WorkersConfig& workers) -> std::optional<std::string> {
+          if (names_arithmetic(workers.arithmetic)) return std::nullopt;
+          return fmt::format("arithmetic must be portable or native: '{}'", workers.arithmetic);
+        });
     return s;
   }();
   return schema;
@@ -61,6 +72,7 @@ std::optional<std::string> run_name_problem(const std::string& name) {
 core::Json compute_identity(const WorkersConfig& workers) {
   core::Json identity = {{"threads", workers.threads}, {"device", workers.device}};
   if (workers.group_size > 1) identity["group_size"] = workers.group_size;
+  if (workers.arithmetic != kNative) identity["arithmetic"] = workers.arithmetic;
   return identity;
 }
 

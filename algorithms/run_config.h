@@ -8,7 +8,8 @@
 
 namespace moraine::algorithms {
 
-/// Who does the work. None of it changes results but `threads`, `device` and `group_size`: compute_identity().
+/// Who does the work. None of it changes results but `threads`, `group_size`, `device` and `arithmetic`:
+/// compute_identity().
 struct WorkersConfig {
   int64_t threads = 1;  // CPU threads of one process; results are bit-equal only for equal thread counts
   int64_t local = 0;    // working threads when not started by mpirun; 0 = as many whole groups as fit cores / threads
@@ -16,7 +17,10 @@ struct WorkersConfig {
   int64_t bucket_mib = 8;      // gradients travel in pieces of about this size within a group; 0 = each tensor alone
   bool overlap = true;         // and start to travel while backward still runs
   std::string device = "cpu";  // cpu | cuda
-  int64_t retries = 3;         // attempts per unit before the run gives up
+  // portable, or the name of native arithmetic (algorithms/arithmetic.h); bare "native" in runs recorded before there
+  // was a choice, whose processor is unknown
+  std::string arithmetic = "native";
+  int64_t retries = 3;  // attempts per unit before the run gives up
 };
 
 /// What every recipe has, whatever its method.
@@ -30,7 +34,8 @@ struct RunConfig {
 
 const core::Schema<WorkersConfig>& workers_schema();
 
-/// What of it belongs into every unit's spec because bits depend on it: threads, device and, above 1, group_size.
+/// What of it belongs into every unit's spec because bits depend on it: threads, device, arithmetic (where it is known)
+/// and, above 1, group_size.
 core::Json compute_identity(const WorkersConfig& workers);
 
 /// How many workers `processes` working processes are. Throws UserError if group_size does not divide them.

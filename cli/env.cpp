@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <CLI/CLI.hpp>
 
+#include "algorithms/arithmetic.h"
 #include "cli/command.h"
 #include "cli/output.h"
 #include "cli/run_summary.h"
@@ -20,12 +21,18 @@ void print_environment(const std::string& format) {
   facts["cuda"] = at::globalContext().hasCUDA() ? "available" : "absent: this build or machine has none";
   facts["cores"] = std::thread::hardware_concurrency();
   facts["blas"] = at::Context::hasMKL() ? "MKL" : "not MKL";
+  facts["arithmetic"] = algorithms::arithmetic_facts();
   if (format == "json") {
     print_json(facts);
     return;
   }
   core::Json rows = core::Json::array();
-  for (const auto& [key, value] : facts.items()) rows.push_back({{"what", key}, {"value", value}});
+  for (const auto& [key, value] : facts.items())
+    if (value.is_object())
+      for (const auto& [inner, fact] : value.items())
+        rows.push_back({{"what", fmt::format("{}.{}", key, inner)}, {"value", fact}});
+    else
+      rows.push_back({{"what", key}, {"value", value}});
   print(report::render_table(report::plain_table("Environment", {"what", "value"}, rows), table_style()));
 }
 

@@ -1,14 +1,22 @@
 #include "kernels/backend.h"
 
+#include <atomic>
+
 #include "core/error.h"
 
 namespace moraine::kernels {
 
+namespace {
+std::atomic<Path> most_wanted{Path::kAvx512Bf16};
+}
+
 Path best_path() {
   for (const Path path : {Path::kAvx512Bf16, Path::kAvx512, Path::kAvx2})
-    if (path_available(path)) return path;
+    if (path <= most_wanted && path_available(path)) return path;
   return Path::kScalar;
 }
+
+void limit_path(Path most) { most_wanted = most; }
 
 const char* path_name(Path path) {
   switch (path) {

@@ -17,8 +17,9 @@ using core::DType;
 
 enum class Device { kCpu, kCuda };
 
-/// Instruction family of the CPU kernels. kAuto takes the best one this processor has; a named one is used or refused.
-/// Results of two families differ in rounding; within one family they do not depend on thread count or on other tokens.
+/// Instruction family of the CPU kernels, ascending. kAuto takes the best one this processor has; a named one is used
+/// or refused. Results of two families differ in rounding; within one family they do not depend on thread count or on
+/// other tokens.
 enum class Path { kAuto, kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 /// Tensor-core instructions of the CUDA kernels, for 16-bit types. kMma: mma.sync in 64 x 64 tiles. kWgmma: wgmma in
@@ -94,6 +95,8 @@ inline size_t accumulate_size(DType storage) { return storage == DType::kF64 ? 8
 bool path_available(Path path);
 /// The family kAuto stands for here.
 Path best_path();
+/// Makes kAuto stand for nothing above `most` in this process from now on. Call it before other threads compute.
+void limit_path(Path most);
 const char* path_name(Path path);
 
 }  // namespace moraine::kernels

@@ -183,6 +183,20 @@ TEST(BadInput, MissingInstructionSetsAndDevicesAreRefusedNotReplaced) {
     expect_error<UserError>([&] { backend_for({Device::kCuda}, DType::kF32); }, "no usable device");
 }
 
+TEST(Families, AutomaticStandsForNothingAboveTheLimit) {
+  const Path best = best_path();
+  for (const Path most : {Path::kScalar, Path::kAvx2, Path::kAvx512}) {
+    limit_path(most);
+    EXPECT_LE(best_path(), most);
+    if (path_available(most)) {
+      EXPECT_EQ(best_path(), most);
+      EXPECT_EQ(&backend_for({}, DType::kF32), &backend_for({Device::kCpu, most}, DType::kF32));
+    }
+  }
+  limit_path(Path::kAvx512Bf16);
+  EXPECT_EQ(best_path(), best);
+}
+
 TEST(Strides, RowsMayLieFurtherApartThanTheyAreWide) {
   SmallCall call;
   call.run();

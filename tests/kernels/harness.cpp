@@ -54,6 +54,8 @@ std::string target_name(const Target& t) {
   return where + "_" + std::string(core::safetensors_name(t.dtype));
 }
 
+void PrintTo(const Target& target, std::ostream* out) { *out << target_name(target); }
+
 std::vector<Target> all_targets() {
   std::vector<Target> out{{{Device::kCpu, Path::kScalar}, DType::kF64}};
   for (const Path path : {Path::kScalar, Path::kAvx2, Path::kAvx512, Path::kAvx512Bf16})
@@ -86,7 +88,12 @@ std::string skip_reason(const Target& t) {
   if (t.exec.device == Device::kCuda && !cuda_available()) return "no CUDA device in this build or machine";
   if (t.exec.cuda_family == CudaFamily::kWgmma && !device_has_wgmma()) return "wgmma needs compute capability 9.0";
   if (t.exec.device == Device::kCuda) return "";
-  return path_available(t.exec.path) ? "" : std::string("this processor has no ") + path_name(t.exec.path);
+  if (path_available(t.exec.path)) return "";
+#if defined(MORAINE_CUDA_ON_HOST)
+  return fmt::format("this program has no {} kernels; moraine_kernels_tests runs them", path_name(t.exec.path));
+#else
+  return fmt::format("this processor has no {}", path_name(t.exec.path));
+#endif
 }
 
 Memory::Memory(const Exec& exec, size_t bytes) : exec_(exec), bytes_((bytes + 255) / 256 * 256) {

@@ -23,6 +23,8 @@ struct Target {
   DType dtype = DType::kF32;
 };
 std::string target_name(const Target& target);
+/// How GoogleTest prints a parameter.
+void PrintTo(const Target& target, std::ostream* out);
 /// All combinations that exist anywhere; tests skip the ones this machine lacks (skip_reason).
 std::vector<Target> all_targets();
 /// CUDA with every expert that has a rank and a pair on wgmma, whatever its size.
