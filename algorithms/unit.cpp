@@ -1,14 +1,14 @@
 #include "algorithms/unit.h"
 
-#include <algorithm>
-
 #include "core/error.h"
 #include "core/hash.h"
 
 namespace moraine::algorithms {
 
 std::string Unit::id() const {
-  return core::sha256(core::Json{{"kind", kind}, {"spec", spec}, {"inputs", inputs}}.dump());
+  // Plans ask for it thousands of times: the object's canonical text, written without copying the spec into one.
+  return core::sha256(R"({"inputs":)" + core::Json(inputs).dump() + R"(,"kind":)" + core::Json(kind).dump() +
+                      R"(,"spec":)" + spec.dump() + "}");
 }
 
 core::Json Unit::to_json() const {
@@ -34,12 +34,15 @@ Unit Unit::from_json(const core::Json& json) {
 }
 
 std::optional<std::string> PlanBuilder::need(Unit unit) {
-  const std::string id = unit.id();
+  std::string id = unit.id();
   std::optional<std::string> artefact = state_.result(id);
-  if (std::find(seen_.begin(), seen_.end(), id) == seen_.end()) {
-    seen_.push_back(id);
-    (artefact ? plan_.finished : plan_.pending).push_back(std::move(unit));
+  if (!seen_.insert(id).second) return artefact;
+  if (artefact && !state_.keeps_finished_specs()) {
+    unit.spec = nullptr;
+    unit.inputs = {};
   }
+  (artefact ? plan_.finished : plan_.pending).push_back(std::move(unit));
+  (artefact ? plan_.finished_ids : plan_.pending_ids).push_back(std::move(id));
   return artefact;
 }
 

@@ -3,6 +3,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "core/artefact.h"
@@ -38,12 +39,16 @@ class RunState {
   virtual std::optional<std::string> result(const std::string& unit_id) const = 0;
   /// An accepted artefact. Throws InternalError if the id was never accepted.
   virtual core::ArtefactPtr artefact(const std::string& id) const = 0;
+  /// Whether finished units of a plan keep `spec` and `inputs`. A coordinator needs their ids alone, and thousands of
+  /// specs are most of a plan's memory.
+  virtual bool keeps_finished_specs() const { return true; }
 };
 
 /// What to do next. `pending` are the units that can run now; the run is over when there are none.
 struct Plan {
   std::vector<Unit> pending;
-  std::vector<Unit> finished;  // needed and already done, in planning order
+  std::vector<Unit> finished;  // needed and already done, in planning order; RunState::keeps_finished_specs()
+  std::vector<std::string> pending_ids = {}, finished_ids = {};  // parallel to them
 };
 
 /// Collects a plan while plan() walks through its procedure: need() returns the artefact id of a finished unit, or
@@ -58,7 +63,7 @@ class PlanBuilder {
  private:
   const RunState& state_;
   Plan plan_;
-  std::vector<std::string> seen_;
+  std::unordered_set<std::string> seen_;
 };
 
 }  // namespace moraine::algorithms

@@ -21,8 +21,9 @@ core::Json list_units(const coordinator::RunRecord& run) {
   for (const auto& unit : run.units) records[unit.unit] = &unit;
   const algorithms::Plan plan = restore_method(run)->plan(*run.state);
   core::Json rows = core::Json::array();
-  for (const auto& unit : plan.finished) {
-    const auto record = records.find(unit.id());
+  for (size_t i = 0; i < plan.finished.size(); ++i) {
+    const algorithms::Unit& unit = plan.finished[i];
+    const auto record = records.find(plan.finished_ids[i]);
     MORAINE_CHECK(record != records.end(), "unit {} is finished but not recorded", unit.label);
     const auto& r = *record->second;
     rows.push_back({{"unit", unit.label},

@@ -1,5 +1,10 @@
 #include <unistd.h>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <mutex>
 #include <thread>
 
 #include <ATen/Parallel.h>
@@ -32,6 +37,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr std::chrono::seconds kLongestLeave{120};  // for workers that were told to end
+constexpr size_t kLongestReason = 4096;
+
 struct RunArguments : RecipeArguments {
   std::string run_dir;
   bool accept_changes = false;
@@ -46,7 +54,9 @@ worker::WorkerOptions worker_options(const algorithms::RunConfig& run, const fs:
                                      const std::string& name, int on_host) {
   worker::WorkerOptions options;
   options.name = name;
+  options.version = build_version();
   options.threads = static_cast<int>(run.workers.threads);
+  options.arithmetic = run.workers.arithmetic;
   options.workers_on_host = on_host;
   options.device = run.workers.device;
   options.exchange.bucket_bytes = static_cast<size_t>(run.workers.bucket_mib) << 20;
@@ -85,9 +95,36 @@ void finish_run(const algorithms::Method& method, const fs::path& directory, coo
   if (complete) print_result(summary, directory, outcome);
 }
 
+int report_outcome(const coordinator::RunOutcome& outcome) {
+  if (outcome.exit_code != core::kExitOk) {
+    std::fprintf(stderr, "moraine: %s\n", outcome.message.c_str());
+    if (!outcome.hint.empty()) std::fprintf(stderr, "  hint: %s\n", outcome.hint.c_str());
+  }
+  return outcome.exit_code;
+}
+
+coordinator::Coordinator::Options coordinator_options(const algorithms::ParsedRecipe& recipe) {
+  const algorithms::Method& method = *recipe.method;
+  coordinator::Coordinator::Options options;
+  options.max_attempts = static_cast<int>(recipe.run.workers.retries);
+  options.version = build_version();
+  options.recipe = algorithms::recipe_identity(recipe);
+  options.device = recipe.run.workers.device;
+  options.threads = recipe.run.workers.threads;
+  options.check_result = [&](const algorithms::Unit& unit, const core::Artefact& artefact) {
+    method.check_result(unit, artefact);
+  };
+  options.missing_result = [&](const algorithms::RunState& state) { return method.missing_result(state); };
+  options.terminal = core::is_terminal(STDERR_FILENO);
+  return options;
+}
+
+/// Ends the process, or all of a job, without waiting for what hangs.
+using EndAtOnce = std::function<void(int exit_code)>;
+
 // The coordinator's part, over whatever channel. Returns the exit code; errors of set-up are thrown.
-coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments,
-                                   const fs::path& directory, comm::Channel& channel) {
+int coordinate(const algorithms::ParsedRecipe& recipe, const RunArguments& arguments, const fs::path& directory,
+               comm::Channel& channel, const EndAtOnce& end_at_once) {
   const coordinator::Recipe identity{core::read_text(arguments.recipe), core::resolved_yaml(recipe.resolved),
                                      recipe.values, algorithms::find_method(recipe.run.method).identity};
   const auto run_directory = coordinator::RunDirectory::open(directory, identity, arguments.accept_changes);
@@ -103,25 +140,23 @@ coordinator::RunOutcome coordinate(const algorithms::ParsedRecipe& recipe, const
                                    .progress = [](double, double) {}});
     return recipe.method->execute(unit, context);
   };
-  coordinator::Coordinator::Options how;
-  how.max_attempts = static_cast<int>(recipe.run.workers.retries);
-  how.version = MORAINE_VERSION;
-  how.terminal = core::is_terminal(STDERR_FILENO);
   coordinator::Coordinator run(
       run_directory, channel, [&](const algorithms::RunState& state) { return recipe.method->plan(state); }, execute,
-      how, g_signals);
+      coordinator_options(recipe), g_signals);
   running = &run;
   coordinator::RunOutcome outcome = run.run();
-  finish_run(*recipe.method, directory, outcome);
-  return outcome;
-}
-
-int report_outcome(const coordinator::RunOutcome& outcome) {
-  if (outcome.exit_code != core::kExitOk) {
-    std::fprintf(stderr, "moraine: %s\n", outcome.message.c_str());
-    if (!outcome.hint.empty()) std::fprintf(stderr, "  hint: %s\n", outcome.hint.c_str());
+  try {
+    finish_run(*recipe.method, directory, outcome);
+  } catch (const std::exception& error) {
+    const coordinator::RunOutcome failed = coordinator::outcome_of(error);
+    if (outcome.exit_code == core::kExitOk)
+      outcome = {failed.exit_code, failed.message, failed.hint, outcome.abort_workers};
+    else  // how the run ended is the news, not that its report is missing
+      core::log::error("the report was not written: {}", error.what());
   }
-  return outcome.exit_code;
+  const int code = report_outcome(outcome);
+  if (outcome.abort_workers) end_at_once(code);
+  return code;
 }
 
 algorithms::ParsedRecipe load(const RunArguments& arguments) {
@@ -129,6 +164,61 @@ algorithms::ParsedRecipe load(const RunArguments& arguments) {
   worker::check_options(worker_options(recipe.run, run_directory_of(arguments, recipe.run), "worker", 1));
   recipe.method->open_inputs();
   return recipe;
+}
+
+/// The threads of a run in one process.
+class Crew {
+ public:
+  void start(std::function<void()> work) {
+    {
+      const std::lock_guard lock(mutex_);
+      ++working_;
+    }
+    try {
+      threads_.emplace_back([this, work = std::move(work)]() mutable {
+        work();
+        work = nullptr;  // what it held is gone before the thread counts as ended
+        const std::lock_guard lock(mutex_);
+        --working_;
+        changed_.notify_all();
+      });
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      --working_;
+      throw;
+    }
+  }
+
+  /// Whether all have ended before the deadline; they are joined then.
+  bool join(std::chrono::seconds deadline) {
+    {
+      std::unique_lock lock(mutex_);
+      if (!changed_.wait_for(lock, deadline, [&] { return working_ == 0; })) return false;
+    }
+    for (auto& thread : threads_) thread.join();
+    threads_.clear();
+    return true;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int working_ = 0;
+  std::vector<std::thread> threads_;
+};
+
+void say_gone(comm::Channel& channel, const coordinator::RunOutcome& why) {
+  const auto said =
+      channel.send(0, {comm::MessageType::kGone,
+                       {{"reason", why.message.substr(0, kLongestReason)}, {"code", why.exit_code}, {"hint", why.hint}},
+                       {}});
+  if (!said.ok()) core::log::debug("the coordinator has left: {}", said.error());
+}
+
+int64_t local_members(const algorithms::WorkersConfig& how) {
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const int64_t fitting = std::max<int64_t>(1, cores / how.threads / how.group_size) * how.group_size;
+  return how.local ? how.local : fitting;
 }
 
 // Everything in one process: the members of workers are threads, each with its own thread count.
@@ -140,62 +230,72 @@ int run_alone(const RunArguments& arguments) {
   if (how.group_size > 1 && how.device == "cuda")
     throw core::UserError("cli: a group on GPUs needs a process for each of its members",
                           "start the run with mpirun, or set workers.group_size=1");
-  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  const int64_t fitting = std::max<int64_t>(1, cores / how.threads / how.group_size) * how.group_size;
-  const int64_t members = how.local ? how.local : fitting;
+  const int64_t members = local_members(how);
   const int count = algorithms::num_workers(how, members);
-  auto star = comm::local::make_star(count);
   static const std::atomic<int> no_signals{0};  // the coordinator passes stop requests on
   std::atomic<bool> leaving{false};             // after an error of the coordinator, which speaks for all
   // One public model and one reader per data set for all. Members of a group load in step with each other, so they
   // cannot share: one would wait for another's load, which waits for the first.
   const auto objects = std::make_shared<worker::ObjectCache>(32);
-  std::vector<std::thread> threads;
-  const auto start = [&](int worker, std::shared_ptr<comm::Group> group, std::unique_ptr<comm::Channel> channel) {
-    threads.emplace_back([&, worker, group = std::move(group), channel = std::move(channel)]() mutable {
-      const std::string name = fmt::format("worker {}", worker + 1);
-      try {
-        auto options = worker_options(recipe.run, directory, name, static_cast<int>(members));
-        if (group->size() == 1) options.objects = objects;
-        if (group->index() > 0) options.checkpoint_directory.clear();
-        options.group = std::move(group);
-        if (channel)
-          worker::serve(*channel, *recipe.method, options, no_signals);
-        else
-          worker::serve_member(*recipe.method, options, no_signals);
-      } catch (const core::Error& error) {
-        if (!leaving) core::log::error("worker lost: worker={} reason={}", worker + 1, error.what());
-      }
-      channel.reset();
-    });
+  const std::string identity = algorithms::recipe_identity(recipe);
+  const auto work = [&](int worker, std::shared_ptr<comm::Group> group, comm::Channel* channel) {
+    try {
+      auto options =
+          worker_options(recipe.run, directory, fmt::format("worker {}", worker + 1), static_cast<int>(members));
+      options.recipe = identity;
+      if (group->size() == 1) options.objects = objects;
+      if (group->index() > 0) options.checkpoint_directory.clear();
+      options.group = std::move(group);
+      if (channel)
+        worker::serve(*channel, *recipe.method, options, no_signals);
+      else
+        worker::serve_member(*recipe.method, options, no_signals);
+    } catch (const std::exception& error) {
+      if (channel) say_gone(*channel, coordinator::outcome_of(error));
+      if (!leaving) core::log::error("worker lost: worker={} reason={}", worker + 1, error.what());
+    }
   };
-  for (int worker = 0; worker < count; ++worker) {
-    auto group = comm::threads::make_group(static_cast<int>(how.group_size));
-    for (size_t member = 0; member < group.size(); ++member)
-      start(worker, std::move(group[member]),
-            member == 0 ? std::move(star.workers[static_cast<size_t>(worker)]) : nullptr);
-  }
-  const auto join = [&] {
+  auto star = comm::local::make_star(count);
+  Crew crew;
+  const auto end_at_once = [](int code) {
+    std::fflush(nullptr);
+    std::_Exit(code);
+  };
+  const auto dismiss = [&](int code) {
     star.coordinator.reset();
-    for (auto& thread : threads) thread.join();
+    star.workers.clear();
+    if (crew.join(kLongestLeave)) return;
+    core::log::error("a worker does not end: waited_s={}", kLongestLeave.count());
+    end_at_once(code);
   };
   try {
-    const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *star.coordinator);
-    join();
-    return report_outcome(outcome);
-  } catch (...) {
+    for (int worker = 0; worker < count; ++worker) {
+      auto group = comm::threads::make_group(static_cast<int>(how.group_size));
+      for (size_t member = 0; member < group.size(); ++member) {
+        // std::function wants to be copied: one owner for what the thread takes along.
+        const std::shared_ptr<comm::Group> own = std::move(group[member]);
+        const std::shared_ptr<comm::Channel> channel =
+            member == 0 ? std::move(star.workers[static_cast<size_t>(worker)]) : nullptr;
+        crew.start([&work, worker, own, channel] { work(worker, own, channel.get()); });
+      }
+    }
+    const int code = coordinate(recipe, arguments, directory, *star.coordinator, end_at_once);
+    dismiss(code);
+    return code;
+  } catch (const std::exception& error) {
     leaving = true;
-    join();
+    dismiss(coordinator::outcome_of(error).exit_code);
     throw;
   }
 }
 
 // A working process of an MPI job, alone or as a member of a group.
-int work_in_job(comm::mpi::Session& session, const algorithms::ParsedRecipe& recipe, const fs::path& directory,
-                int members, comm::Channel& channel) {
+int work(comm::mpi::Session& session, const algorithms::ParsedRecipe& recipe, const fs::path& directory, int members,
+         comm::Channel& channel) {
   auto options =
       worker_options(recipe.run, directory, fmt::format("worker {}", 1 + (session.index() - 1) / members), 1);
   options.device_index = session.local_worker();
+  options.recipe = algorithms::recipe_identity(recipe);
   auto group = comm::mpi::make_group(session, members);
   if (members > 1 && options.device == "cuda") group = comm::nccl::make_group(std::move(group), options.device_index);
   options.group = std::move(group);
@@ -203,54 +303,70 @@ int work_in_job(comm::mpi::Session& session, const algorithms::ParsedRecipe& rec
     if (options.group->index() == 0) return worker::serve(channel, *recipe.method, options, g_signals);
     options.checkpoint_directory.clear();
     return worker::serve_member(*recipe.method, options, g_signals);
-  } catch (const core::Error& error) {
+  } catch (const std::exception& error) {
     if (members == 1) throw;
     // The others of the group wait for this process and MPI cannot go on without them: the job ends.
-    std::fprintf(stderr, "moraine: process %d: %s\n  hint: %s\n", session.index(), error.what(), error.hint().c_str());
-    session.abort(error.exit_code());
+    const coordinator::RunOutcome outcome = coordinator::outcome_of(error);
+    core::log::error("process {} ends the job, its group cannot go on without it", session.index());
+    session.abort(report_outcome(outcome));
+  }
+}
+
+// One process speaks for all: a worker tells the coordinator why it ends, and says it itself only if that does not end.
+int work_in_job(comm::mpi::Session& session, const RunArguments& arguments) {
+  using namespace std::chrono_literals;
+  const auto channel = comm::mpi::open_channel(session);
+  try {
+    const auto recipe = load(arguments);
+    const int members = static_cast<int>(recipe.run.workers.group_size);
+    algorithms::num_workers(recipe.run.workers, session.size() - 1);
+    return work(session, recipe, run_directory_of(arguments, recipe.run), members, *channel);
+  } catch (const std::exception& error) {
+    const coordinator::RunOutcome outcome = coordinator::outcome_of(error);
+    say_gone(*channel, outcome);
+    const auto heard = channel->receive(10s);
+    const bool spoken_for = heard.ok() && heard.value() &&
+                            (heard.value()->message.type == comm::MessageType::kRefuse ||
+                             heard.value()->message.type == comm::MessageType::kStop);
+    return spoken_for ? outcome.exit_code : report_outcome(outcome);
+  }
+}
+
+int coordinate_job(comm::mpi::Session& session, const RunArguments& arguments) {
+  auto channel = comm::mpi::open_channel(session);
+  try {
+    if (session.size() < 2)
+      throw core::UserError("cli: mpirun started one process: process 0 coordinates and nobody works",
+                            "mpirun -n 2 or more; or leave mpirun out to run everything in one process");
+    const auto recipe = load(arguments);
+    algorithms::num_workers(recipe.run.workers, session.size() - 1);
+    channel.reset();
+    channel = comm::mpi::open_channel(session, static_cast<int>(recipe.run.workers.group_size));  // leaders speak
+    return coordinate(recipe, arguments, run_directory_of(arguments, recipe.run), *channel,
+                      [&](int code) { session.abort(code); });
+  } catch (const std::exception& error) {
+    const coordinator::RunOutcome outcome = coordinator::outcome_of(error);
+    for (int peer = 1; channel && peer <= channel->peers(); ++peer) {
+      const auto sent = channel->send(
+          peer,
+          {comm::MessageType::kRefuse,
+           {{"code", outcome.exit_code}, {"text", outcome.message.substr(0, kLongestReason)}, {"hint", outcome.hint}},
+           {}});
+      if (!sent.ok()) core::log::warn("worker not told: worker={} reason={}", peer, sent.error());
+    }
+    return report_outcome(outcome);
   }
 }
 
 // A process of an MPI job: 0 coordinates, the others work.
 int run_in_job(const RunArguments& arguments) {
   comm::mpi::Session session;
-  auto channel = comm::mpi::open_channel(session);
   const bool coordinates = session.index() == 0;
   core::log::configure(g_log_level,
                        coordinates ? "coordinator" : fmt::format("{}/worker{}", session.host(), session.index()));
-  try {
-    if (coordinates && session.size() < 2)
-      throw core::UserError("cli: mpirun started one process: process 0 coordinates and nobody works",
-                            "mpirun -n 2 or more; or leave mpirun out to run everything in one process");
-    const auto recipe = load(arguments);
-    const fs::path directory = run_directory_of(arguments, recipe.run);
-    const int members = static_cast<int>(recipe.run.workers.group_size);
-    algorithms::num_workers(recipe.run.workers, session.size() - 1);
-    channel.reset();
-    channel = comm::mpi::open_channel(session, members);  // leaders speak for their groups
-    if (!coordinates) return work_in_job(session, recipe, directory, members, *channel);
-    const coordinator::RunOutcome outcome = coordinate(recipe, arguments, directory, *channel);
-    const int code = report_outcome(outcome);
-    if (outcome.abort_workers) session.abort(code);
-    return code;
-  } catch (const core::Error& error) {
-    // One process speaks for all: workers that fail the same way as the coordinator stay silent.
-    if (coordinates) {
-      for (int peer = 1; peer <= channel->peers(); ++peer)
-        if (const auto sent = channel->send(
-                peer, {comm::MessageType::kRefuse, {{"code", error.exit_code()}, {"text", error.what()}}, {}});
-            !sent.ok())
-          core::log::warn("worker not told: worker={} reason={}", peer, sent.error());
-    } else {
-      using namespace std::chrono_literals;
-      const auto heard = channel->receive(10s);
-      if (heard.ok() && heard.value() && heard.value()->message.type == comm::MessageType::kRefuse)
-        return error.exit_code();
-    }
-    std::fprintf(stderr, "moraine: %s\n", error.what());
-    if (!error.hint().empty()) std::fprintf(stderr, "  hint: %s\n", error.hint().c_str());
-    return error.exit_code();
-  }
+  const int code = coordinates ? coordinate_job(session, arguments) : work_in_job(session, arguments);
+  session.leave(code, kLongestLeave);
+  return code;
 }
 
 }  // namespace

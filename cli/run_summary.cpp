@@ -14,6 +14,21 @@ namespace {
 
 constexpr const char* kPlanFile = "inputs.json";
 
+core::Json read_plan_file(const std::filesystem::path& run_directory) {
+  const std::filesystem::path path = run_directory / kPlanFile;
+  core::Json plan = core::read_json(path);
+  const auto is_value = [](const core::Json& value) {
+    return value.is_object() && value.size() == 3 && value.contains("path") && value["path"].is_string() &&
+           value.contains("origin") && value["origin"].is_string() && value.contains("value") &&
+           value["value"].is_string();
+  };
+  if (plan.is_object() && plan.contains("inputs") && plan.contains("resolved") && plan["resolved"].is_array() &&
+      std::all_of(plan["resolved"].begin(), plan["resolved"].end(), is_value))
+    return plan;
+  throw core::UserError(fmt::format("cli: {} is damaged: it has no inputs or no resolved recipe", path.string()),
+                        "`moraine run` with the recipe and this --run-dir writes it again");
+}
+
 std::string worker_name(int worker) { return worker == 0 ? "coordinator" : fmt::format("worker {}", worker); }
 
 core::Json timeline(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
@@ -35,8 +50,8 @@ core::Json timeline(const algorithms::Plan& plan, const coordinator::RunRecord& 
   }
   std::map<std::string, const coordinator::UnitRecord*> records;
   for (const auto& unit : run.units) records[unit.unit] = &unit;
-  for (const auto& unit : plan.finished) {
-    const auto it = records.find(unit.id());
+  for (const std::string& id : plan.finished_ids) {
+    const auto it = records.find(id);
     if (it == records.end()) continue;
     const coordinator::UnitRecord& r = *it->second;
     units.push_back({{"label", r.label},
@@ -57,15 +72,22 @@ core::Json timeline(const algorithms::Plan& plan, const coordinator::RunRecord& 
                      {"status", "failed"}});
   if (run.epochs.size() > 1)
     notes.push_back(fmt::format("{} starts; pauses between them are cut out", run.epochs.size()));
-  return {{"title", "Units over workers"}, {"units", units}, {"restarts", restarts}, {"notes", notes}};
+  if (run.ends.coordinating_s > 0)
+    notes.push_back(fmt::format("the coordinator itself: {:.1f} s of processor time, {:.1f} s of it for plans",
+                                run.ends.coordinating_s, run.ends.planning_s));
+  return {{"title", "Units over workers"},
+          {"units", units},
+          {"restarts", restarts},
+          {"coordinating_s", run.ends.coordinating_s},
+          {"notes", notes}};
 }
 
 core::Json timing(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
   std::map<std::string, const coordinator::UnitRecord*> records;
   for (const auto& unit : run.units) records[unit.unit] = &unit;
   std::map<std::string, double> seconds;
-  for (const auto& unit : plan.finished)
-    if (const auto it = records.find(unit.id()); it != records.end()) seconds[unit.kind] += it->second->seconds;
+  for (const std::string& id : plan.finished_ids)
+    if (const auto it = records.find(id); it != records.end()) seconds[it->second->kind] += it->second->seconds;
   core::Json out = core::Json::array();
   for (const auto& [kind, value] : seconds) out.push_back({{"label", kind}, {"seconds", value}});
   return out;
@@ -89,8 +111,8 @@ core::Json versions() {
 }
 
 std::unique_ptr<algorithms::Method> restore_method(const coordinator::RunRecord& run) {
-  const core::Json plan = core::read_json(run.layout.root / kPlanFile);
-  return algorithms::restore_method(run.recipe, plan.is_object() ? plan.value("inputs", core::Json()) : core::Json(),
+  const core::Json plan = read_plan_file(run.layout.root);
+  return algorithms::restore_method(run.recipe, plan.at("inputs"),
                                     fmt::format("{}: recipe.json and {}", run.layout.root.string(), kPlanFile));
 }
 
@@ -120,11 +142,11 @@ core::Json summarize(const algorithms::Method& method, const coordinator::RunRec
   summary["format"] = 1;
   summary["name"] = run.recipe.at("name");
   summary["method"] = run.recipe.at("method");
-  summary["complete"] = plan.pending.empty();
+  summary["complete"] = plan.pending.empty() && !method.missing_result(*run.state);
   summary["timeline"] = timeline(plan, run);
   summary["timing"] = timing(plan, run);
   summary["versions"] = versions();
-  summary["recipe"] = core::read_json(run.layout.root / kPlanFile).at("resolved");
+  summary["recipe"] = read_plan_file(run.layout.root).at("resolved");
   return summary;
 }
 

@@ -15,8 +15,8 @@ namespace moraine::comm {
 /// What coordinator and workers say to each other, with the keys of each body. Numbers are stable; docs/recovery.md
 /// tells the conversation. `unit` and `artefact` are ids, `attempt` counts from 1.
 enum class MessageType : uint16_t {
-  kHello = 1,     // worker -> coordinator: {host, pid, threads, device, version}: first words of a worker
-  kRefuse = 2,    // coordinator -> worker: {code, text}: the worker exits with that code
+  kHello = 1,     // worker -> coordinator: {host, pid, threads, device, version, recipe}: first words of a worker
+  kRefuse = 2,    // coordinator -> worker: {code, text, hint}: the worker exits with that code
   kPoll = 3,      // worker -> coordinator: {}: ready for a unit; answered by kLease as soon as there is one
   kLease = 4,     // coordinator -> worker: {unit: Unit::to_json, attempt}
   kFetch = 5,     // worker -> coordinator: {artefact}: send me this input
@@ -27,7 +27,8 @@ enum class MessageType : uint16_t {
   kMetrics = 10,  // worker -> coordinator: {records: [{unit: label, key, step, value}, ...]}
   kStop = 11,     // coordinator -> worker: {reason: done|failed|stop}: checkpoint, answer, exit
                   // worker -> coordinator: {unit}: nothing more will come; unit = "" when none was running
-  kGone = 12,     // made by the coordinator's endpoint itself, never sent: {reason}: this peer will not speak again
+  kGone = 12,     // {reason, code, hint}: this peer will not speak again; made by the coordinator's endpoint itself, or
+                  // worker -> coordinator: it cannot start and ends with `code`
 };
 
 /// Longest control part in bytes of JSON text; send() throws InternalError beyond it. What is larger travels as

@@ -5,6 +5,11 @@
 #include "core/log.h"
 
 namespace moraine::coordinator {
+namespace {
+
+constexpr size_t kMostOpen = 1024;
+
+}  // namespace
 
 AcceptedState::AcceptedState(std::filesystem::path artefacts, std::span<const Record> records)
     : directory_(std::move(artefacts)) {
@@ -23,12 +28,18 @@ core::ArtefactPtr AcceptedState::artefact(const std::string& id) const {
   const std::lock_guard lock(mutex_);
   const auto known = artefacts_.find(id);
   MORAINE_CHECK(known != artefacts_.end(), "artefact was never accepted: {}", id);
-  if (known->second == nullptr) known->second = open(id);
-  return known->second;
+  if (core::ArtefactPtr artefact = known->second.lock()) return artefact;
+  core::ArtefactPtr artefact = open(id);
+  known->second = artefact;
+  open_.push_back(artefact);
+  if (open_.size() > kMostOpen) open_.pop_front();
+  return artefact;
 }
 
 std::filesystem::path AcceptedState::path_of(const std::string& artefact_id) const {
-  MORAINE_CHECK_EQ(artefact_id.size(), size_t{64});
+  if (artefact_id.size() != 64)
+    throw core::UserError(fmt::format("coordinator: '{}' names no artefact", artefact_id.substr(0, 100)),
+                          "the journal was changed, or another program wrote it");
   return directory_ / artefact_id.substr(0, 2) / (artefact_id.substr(2) + ".safetensors");
 }
 
@@ -38,11 +49,16 @@ core::ArtefactPtr AcceptedState::open(const std::string& id) const {
 }
 
 void AcceptedState::store(const core::Artefact& artefact) const {
+  const std::filesystem::path path = path_of(artefact.id());
   try {
-    open(artefact.id());
-  } catch (const core::UserError&) {  // missing or damaged: write it
-    core::write_atomically(path_of(artefact.id()), artefact.bytes().span());
+    if (std::filesystem::exists(path)) {
+      open(artefact.id());
+      return;
+    }
+  } catch (const std::exception& error) {
+    core::log::warn("a stored artefact is damaged and written again: path={} reason={}", path.string(), error.what());
   }
+  core::write_atomically(path, artefact.bytes().span());
 }
 
 void AcceptedState::accept(const std::string& unit_id, const std::string& artefact_id) {
@@ -55,7 +71,7 @@ void AcceptedState::forget_damaged() {
   const std::lock_guard lock(mutex_);
   std::erase_if(results_, [this](const auto& entry) {
     try {
-      artefacts_[entry.second] = open(entry.second);
+      open(entry.second);
       return false;
     } catch (const core::UserError& error) {
       core::log::warn("artefact is missing or damaged, its unit runs again: unit={} reason={}", entry.first,

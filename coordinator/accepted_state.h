@@ -1,10 +1,12 @@
 #pragma once
 
+#include <deque>
 #include <filesystem>
-#include <map>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string>
+#include <unordered_map>
 
 #include "algorithms/unit.h"
 #include "coordinator/journal.h"
@@ -20,9 +22,10 @@ class AcceptedState final : public algorithms::RunState {
   AcceptedState(std::filesystem::path artefacts, std::span<const Record> records);
 
   std::optional<std::string> result(const std::string& unit_id) const override;
-  /// Mapped from its file; the hash is checked the first time. Throws InternalError if the id was never accepted,
-  /// UserError if its file is missing or damaged.
+  /// Mapped from its file, which is checked against the hash whenever it is opened; those used last stay open. Throws
+  /// InternalError if the id was never accepted, UserError if its file is missing or damaged.
   core::ArtefactPtr artefact(const std::string& id) const override;
+  bool keeps_finished_specs() const override { return false; }
   std::filesystem::path path_of(const std::string& artefact_id) const;
 
   /// Durable when it returns; a file of that id that is whole already is left alone. Throws IoError (disk full,
@@ -39,9 +42,12 @@ class AcceptedState final : public algorithms::RunState {
 
   std::filesystem::path directory_;
   mutable std::mutex mutex_;
-  std::map<std::string, std::string> results_;  // unit id -> artefact id
-  // By id, null until asked for: mappings of files, which cost address space, not memory.
-  mutable std::map<std::string, core::ArtefactPtr> artefacts_;
+  std::unordered_map<std::string, std::string> results_;  // unit id -> artefact id
+  // By id, empty while nobody holds it open.
+  mutable std::unordered_map<std::string, std::weak_ptr<const core::Artefact>> artefacts_;
+  // Opened last, so that a plan which reads them again does not map them again. Bounded: a process may have 65,530
+  // mappings (vm.max_map_count) and a run more artefacts.
+  mutable std::deque<core::ArtefactPtr> open_;
 };
 
 }  // namespace moraine::coordinator

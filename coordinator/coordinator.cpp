@@ -1,5 +1,8 @@
 #include "coordinator/coordinator.h"
 
+#include <algorithm>
+#include <ctime>
+
 #include "coordinator/messages.h"
 #include "coordinator/run_record.h"
 #include "coordinator/verify.h"
@@ -20,9 +23,11 @@ double unix_time() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
-RunOutcome outcome_of(const std::exception& error) {
-  const Problem problem = problem_of(error);
-  return {exit_code_of(problem.kind), problem.text, problem.hint};
+/// Processor time of the calling thread.
+double thread_seconds() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
 Event run_unit(const Coordinator::Execute& execute, const algorithms::Unit& unit, int attempt) {
@@ -47,10 +52,13 @@ Coordinator::Coordinator(const RunDirectory& directory, comm::Channel& channel, 
     : layout_(directory.layout()),
       channel_(channel),
       execute_(std::move(execute)),
-      options_(std::move(options)),
+      options_([&] {
+        options.clock = [this] { return now(); };
+        return std::move(options);
+      }()),
       signals_(signals),
       journal_(layout_.journal()),
-      state_(layout_.artefacts(), journal_.records()),
+      state_(layout_.artefacts(), journal_.take_records()),
       metrics_(core::metrics::open_jsonl(layout_.metrics())),
       curves_(core::metrics::open_tensorboard(layout_.tensorboard())),
       core_(channel.peers(), options_, std::move(plan), state_),
@@ -64,7 +72,7 @@ RunOutcome Coordinator::run() {
   try {
     journal_.append(RecordType::kEpoch,
                     {{"version", options_.version}, {"processes", channel_.peers() + 1}, {"time", unix_time()}});
-  } catch (const core::Error& error) {
+  } catch (const std::exception& error) {
     apply(effect::StopWorkers{"failed"});
     return outcome_of(error);
   }
@@ -85,19 +93,28 @@ void Coordinator::handle(Event event) {
     const Event next = std::move(events_.front());
     events_.pop_front();
     try {
-      for (const Effect& effect : core_.step(now(), next)) {
-        std::visit([this](const auto& what) { apply(what); }, effect);
-      }
-    } catch (const std::exception& error) {  // of the plan, the disk or ourselves, not of a unit
+      for (const Effect& effect : core_.step(now(), next)) apply_or_break(effect);
+    } catch (const std::exception& error) {
       core::log::error("the run cannot go on: {}", error.what());
       events_.push_back(event::Broken{outcome_of(error)});
     }
   }
 }
 
+/// An effect that fails must not take the ones behind it along: the state machine counts on all of them, and waits for
+/// ever for what a lost lease or a lost end would have led to.
+void Coordinator::apply_or_break(const Effect& effect) {
+  try {
+    std::visit([this](const auto& what) { apply(what); }, effect);
+  } catch (const std::exception& error) {  // of the disk or ourselves, not of a unit
+    core::log::error("the run cannot go on: {}", error.what());
+    events_.push_back(event::Broken{outcome_of(error)});
+  }
+}
+
 void Coordinator::apply(const effect::Lease& lease) {
   core::log::info("unit starts: unit={} worker={} attempt={}", lease.unit.label, lease.worker, lease.attempt);
-  started_[lease.unit.id()] = unix_time();
+  started_[lease.id] = unix_time();
   if (lease.worker == 0) {
     here_ = std::async(std::launch::async, run_unit, std::cref(execute_), lease.unit, lease.attempt);
   } else {
@@ -121,14 +138,14 @@ void Coordinator::apply(const effect::Accept& accept) {
                                                   .seconds = result.seconds,
                                                   .stats = result.stats});
   state_.accept(result.unit, artefact);
+  started_.erase(result.unit);
   core::log::info("unit finished: unit={} worker={} seconds={:.1f} bytes={} artefact={}", accept.unit.label,
                   result.worker, result.seconds, result.artefact->bytes().size(), artefact.substr(0, 12));
   events_.push_back(event::Accepted{result.unit});
 }
 
 void Coordinator::apply(const effect::RecordFailure& failure) {
-  const std::string unit = failure.unit.id();
-  journal_.append(RecordType::kFail, FailureRecord{.unit = unit,
+  journal_.append(RecordType::kFail, FailureRecord{.unit = failure.id,
                                                    .kind = failure.unit.kind,
                                                    .label = failure.unit.label,
                                                    .host = failure.host,
@@ -136,13 +153,14 @@ void Coordinator::apply(const effect::RecordFailure& failure) {
                                                    .text = failure.problem.text.substr(0, kLongestFailureText),
                                                    .worker = failure.worker,
                                                    .attempt = failure.attempt,
-                                                   .started = started_[unit],
+                                                   .started = started_[failure.id],
                                                    .time = unix_time()});
 }
 
 void Coordinator::apply(const effect::Refuse& refuse) {
   core::log::error("worker refused: worker={} code={} reason={}", refuse.worker, refuse.code, refuse.text);
-  send(refuse.worker, {MessageType::kRefuse, {{"code", refuse.code}, {"text", refuse.text}}, {}});
+  send(refuse.worker,
+       {MessageType::kRefuse, {{"code", refuse.code}, {"text", refuse.text}, {"hint", refuse.hint}}, {}});
 }
 
 void Coordinator::apply(const effect::StopWorkers& stop) {
@@ -156,13 +174,11 @@ void Coordinator::apply(const effect::StopWorkers& stop) {
 void Coordinator::apply(const effect::Finish& finish) {
   outcome_ = finish.outcome;
   try {
-    if (outcome_->exit_code == core::kExitOk) {
-      journal_.append(RecordType::kDone, {{"time", unix_time()}});
-    } else {
-      journal_.append(RecordType::kStop,
-                      {{"reason", outcome_->message.substr(0, kLongestFailureText)}, {"time", unix_time()}});
-    }
-  } catch (const core::Error& error) {
+    const EpochEnd end{.time = unix_time(), .coordinating_s = thread_seconds(), .planning_s = core_.planning_seconds()};
+    core::Json body = end;
+    if (outcome_->exit_code != core::kExitOk) body["reason"] = outcome_->message.substr(0, kLongestFailureText);
+    journal_.append(outcome_->exit_code == core::kExitOk ? RecordType::kDone : RecordType::kStop, body);
+  } catch (const std::exception& error) {
     core::log::error("the end of the run could not be recorded: {}", error.what());
     if (outcome_->exit_code == core::kExitOk) outcome_ = outcome_of(error);
   }
@@ -201,6 +217,7 @@ void Coordinator::receive() {
   } catch (const core::UserError& error) {
     malformed(error);
   } catch (const std::exception& error) {
+    core::log::error("the run cannot go on: {}", error.what());
     handle(event::Broken{outcome_of(error)});
   }
 }
@@ -209,7 +226,9 @@ void Coordinator::answer_fetch(int worker, const core::Json& body) {
   const std::string id = body.at("artefact");
   try {
     send(worker, {MessageType::kArtefact, {{"artefact", id}}, state_.artefact(id)->bytes()});
-  } catch (const core::Error& error) {
+  } catch (const core::Json::exception&) {
+    throw;
+  } catch (const std::exception& error) {
     core::log::error("an artefact cannot be sent: worker={} artefact={} reason={}", worker, id, error.what());
     send(worker, {MessageType::kArtefact, {{"artefact", id}, {"error", error.what()}}, {}});
   }
@@ -224,7 +243,8 @@ void Coordinator::watch_clock() {
   last_tick_ = now();
   handle(event::Tick{});
   const Core::Work work = core_.work();
-  progress_.update(work.total > 0 ? work.done / work.total : 0, work.remaining_s, work.running);
+  shown_ = std::max(shown_, work.total > 0 ? work.done / work.total : 0);
+  progress_.update(shown_, work.remaining_s, work.running);
 }
 
 void Coordinator::send(int worker, comm::Message message) {

@@ -41,10 +41,12 @@ class Coordinator {
 
   /// Returns when the plan has nothing left, a unit failed for good, the run was stopped or the disk gave out. Whatever
   /// was accepted is durable by then, and opening the same directory again continues. Errors come back in the outcome.
+  /// With `abort_workers` a unit may still run on the background thread, which the destructor would wait for.
   RunOutcome run();
 
  private:
   void handle(Event event);
+  void apply_or_break(const Effect& effect);
   void apply(const effect::Lease& lease);
   void apply(const effect::Accept& accept);
   void apply(const effect::RecordFailure& failure);
@@ -78,6 +80,7 @@ class Coordinator {
   std::future<Event> here_;                // the unit that runs on the coordinator
   bool stop_passed_on_ = false;
   double last_tick_ = 0;
+  double shown_ = 0;  // of the progress bar: it does not go back when the plan grows
   std::optional<RunOutcome> outcome_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 
 #include <fmt/ranges.h>
 
@@ -11,6 +12,14 @@ namespace moraine::coordinator {
 
 using core::log::Level;
 
+namespace {
+
+// How many times as long as the last plan took to wait before the next one while everybody has work, so that planning
+// is a twentieth of the coordinator's time; and while a worker waits for a unit that a plan may offer.
+constexpr double kPlanPause = 20, kPlanPauseWhileSomeoneWaits = 2;
+
+}  // namespace
+
 int exit_code_of(const std::string& problem_kind) {
   static const std::map<std::string, int> codes = {
       {"user", core::kExitUser},   {"io", core::kExitIo},   {"memory", core::kExitIo},
@@ -18,6 +27,24 @@ int exit_code_of(const std::string& problem_kind) {
   };
   const auto found = codes.find(problem_kind);
   return found == codes.end() ? core::kExitInternal : found->second;
+}
+
+Problem problem_of(const std::exception& error) {
+  if (dynamic_cast<const std::bad_alloc*>(&error) != nullptr) {
+    return {"memory", "out of memory", "use a machine with more memory, a smaller batch or fewer processes per host"};
+  }
+  const auto* ours = dynamic_cast<const core::Error*>(&error);
+  if (ours == nullptr) return {"internal", error.what(), ""};
+  const char* kind = ours->exit_code() == core::kExitUser      ? "user"
+                     : ours->exit_code() == core::kExitIo      ? "io"
+                     : ours->exit_code() == core::kExitNumeric ? "numeric"
+                                                               : "internal";
+  return {kind, error.what(), ours->hint()};
+}
+
+RunOutcome outcome_of(const std::exception& error) {
+  const Problem problem = problem_of(error);
+  return {exit_code_of(problem.kind), problem.text, problem.hint};
 }
 
 Core::Core(int num_workers, Options options, Planner plan, const algorithms::RunState& state)
@@ -54,31 +81,46 @@ void Core::on(const event::Start&) {
                       "start at least two processes, or run without mpirun"});
     return;
   }
-  replan();
+  started_ = true;
+  started_at_ = now_;
 }
 
 void Core::on(const event::Hello& hello) {
+  const WorkerInfo& info = hello.info;
   Worker& worker = workers_[static_cast<size_t>(hello.worker)];
-  if (hello.info.version != options_.version) {
-    effects_.push_back(
-        effect::Refuse{hello.worker, core::kExitUser,
-                       fmt::format("the coordinator is version {}, worker {} on {} is version {}", options_.version,
-                                   hello.worker, hello.info.host, hello.info.version)});
-    on(event::Gone{hello.worker, "it is of another version"});
-    return;
-  }
+  worker.info = info;
+  const auto differs = [&](const std::string& what, const auto& ours, const auto& theirs, const std::string& hint) {
+    refuse(hello.worker, {core::kExitUser,
+                          fmt::format("{} has another {} than the coordinator: {} against {}", name_of(hello.worker),
+                                      what, theirs, ours),
+                          hint});
+  };
+  if (info.version != options_.version)
+    return differs("build of Moraine", options_.version, info.version, "install the same build on every host");
+  if (!options_.recipe.empty() && info.recipe != options_.recipe)
+    return differs(
+        "recipe", options_.recipe, info.recipe,
+        "give every process the same recipe file, arguments and MORAINE_* variables (mpirun -x NAME forwards "
+        "one; `moraine validate` prints where each value comes from)");
+  if (!options_.device.empty() && info.device != options_.device)
+    return differs("device", options_.device, info.device, "set workers.device alike for every process");
+  if (options_.threads != 0 && info.threads != options_.threads)
+    return differs("number of threads", options_.threads, info.threads, "set workers.threads alike for every process");
   worker.greeted = true;
-  worker.info = hello.info;
-  log(Level::kInfo, "worker joined: worker={} host={} pid={} threads={} device={}", hello.worker, hello.info.host,
-      hello.info.pid, hello.info.threads, hello.info.device);
+  log(Level::kInfo, "worker joined: worker={} host={} pid={} threads={} device={}", hello.worker, info.host, info.pid,
+      info.threads, info.device);
+}
+
+void Core::refuse(int index, RunOutcome why) {
+  effects_.push_back(effect::Refuse{index, why.exit_code, why.message, why.hint});
+  on(event::Gone{index, why.message, why.exit_code, why.hint});
 }
 
 void Core::on(const event::Poll& poll) {
   Worker& worker = workers_[static_cast<size_t>(poll.worker)];
   if (worker.gone) return;  // it was refused and has not read that yet
   if (!worker.greeted) {
-    effects_.push_back(effect::Refuse{poll.worker, core::kExitInternal, "the first message of a worker must be hello"});
-    on(event::Gone{poll.worker, "it polled before it said hello"});
+    refuse(poll.worker, {core::kExitInternal, "the first message of a worker must be hello", ""});
   } else if (worker.unit.empty()) {
     worker.waiting = true;
   } else {
@@ -106,7 +148,12 @@ void Core::on(const event::Finished& result) {
   }
   Job& job = jobs_.at(result.unit);
   Worker& worker = workers_[static_cast<size_t>(result.worker)];
-  job.state = Job::State::kStoring;
+  try {
+    if (options_.check_result) options_.check_result(job.unit, *result.artefact);
+  } catch (const std::exception& error) {
+    return withdraw_unit_of(result.worker, {"artefact", error.what(), problem_of(error).hint});
+  }
+  set_state(job, Job::State::kStoring);
   worker.unit.clear();
   scheduler_.measured(job.unit.kind, result.worker, job.unit.cost, result.seconds);
   effects_.push_back(effect::Accept{job.unit, worker.info.host, result});
@@ -122,20 +169,18 @@ void Core::on(const event::Failed& failed) {
 }
 
 void Core::on(const event::Accepted& accepted) {
-  jobs_.erase(accepted.unit);
-  if (ending_ || failure_) return;
-  replan();
-  if (const auto again = jobs_.find(accepted.unit); again != jobs_.end()) {
-    begin_ending({core::kExitInternal,
-                  fmt::format("coordinator: the plan asks again for a finished unit: {}", again->second.unit.label),
-                  "this is a bug in Moraine: please report it with this message"});
-  }
+  const auto job = jobs_.find(accepted.unit);
+  if (job == jobs_.end()) return;
+  finished_cost_[job->second.unit.kind] += job->second.unit.cost;
+  accepted_.insert(accepted.unit);
+  jobs_.erase(job);
 }
 
 void Core::on(const event::Stopped& stopped) {
   Worker& worker = workers_[static_cast<size_t>(stopped.worker)];
   const std::string unit = std::exchange(worker.unit, "");
-  if (!unit.empty()) jobs_.at(unit).state = Job::State::kReady;  // no failure: its checkpoint waits for the next taker
+  // No failure: its checkpoint waits for the next taker.
+  if (!unit.empty()) set_state(jobs_.at(unit), Job::State::kReady);
   worker.waiting = false;
   worker.stopped = true;
   if (!ending_ && stopped.worker != 0) {
@@ -149,6 +194,7 @@ void Core::on(const event::Gone& gone) {
   if (worker.gone) return;
   worker.gone = true;
   worker.waiting = false;
+  if (gone.code != 0 && !cause_) cause_ = RunOutcome{gone.code, gone.reason, gone.hint};
   log(Level::kWarn, "worker is gone: worker={} host={} reason={}", gone.worker, worker.info.host, gone.reason);
   withdraw_unit_of(gone.worker, {"gone", fmt::format("worker {} is gone: {}", name_of(gone.worker), gone.reason), ""});
 }
@@ -163,102 +209,177 @@ void Core::on(const event::Broken& broken) { begin_ending(broken.outcome); }
 void Core::on(const event::Tick&) {
   for (int index = 1; index <= num_workers_; ++index) {
     Worker& worker = workers_[static_cast<size_t>(index)];
-    if (worker.unit.empty() || now_ - worker.heard_at <= options_.stall_s) continue;
+    if (worker.gone || worker.stopped || worker.silent || worker.waiting) continue;
+    const double longest = worker.greeted ? options_.stall_s : options_.greet_s;
+    if (now_ - std::max(worker.heard_at, started_at_) <= longest) continue;
     worker.silent = true;
-    withdraw_unit_of(
-        index,
-        {"gone", fmt::format("worker {} gave no sign of life for {:.0f} s", name_of(index), options_.stall_s), ""});
+    const std::string what = fmt::format("{} gave no sign of life for {:.0f} s", name_of(index), longest);
+    log(Level::kWarn, "worker is not waited for any more: {}", what);
+    withdraw_unit_of(index, {"gone", what, ""});
   }
+}
+
+/// Whether to plan anew. At once when nothing else is left to do; otherwise planning must not take the time that
+/// accepting and leasing need, so a pause follows each plan, a short one while a worker waits.
+bool Core::plan_is_due() const {
+  if (!started_ || (planned_once_ && accepted_.empty())) return false;
+  if (jobs_.empty()) return true;
+  const auto waiting = static_cast<size_t>(
+      std::count_if(workers_.begin() + 1, workers_.end(), [](const Worker& worker) { return worker.waiting; }));
+  const double pause = plan_took_s_ * (waiting > ready_.size() ? kPlanPauseWhileSomeoneWaits : kPlanPause);
+  return now_ - planned_at_ >= pause;
 }
 
 void Core::replan() {
-  algorithms::Plan plan = plan_(state_);
-  finished_.clear();
-  for (const auto& unit : plan.finished) finished_.push_back({"", unit.kind, unit.cost});
-  std::map<std::string, algorithms::Unit> pending;
-  for (auto& unit : plan.pending) {
-    std::string id = unit.id();
-    pending.emplace(std::move(id), std::move(unit));
+  const double begin = options_.clock();
+  algorithms::Plan plan;
+  try {
+    plan = plan_(state_);
+  } catch (const std::exception& error) {
+    log(Level::kError, "the run cannot be planned: {}", error.what());
+    return begin_ending(outcome_of(error));
   }
+  plan_took_s_ = options_.clock() - begin;
+  planning_s_ += plan_took_s_;
+  planned_at_ = now_ + plan_took_s_;
+  planned_once_ = true;
+  MORAINE_CHECK_EQ(plan.pending.size(), plan.pending_ids.size());
+  finished_cost_.clear();
+  for (const auto& unit : plan.finished) finished_cost_[unit.kind] += unit.cost;
+  const std::set<std::string_view> pending(plan.pending_ids.begin(), plan.pending_ids.end());
   std::erase_if(jobs_, [&](const auto& entry) {
-    return entry.second.state == Job::State::kReady && !pending.contains(entry.first);
+    const bool unwanted = entry.second.state == Job::State::kReady && !pending.contains(entry.first);
+    if (unwanted) queue_of(entry.second).erase(candidate(entry.second));
+    return unwanted;
   });
   size_t worker_units = 0;
-  for (auto& [id, unit] : pending) {
+  for (size_t i = 0; i < plan.pending.size(); ++i) {
+    algorithms::Unit& unit = plan.pending[i];
+    if (accepted_.contains(plan.pending_ids[i])) {
+      return begin_ending({core::kExitInternal,
+                           fmt::format("coordinator: the plan asks again for a finished unit: {}", unit.label),
+                           "this is a bug in Moraine: please report it with this message"});
+    }
     if (unit.place == algorithms::Place::kWorker) ++worker_units;
-    if (!jobs_.contains(id)) jobs_[id].unit = std::move(unit);
+    const auto [entry, added] = jobs_.try_emplace(std::move(plan.pending_ids[i]));
+    if (!added) continue;
+    entry->second.id = entry->first;
+    entry->second.unit = std::move(unit);
+    queue_of(entry->second).insert(candidate(entry->second));
   }
+  accepted_.clear();
   most_ready_ = std::max(most_ready_, worker_units);
 }
 
+ReadyQueue& Core::queue_of(const Job& job) {
+  return job.unit.place == algorithms::Place::kCoordinator ? ready_here_ : ready_;
+}
+
+Candidate Core::candidate(const Job& job) const { return {job.id, job.unit.kind, job.unit.cost + job.unit.follows}; }
+
+void Core::set_state(Job& job, Job::State state) {
+  if (job.state == Job::State::kReady) queue_of(job).erase(candidate(job));
+  if (state == Job::State::kReady) queue_of(job).insert(candidate(job));
+  job.state = state;
+}
+
 void Core::dispatch() {
-  if (ending_) {
-    const bool all_stopped =
-        std::all_of(workers_.begin() + 1, workers_.end(),
-                    [](const Worker& worker) { return !worker.greeted || worker.gone || worker.stopped; }) &&
-        workers_[0].unit.empty();
-    if (!all_stopped && now_ < ending_->deadline) return;
-    RunOutcome outcome = ending_->outcome;
-    outcome.abort_workers = !all_stopped;
-    if (!all_stopped) log(Level::kWarn, "some workers did not stop in time: grace_s={:.0f}", options_.stop_grace_s);
-    over_ = true;
-    effects_.push_back(effect::Finish{std::move(outcome)});
-    return;
-  }
+  if (!ending_ && !failure_ && plan_is_due()) replan();
+  if (ending_) return end_when_stopped();
   if (failure_) {
     if (!running_anywhere()) finish("failed", *failure_);
     return;
   }
+  if (!started_) return;
   if (jobs_.empty()) {
     note_idle_workers();
-    finish("done", {});
-    return;
+    return finish_complete();
   }
-  std::vector<Candidate> ready;
-  for (const auto& [id, job] : jobs_) {
-    if (job.state == Job::State::kReady) ready.push_back({id, job.unit.kind, job.unit.cost + job.unit.follows});
+  const bool any_alive = std::any_of(workers_.begin() + 1, workers_.end(),
+                                     [](const Worker& worker) { return !worker.gone && !worker.silent; });
+  if (!any_alive) return end_without_workers();
+  lease_ready();
+}
+
+/// The plan has nothing left: whether that is success is the method's to say.
+void Core::finish_complete() {
+  try {
+    const auto missing = options_.missing_result ? options_.missing_result(state_) : std::nullopt;
+    if (!missing) return finish("done", {});
+    finish("failed", {core::kExitUser, *missing,
+                      "nothing is left to run and everything finished is kept: look at the recipe with `moraine "
+                      "validate`"});
+  } catch (const std::exception& error) {
+    finish("failed", outcome_of(error));
   }
-  scheduler_.sort(ready);
+}
+
+void Core::end_when_stopped() {
+  const bool all_stopped =
+      std::all_of(workers_.begin() + 1, workers_.end(),
+                  [](const Worker& worker) { return !worker.greeted || worker.gone || worker.stopped; }) &&
+      workers_[0].unit.empty();
+  if (!all_stopped && now_ < ending_->deadline) return;
+  RunOutcome outcome = ending_->outcome;
+  outcome.abort_workers = !all_stopped || some_worker_is_stuck();
+  if (!all_stopped) log(Level::kWarn, "some workers did not stop in time: grace_s={:.0f}", options_.stop_grace_s);
+  over_ = true;
+  effects_.push_back(effect::Finish{std::move(outcome)});
+}
+
+/// A signal that reached the workers first comes before what else made them leave.
+void Core::end_without_workers() {
+  const bool stopped =
+      std::any_of(workers_.begin() + 1, workers_.end(), [](const Worker& worker) { return worker.stopped; });
+  RunOutcome outcome{core::kExitIo, "coordinator: all workers have left", "run the same command again to continue"};
+  if (stopped) {
+    outcome.exit_code = core::kExitRequeue;
+  } else if (cause_) {
+    outcome = *cause_;
+    outcome.message = "coordinator: all workers have left: " + outcome.message;
+  }
+  begin_ending(std::move(outcome));
+  end_when_stopped();
+}
+
+void Core::lease_ready() {
+  std::vector<std::pair<int, std::string_view>> leases;
+  if (workers_[0].unit.empty()) {
+    ready_here_.visit(scheduler_, [&](std::string_view id) {
+      leases.emplace_back(0, id);
+      return false;
+    });
+  }
   std::vector<int> waiting;
-  bool any_alive = false;
   for (int index = 1; index <= num_workers_; ++index) {
-    const Worker& worker = workers_[static_cast<size_t>(index)];
-    if (worker.waiting) waiting.push_back(index);
-    any_alive = any_alive || (!worker.gone && !worker.silent);
+    if (workers_[static_cast<size_t>(index)].waiting) waiting.push_back(index);
   }
-  scheduler_.sort(waiting);
-  if (!any_alive) {
-    const bool stopped =
-        std::any_of(workers_.begin() + 1, workers_.end(), [](const Worker& worker) { return worker.stopped; });
-    begin_ending({stopped ? core::kExitRequeue : core::kExitIo, "coordinator: all workers have left",
-                  "run the same command again to continue"});
-    return dispatch();
+  if (!waiting.empty() && !ready_.empty()) {
+    scheduler_.sort(waiting);
+    ready_.visit(scheduler_, [&](std::string_view id) {
+      const Job& job = jobs_.find(id)->second;
+      const auto taker = std::find_if(waiting.begin(), waiting.end(), [&](int worker) { return may_try(job, worker); });
+      if (taker == waiting.end()) return true;
+      leases.emplace_back(*taker, id);
+      waiting.erase(taker);
+      return !waiting.empty();
+    });
   }
-  for (const Candidate& candidate : ready) {
-    const Job& job = jobs_.at(candidate.id);
-    if (job.unit.place == algorithms::Place::kCoordinator) {
-      if (workers_[0].unit.empty()) lease(0, candidate.id);
-      continue;
-    }
-    const auto taker = std::find_if(waiting.begin(), waiting.end(), [&](int worker) { return may_try(job, worker); });
-    if (taker == waiting.end()) continue;
-    lease(*taker, candidate.id);
-    waiting.erase(taker);
-  }
+  for (const auto& [worker, id] : leases) lease(worker, std::string(id));
+  if (noted_idle_ || waiting.empty() || most_ready_ >= workers_.size() - 1) return;
   const bool all_asked = std::all_of(workers_.begin() + 1, workers_.end(), [](const Worker& worker) {
     return worker.gone || worker.waiting || !worker.unit.empty();
   });
-  if (!noted_idle_ && all_asked && !waiting.empty() && most_ready_ < workers_.size() - 1) {
-    noted_idle_ = true;
-    log(Level::kInfo, "more workers than units that can run now: nothing to do yet for workers={} units={}",
-        fmt::join(waiting, ","), most_ready_);
-  }
+  if (!all_asked) return;
+  noted_idle_ = true;
+  log(Level::kInfo, "more workers than units that can run now: nothing to do yet for workers={} units={}",
+      fmt::join(waiting, ","), most_ready_);
 }
 
 void Core::lease(int index, const std::string& unit) {
   Job& job = jobs_.at(unit);
   Worker& worker = workers_[static_cast<size_t>(index)];
-  job.state = Job::State::kLeased;
+  set_state(job, Job::State::kLeased);
   job.worker = index;
   job.leased_at = now_;
   job.first = job.last = std::nullopt;
@@ -266,7 +387,7 @@ void Core::lease(int index, const std::string& unit) {
   worker.waiting = false;
   worker.ever_leased = true;
   worker.heard_at = now_;
-  effects_.push_back(effect::Lease{index, job.unit, job.attempt});
+  effects_.push_back(effect::Lease{index, job.unit, job.attempt, unit});
 }
 
 void Core::withdraw_unit_of(int index, const Problem& problem) {
@@ -278,9 +399,9 @@ void Core::fail_attempt(const std::string& unit, const Problem& problem) {
   Job& job = jobs_.at(unit);
   const int attempt = job.attempt;
   effects_.push_back(effect::RecordFailure{job.unit, job.worker, workers_[static_cast<size_t>(job.worker)].info.host,
-                                           attempt, problem});
+                                           attempt, problem, unit});
   job.failed_on.insert(job.worker);
-  job.state = Job::State::kReady;
+  set_state(job, Job::State::kReady);
   ++job.attempt;
   // The coordinator itself would only meet the same wrong input again.
   const bool hopeless = job.worker == 0 && problem.kind == "user";
@@ -307,6 +428,7 @@ void Core::begin_ending(RunOutcome outcome) {
 
 void Core::finish(const std::string& reason, RunOutcome outcome) {
   over_ = true;
+  outcome.abort_workers = some_worker_is_stuck();
   effects_.push_back(effect::StopWorkers{reason});
   effects_.push_back(effect::Finish{std::move(outcome)});
 }
@@ -342,8 +464,15 @@ bool Core::may_try(const Job& job, int worker) const {
   return true;
 }
 
+/// Told to stop it would not hear it.
+bool Core::some_worker_is_stuck() const {
+  return std::any_of(workers_.begin() + 1, workers_.end(),
+                     [](const Worker& worker) { return worker.silent && !worker.gone && !worker.stopped; });
+}
+
 std::string Core::name_of(int worker) const {
   if (worker == 0) return "the coordinator";
+  if (workers_[static_cast<size_t>(worker)].info.host.empty()) return fmt::format("worker {}", worker);
   return fmt::format("worker {} ({})", worker, workers_[static_cast<size_t>(worker)].info.host);
 }
 
@@ -360,7 +489,7 @@ Core::Work Core::work() const {
       corrected.measured(job.unit.kind, job.worker, job.unit.cost, *seconds);
   }
   Work work;
-  for (const Candidate& unit : finished_) work.done += corrected.predicted_seconds(unit.kind, unit.cost);
+  for (const auto& [kind, cost] : finished_cost_) work.done += corrected.predicted_seconds(kind, cost);
   work.total = work.done;
   for (const auto& [id, job] : jobs_) {
     const double seconds = corrected.predicted_seconds(job.unit.kind, job.unit.cost);

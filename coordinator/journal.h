@@ -17,8 +17,8 @@ enum class RecordType : uint16_t {
   kEpoch = 1,   // a start: {version, processes, time}
   kAccept = 2,  // {unit, kind, label, artefact, worker, host, attempt, started, ended, seconds, stats}
   kFail = 3,    // {unit, unit_kind, label, attempt, worker, host, kind, text, started, time}
-  kStop = 4,    // stopped before the end: {reason, time}
-  kDone = 5,    // the plan has nothing left: {time}
+  kStop = 4,    // stopped before the end: {reason, time, coordinating_s, planning_s}
+  kDone = 5,    // the plan has nothing left: {time, coordinating_s, planning_s}
 };
 
 struct Record {
@@ -47,8 +47,10 @@ class Journal {
   Journal(const Journal&) = delete;
   Journal& operator=(const Journal&) = delete;
 
-  /// What the file held when it was opened.
+  /// What the file held when it was opened; until take_records().
   const std::vector<Record>& records() const { return records_; }
+  /// Hands them over: nobody needs them twice and a long run has many.
+  std::vector<Record> take_records() { return std::move(records_); }
   /// Durable when it returns. Throws IoError; after that the journal takes nothing more (a failed sync may have lost
   /// pages).
   void append(RecordType type, const core::Json& body);

@@ -1,7 +1,5 @@
 #include "coordinator/messages.h"
 
-#include <new>
-
 #include "coordinator/verify.h"
 #include "core/error.h"
 
@@ -26,7 +24,9 @@ Event result_event(int worker, const comm::Message& message) {
     }
     return event::Finished{
         worker, unit, attempt, std::move(artefact), body.at("seconds"), body.value("stats", core::Json::object())};
-  } catch (const core::UserError& error) {
+  } catch (const core::Json::exception&) {
+    throw;  // of the message, not of the artefact
+  } catch (const std::exception& error) {
     return bad("artefact", error.what(), "the bytes were damaged on their way: check the worker's memory and network");
   }
 }
@@ -36,7 +36,8 @@ WorkerInfo worker_info(const core::Json& body) {
           .pid = body.at("pid"),
           .threads = body.at("threads"),
           .device = body.at("device"),
-          .version = body.at("version")};
+          .version = body.at("version"),
+          .recipe = body.value("recipe", "")};
 }
 
 }  // namespace
@@ -62,7 +63,7 @@ Event event_from(const comm::Envelope& envelope) {
     case MessageType::kStop:
       return event::Stopped{worker};
     case MessageType::kGone:
-      return event::Gone{worker, body.at("reason")};
+      return event::Gone{worker, body.at("reason"), body.value("code", 0), body.value("hint", "")};
     case MessageType::kRefuse:
     case MessageType::kLease:
     case MessageType::kArtefact:
@@ -79,19 +80,6 @@ std::vector<core::metrics::Record> metrics_from(const core::Json& body) {
     records.push_back({record.at("unit"), record.at("key"), record.at("step"), record.at("value")});
   }
   return records;
-}
-
-Problem problem_of(const std::exception& error) {
-  if (dynamic_cast<const std::bad_alloc*>(&error) != nullptr) {
-    return {"memory", "out of memory", "use a machine with more memory, a smaller batch or fewer processes per host"};
-  }
-  const auto* ours = dynamic_cast<const core::Error*>(&error);
-  if (ours == nullptr) return {"internal", error.what(), ""};
-  const char* kind = ours->exit_code() == core::kExitUser      ? "user"
-                     : ours->exit_code() == core::kExitIo      ? "io"
-                     : ours->exit_code() == core::kExitNumeric ? "numeric"
-                                                               : "internal";
-  return {kind, error.what(), ours->hint()};
 }
 
 }  // namespace moraine::coordinator

@@ -16,7 +16,4 @@ Event event_from(const comm::Envelope& envelope);
 /// The records of a kMetrics message; values that are not finite (null in JSON) are left out.
 std::vector<core::metrics::Record> metrics_from(const core::Json& body);
 
-/// An exception of a unit as the reason of its failure: user | io | numeric | memory | internal.
-Problem problem_of(const std::exception& error);
-
 }  // namespace moraine::coordinator

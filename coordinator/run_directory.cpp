@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
 
 #include <fmt/ranges.h>
@@ -53,6 +54,13 @@ void refuse_foreign_directory(const fs::path& root) {
 }
 
 core::FileLock lock_or_explain(const RunLayout& layout) {
+  std::error_code failed;  // said here: the lock file's own message would be that there is no such file
+  fs::create_directories(layout.root, failed);
+  if (failed) {
+    throw core::IoError(
+        fmt::format("coordinator: cannot make run directory {}: {}", layout.root.string(), failed.message()),
+        "name a directory you can write to with --run-dir");
+  }
   if (auto lock = core::FileLock::try_lock(layout.lock())) return std::move(*lock);
   std::string holder = core::read_text(layout.lock());
   std::replace(holder.begin(), holder.end(), '\n', ' ');
@@ -61,9 +69,25 @@ core::FileLock lock_or_explain(const RunLayout& layout) {
       "wait for that run, stop it, or use another --run-dir");
 }
 
+/// What makes the recorded recipe what it is; nullopt, with a warning, when it cannot be read. Nothing is lost then:
+/// units are told apart by ids that hold what determines them, and the recipe at hand is written in its place.
+std::optional<core::Json> recorded_identity(const RunLayout& layout, const Recipe& recipe) {
+  try {
+    const core::Json values = core::read_json(layout.recipe_json());
+    if (values.is_object()) return recipe.identity(values);
+    core::log::warn("recipe.json is damaged and written anew: path={}", layout.recipe_json().string());
+  } catch (const core::IoError&) {
+    throw;
+  } catch (const std::exception& error) {
+    core::log::warn("recipe.json is damaged and written anew: reason={}", error.what());
+  }
+  return std::nullopt;
+}
+
 void check_identity(const RunLayout& layout, const Recipe& recipe, bool accept_changes) {
-  const auto changes =
-      recipe_changes(recipe.identity(core::read_json(layout.recipe_json())), recipe.identity(recipe.values));
+  const auto recorded = recorded_identity(layout, recipe);
+  if (!recorded) return;
+  const auto changes = recipe_changes(*recorded, recipe.identity(recipe.values));
   if (changes.empty()) return;
   if (!accept_changes) {
     throw core::UserError(

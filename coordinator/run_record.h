@@ -42,6 +42,14 @@ struct EpochRecord {
   double time = 0;
 };
 
+/// How a start ended: what a STOP (with its reason) and a DONE record have in common.
+struct EpochEnd {
+  double time = 0;
+  double coordinating_s = 0;  // processor time of the coordinator beside its own units: planning, storing, talking
+  double planning_s = 0;      // its part that went into plans
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(EpochEnd, time, coordinating_s, planning_s)
+
 /// A run directory as reports see it.
 struct RunRecord {
   RunLayout layout;
@@ -51,6 +59,7 @@ struct RunRecord {
       units;  // in order of acceptance; a unit that had to run again stands once, with its last record
   std::vector<FailureRecord> failures;
   bool finished = false;  // the last start came to the end of the plan
+  EpochEnd ends;          // of all starts that ended, summed; their time is that of the last one
   std::shared_ptr<const AcceptedState> state;
 };
 

@@ -37,18 +37,45 @@ double Scheduler::relative_speed(int worker) const {
   return known == worker_speed_.end() ? 1.0 : known->second;
 }
 
-void Scheduler::sort(std::vector<Candidate>& candidates) const {
-  std::sort(candidates.begin(), candidates.end(), [this](const Candidate& a, const Candidate& b) {
-    const double seconds_a = predicted_seconds(a.kind, a.cost), seconds_b = predicted_seconds(b.kind, b.cost);
-    return seconds_a != seconds_b ? seconds_a > seconds_b : a.id < b.id;
-  });
-}
-
 void Scheduler::sort(std::vector<int>& workers) const {
   std::sort(workers.begin(), workers.end(), [this](int a, int b) {
     const double speed_a = relative_speed(a), speed_b = relative_speed(b);
     return speed_a != speed_b ? speed_a > speed_b : a < b;
   });
+}
+
+void ReadyQueue::erase(const Candidate& unit) {
+  const auto kind = kinds_.find(unit.kind);
+  if (kind == kinds_.end()) return;
+  kind->second.erase({-unit.cost, unit.id});
+  if (kind->second.empty()) kinds_.erase(kind);
+}
+
+size_t ReadyQueue::size() const {
+  size_t size = 0;
+  for (const auto& [kind, units] : kinds_) size += units.size();
+  return size;
+}
+
+void ReadyQueue::visit(const Scheduler& scheduler, const std::function<bool(std::string_view)>& visit) const {
+  struct Head {
+    const std::string* kind;
+    std::set<std::pair<double, std::string_view>>::const_iterator next, end;
+    double seconds;
+  };
+  std::vector<Head> heads;
+  const auto predict = [&](Head& head) { head.seconds = scheduler.predicted_seconds(*head.kind, -head.next->first); };
+  for (const auto& [kind, units] : kinds_) predict(heads.emplace_back(Head{&kind, units.begin(), units.end(), 0}));
+  while (!heads.empty()) {
+    const auto first = std::ranges::min_element(heads, [](const Head& a, const Head& b) {
+      return a.seconds != b.seconds ? a.seconds > b.seconds : a.next->second < b.next->second;
+    });
+    if (!visit(first->next->second)) return;
+    if (++first->next == first->end)
+      heads.erase(first);
+    else
+      predict(*first);
+  }
 }
 
 double seconds_to_finish(std::vector<double> busy, std::vector<double> units) {

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <functional>
 #include <map>
+#include <set>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "algorithms/unit.h"
@@ -10,7 +14,7 @@ namespace moraine::coordinator {
 
 /// A unit that is ready to run, with what the scheduler needs to rank it.
 struct Candidate {
-  std::string id;
+  std::string_view id;  // of someone who outlives the queue's entry
   std::string kind;
   double cost = 1;  // its own and what follows it
 };
@@ -30,14 +34,28 @@ class Scheduler {
   /// Speed of a worker relative to the others; 1 until it was measured.
   double relative_speed(int worker) const;
 
-  /// Longest predicted first; equal ones by id.
-  void sort(std::vector<Candidate>& candidates) const;
   /// Fastest first; equal ones by index.
   void sort(std::vector<int>& workers) const;
 
  private:
   std::map<std::string, double> kind_speed_;  // cost per second
   std::map<int, double> worker_speed_;
+};
+
+/// The units that are ready, in the scheduler's order. Within a kind the order is that of the costs whatever its speed,
+/// so a measurement moves nothing: putting in and taking out cost the logarithm of the size. Not thread-safe.
+class ReadyQueue {
+ public:
+  void insert(const Candidate& unit) { kinds_[unit.kind].insert({-unit.cost, unit.id}); }
+  /// The same values as in insert().
+  void erase(const Candidate& unit);
+  bool empty() const { return size() == 0; }
+  size_t size() const;
+  /// Ids, longest predicted first, equal ones by id, until `visit` returns false. It must not change the queue.
+  void visit(const Scheduler& scheduler, const std::function<bool(std::string_view)>& visit) const;
+
+ private:
+  std::map<std::string, std::set<std::pair<double, std::string_view>>> kinds_;  // (-cost, id)
 };
 
 /// When the last of `units` ends if workers that are busy for `busy` more seconds take them longest first. All in

@@ -16,7 +16,7 @@
 namespace moraine::worker {
 namespace {
 
-constexpr int kFormat = 1;
+constexpr int kFormat = 2;
 
 /// Covers contents, which the safetensors format itself does not check.
 uint32_t checksum(const std::vector<core::TensorView>& sorted_views) {

@@ -9,7 +9,7 @@
 namespace moraine::worker {
 
 /// One training job in the middle: tensors and what else the loop carries, in one safetensors file that is replaced
-/// atomically (docs/formats.md, "checkpoint"). Metadata key "moraine": {"format": 1, "job": ..., "crc32c": ..., "loop":
+/// atomically (docs/formats.md, "checkpoint"). Metadata key "moraine": {"format": 2, "job": ..., "crc32c": ..., "loop":
 /// {...}}.
 
 /// Writes tensors (any device) and `loop`. `job` names what the checkpoint belongs to. Throws IoError.

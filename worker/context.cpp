@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 #include <sys/resource.h>
 
+#include "algorithms/arithmetic.h"
 #include "core/error.h"
 #include "core/log.h"
 #include "worker/members.h"
@@ -44,6 +45,11 @@ void check_options(const WorkerOptions& options) {
     throw core::UserError(fmt::format("worker: threads must be positive: {}", options.threads),
                           "set workers.threads to 1 or more");
   }
+  if (options.threads > kMostThreads) {
+    throw core::UserError(fmt::format("worker: at most {} threads: {}", kMostThreads, options.threads),
+                          "give it as many as there are processors");
+  }
+  algorithms::use_arithmetic(options.arithmetic);
   if (options.device == "cpu") return;
   if (options.device != "cuda") {
     throw core::UserError(fmt::format("worker: unknown device: '{}'", options.device),

@@ -21,11 +21,16 @@
 
 namespace moraine::worker {
 
-/// How a worker works. Only `threads`, `device` and the size of the group may change results; they are part of every
-/// unit's identity.
+/// More threads than processors cost time only, but each of them is one of the system's.
+inline constexpr int kMostThreads = 1024;
+
+/// How a worker works. Only `threads`, `arithmetic`, `device` and the size of the group may change results; they are
+/// part of every unit's identity.
 struct WorkerOptions {
   std::string name = "worker";
-  int threads = 1;                                // CPU threads of this worker
+  std::string version, recipe;  // the build's and the recipe's identity, said in hello: the coordinator's must be equal
+  int threads = 1;              // CPU threads of this worker
+  std::string arithmetic = "native";              // of the whole process: algorithms/arithmetic.h
   int workers_on_host = 1;                        // for the warning about too many threads only
   std::string device = "cpu";                     // cpu | cuda
   int device_index = 0;                           // which CUDA device: one per process of a host
@@ -41,9 +46,10 @@ struct WorkerOptions {
   at::Device cuda_device() const;
 };
 
-/// Throws UserError if this machine cannot do what the options ask for (threads < 1, CUDA without LibTorch's CUDA part
-/// or a device). For CUDA it also asks LibTorch for deterministic kernels in the whole process, which a resumed run
-/// needs to repeat an undisturbed one: call it before other threads start.
+/// Sets the arithmetic of the process (algorithms/arithmetic.h) and throws UserError if this machine cannot do what the
+/// options ask for (fewer threads than one or more than kMostThreads, another arithmetic, CUDA without LibTorch's CUDA
+/// part or a device). For CUDA it also asks LibTorch for deterministic kernels in the whole process, which a resumed
+/// run needs to repeat an undisturbed one: call it before other threads start and before the first tensor operation.
 void check_options(const WorkerOptions& options);
 
 /// What execute() sees, whatever lies behind it. One per unit execution, used by one thread.

@@ -29,9 +29,22 @@ struct OwnEnd {
   FailureReport failure;
 };
 
+/// A unit's bits belong to the arithmetic it was planned for.
+void check_arithmetic(const algorithms::Unit& unit, const std::string& here) {
+  const core::Json compute = unit.spec.is_object() ? unit.spec.value("compute", core::Json::object()) : core::Json();
+  if (!compute.is_object() || !compute.contains("arithmetic")) return;
+  const auto planned = compute.at("arithmetic").get<std::string>();
+  if (planned == here) return;
+  throw core::UserError(
+      fmt::format("worker: processors of different kinds in one run: {} is planned for '{}', this worker has '{}'",
+                  unit.label, planned, here),
+      "set workers.arithmetic=portable, or use machines of one kind (moraine env says which)");
+}
+
 OwnEnd execute_alone(const algorithms::Method& method, const algorithms::Unit& unit, int64_t attempt,
                      const WorkerOptions& options, UnitContext& context) {
   try {
+    check_arithmetic(unit, options.arithmetic);
     options.faults.at_start(unit.label, attempt);
     return {"done", method.execute(unit, context), {}};
   } catch (const core::StopRequested& stopped) {

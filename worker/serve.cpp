@@ -54,7 +54,8 @@ class Server {
                                {"pid", getpid()},
                                {"threads", options_.threads},
                                {"device", options_.device},
-                               {"version", MORAINE_VERSION}});
+                               {"version", options_.version},
+                               {"recipe", options_.recipe}});
     send(MessageType::kPoll, core::Json::object());
     while (true) {
       if (signals_.load() > 0) return stop("");
@@ -71,7 +72,8 @@ class Server {
           return stop("", reason == "stop" ? core::kExitRequeue : core::kExitOk);
         }
         case MessageType::kRefuse:
-          core::log::error("refused by the coordinator: {}", message->body.value("text", ""));
+          core::log::error("refused by the coordinator: {}; {}", message->body.value("text", ""),
+                           message->body.value("hint", ""));
           return message->body.value("code", static_cast<int>(core::kExitUser));
         default:
           throw core::CommError(
@@ -96,7 +98,7 @@ class Server {
     const algorithms::Unit unit = algorithms::Unit::from_json(body.at("unit"));
     const std::string id = unit.id();
     const int64_t attempt = body.at("attempt");
-    core::log::info("unit started: unit={} attempt={}", unit.label, attempt);
+    core::log::debug("unit started: unit={} attempt={}", unit.label, attempt);
     ChannelContext context(unit, attempt, options_, signals_, channel_, artefacts_);
     const auto start = std::chrono::steady_clock::now();
     call_members(*options_.group, body);
@@ -114,8 +116,8 @@ class Server {
               {"stats", context.stats()}},
              end.artefact->bytes());
         accepted_checkpoints_ = context.checkpoints();
-        core::log::info("unit finished: unit={} seconds={:.1f} bytes={}", unit.label, seconds,
-                        end.artefact->bytes().size());
+        core::log::debug("unit finished: unit={} seconds={:.1f} bytes={}", unit.label, seconds,
+                         end.artefact->bytes().size());
         break;
       case UnitEnd::Kind::kStopped:
         core::log::info("unit stopped: unit={} reason={}", unit.label, end.failure.text);

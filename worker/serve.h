@@ -11,14 +11,14 @@ namespace moraine::worker {
 
 /// A worker's side of the conversation, until the run is over: hello, then poll, lease, execute, result, poll, ...
 ///
-///   -> kHello    {"name", "host", "pid", "threads", "device", "version"}
+///   -> kHello    {"name", "host", "pid", "threads", "device", "version", "recipe"}
 ///   -> kPoll     {}                          ready for a unit
 ///   <- kLease    {"unit": Unit::to_json(), "attempt"}
 ///   -> kResult   {"unit": id, "attempt", "artefact": id, "seconds", "stats": UnitContext::stats()}, payload = artefact
 ///   -> kFailed   {"unit", "attempt", "kind", "text", "hint"}; kind = user | io | numeric | memory | internal
 ///   <- kStop     {"reason"}: done | failed end the worker with 0, stop with 75; a running unit is checkpointed first
 ///   -> kStop     {"unit": id of the unit that was interrupted, or ""}: the last word
-///   <- kRefuse   {"code", "text"}: this worker is not wanted; ends with `code`
+///   <- kRefuse   {"code", "text", "hint"}: this worker is not wanted; ends with `code`
 /// While a unit runs also: -> kFetch, <- kArtefact, -> kProgress, -> kMetrics (worker/context.h), <- kStop.
 ///
 /// Runs on the calling thread, whose ATen thread count it sets (OpenMP keeps it per thread, so the local workers of one

@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <new>
 #include <thread>
+
+#include <unistd.h>
 
 #include "core/error.h"
 #include "core/log.h"
@@ -32,6 +35,11 @@ std::string reason(int code) {
 
 }  // namespace
 
+size_t physical_memory() {
+  const auto pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+  return pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : SIZE_MAX;
+}
+
 /// One frame on its way out; its buffers must stay until MPI is done with them.
 struct Frames::Outgoing {
   std::vector<std::byte> control;
@@ -43,8 +51,8 @@ struct Frames::Outgoing {
 struct Frames::Incoming {
   std::vector<std::byte> control;  // with the header
   uint16_t type = 0;
-  std::vector<std::byte> payload;
-  size_t received = 0;  // bytes of the payload, the piece under way included
+  uint64_t announced = 0;          // bytes of the payload
+  std::vector<std::byte> payload;  // what has arrived, the piece under way included
   bool expects_payload = false;
   MPI_Request request = MPI_REQUEST_NULL;
 };
@@ -52,7 +60,7 @@ struct Frames::Incoming {
 Frames::Frames(std::vector<int> processes, FrameOptions options)
     : processes_(std::move(processes)),
       options_(options),
-      incoming_(processes_.size()),
+      incoming_(std::make_unique<std::vector<Incoming>>(processes_.size())),
       outgoing_(std::make_unique<std::deque<Outgoing>>()) {
   MORAINE_CHECK(options.chunk_bytes > 0 && options.chunk_bytes < (size_t{1} << 31),
                 "comm/mpi: chunk size out of range: {}", options.chunk_bytes);
@@ -61,11 +69,25 @@ Frames::Frames(std::vector<int> processes, FrameOptions options)
 Frames::~Frames() {
   const auto end = Clock::now() + kLinger;
   auto nap = kFirstNap;
-  while (settle_sends().ok() && !outgoing_->empty() && Clock::now() < end) rest(nap);
-  if (outgoing_->empty()) return;
-  core::log::warn("a peer does not take its last messages: messages={}", outgoing_->size());
-  // MPI may still read these buffers: they must outlive this object, so they are never freed.
-  static_cast<void>(outgoing_.release());
+  while (settle_sends().ok() && (!outgoing_->empty() || receiving()) && Clock::now() < end) rest(nap);
+  // MPI may still read or write these buffers: they must outlive this object, so they are never freed.
+  if (!outgoing_->empty()) {
+    core::log::warn("a peer does not take its last messages: messages={}", outgoing_->size());
+    static_cast<void>(outgoing_.release());
+  }
+  if (receiving()) {
+    core::log::warn("a peer does not finish its last message");
+    static_cast<void>(incoming_.release());
+  }
+}
+
+/// Whether MPI may still write to a buffer of ours.
+bool Frames::receiving() {
+  return std::ranges::any_of(*incoming_, [](Incoming& in) {
+    int done = 1;
+    return in.request != MPI_REQUEST_NULL &&
+           (MPI_Test(&in.request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || done == 0);
+  });
 }
 
 core::Result<void> Frames::send(size_t peer, Frame frame) {
@@ -96,7 +118,7 @@ core::Result<std::optional<std::pair<size_t, Frame>>> Frames::receive(std::chron
       if (!complete.ok()) return complete.because(fmt::format("comm/mpi: receive from process {}", processes_[peer]));
       if (!complete.value()) continue;
       next_ = (peer + 1) % peers();  // the peer after this one goes first next time
-      Incoming& in = incoming_[peer];
+      Incoming& in = (*incoming_)[peer];
       in.control.erase(in.control.begin(), in.control.begin() + sizeof(FrameHeader));
       std::optional<std::pair<size_t, Frame>> arrived(
           std::pair(peer, Frame{in.type, std::move(in.control), core::Bytes(std::move(in.payload))}));
@@ -135,15 +157,17 @@ core::Result<void> Frames::settle_sends() {
 /// Takes in what has arrived from `peer`; true when a frame is complete. Pieces of one peer are received one after the
 /// other and without blocking: a peer that is computing may stop in the middle of a frame.
 core::Result<bool> Frames::advance(size_t peer) {
-  Incoming& in = incoming_[peer];
+  Incoming& in = (*incoming_)[peer];
   for (;;) {
     if (in.request != MPI_REQUEST_NULL) {
       int done = 0;
       const int code = MPI_Test(&in.request, &done, MPI_STATUS_IGNORE);
       if (code != MPI_SUCCESS) return core::Failure{reason(code)};
       if (done == 0) return false;
-      if (!in.expects_payload) decode(in);
-      if (in.received == in.payload.size()) return true;
+      if (!in.expects_payload) {
+        if (auto decoded = decode(in); !decoded.ok()) return core::Failure{decoded.error()};
+      }
+      if (in.payload.size() == in.announced) return true;
     }
     auto started = start_receive(peer);
     if (!started.ok() || !started.value()) return started;
@@ -152,7 +176,7 @@ core::Result<bool> Frames::advance(size_t peer) {
 
 /// Begins to receive the next piece of `peer` if it has arrived.
 core::Result<bool> Frames::start_receive(size_t peer) {
-  Incoming& in = incoming_[peer];
+  Incoming& in = (*incoming_)[peer];
   int found = 0;
   MPI_Message matched = MPI_MESSAGE_NULL;
   MPI_Status status;
@@ -164,9 +188,10 @@ core::Result<bool> Frames::start_receive(size_t peer) {
   const auto bytes = static_cast<size_t>(count);
   std::byte* target = nullptr;
   if (in.expects_payload) {
-    if (bytes > in.payload.size() - in.received) return core::Failure{"more payload than announced"};
-    target = in.payload.data() + in.received;
-    in.received += bytes;
+    const size_t before = in.payload.size();
+    if (bytes == 0 || bytes > in.announced - before) return core::Failure{"another payload than announced"};
+    in.payload.resize(before + bytes);
+    target = in.payload.data() + before;
   } else {
     if (bytes < sizeof(FrameHeader) || bytes > sizeof(FrameHeader) + options_.max_control) {
       return core::Failure{fmt::format("control frame of {} bytes", bytes)};
@@ -179,12 +204,24 @@ core::Result<bool> Frames::start_receive(size_t peer) {
   return true;
 }
 
-void Frames::decode(Incoming& in) {
+core::Result<void> Frames::decode(Incoming& in) const {
   FrameHeader header;
   std::memcpy(&header, in.control.data(), sizeof header);
+  if (header.zero != FrameHeader().zero) return core::Failure{"bytes that are no frame"};
+  const auto refuse = [&](const std::string& why) {
+    return core::Failure{fmt::format("a payload of {} bytes is announced: {}", header.payload_bytes, why)};
+  };
+  if (header.payload_bytes > options_.max_payload)
+    return refuse(fmt::format("the limit is the memory of this host, {} bytes", options_.max_payload));
+  try {
+    in.payload.reserve(header.payload_bytes);  // address space only: memory is taken as pieces arrive
+  } catch (const std::bad_alloc&) {
+    return refuse("out of memory");
+  }
   in.type = header.type;
-  in.payload.resize(header.payload_bytes);
+  in.announced = header.payload_bytes;
   in.expects_payload = header.payload_bytes > 0;
+  return {};
 }
 
 }  // namespace moraine::comm::mpi

@@ -3,6 +3,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <exception>
+#include <thread>
 
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -10,10 +11,13 @@
 #include <mpi.h>
 
 #include "core/error.h"
+#include "core/log.h"
 
 namespace moraine::comm::mpi {
 
 namespace {
+
+constexpr std::chrono::milliseconds kNap{10};
 
 // MPI orders the processes of a host by their index in the job, so the coordinator is the first of its host.
 int place_on_host(int index) {
@@ -58,6 +62,19 @@ Session::Session() : exceptions_at_start_(std::uncaught_exceptions()) {
 Session::~Session() {
   if (std::uncaught_exceptions() > exceptions_at_start_) MPI_Abort(MPI_COMM_WORLD, core::kExitInternal);
   MPI_Finalize();
+}
+
+void Session::leave(int exit_code, std::chrono::seconds deadline) {
+  const auto end = std::chrono::steady_clock::now() + deadline;
+  MPI_Request others = MPI_REQUEST_NULL;
+  if (MPI_Ibarrier(MPI_COMM_WORLD, &others) != MPI_SUCCESS) return;
+  for (int there = 0; MPI_Test(&others, &there, MPI_STATUS_IGNORE) == MPI_SUCCESS && there == 0;) {
+    if (index_ == 0 && std::chrono::steady_clock::now() >= end) {
+      core::log::error("some processes do not end, the job is aborted: waited_s={}", deadline.count());
+      abort(exit_code);
+    }
+    std::this_thread::sleep_for(kNap);
+  }
 }
 
 void Session::abort(int exit_code) {

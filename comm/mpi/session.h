@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <string>
 
@@ -30,6 +31,9 @@ class Session {
   /// Place of this process among the working processes of its host, from 0: which of the host's GPUs is its own. The
   /// coordinator does not count (-1), wherever it runs.
   int local_worker() const { return local_worker_; }
+  /// The last call of every process that ends in order: waits for the others' leave(). Process 0 has told them to end
+  /// and waits `deadline` at most, then ends the job with `exit_code`; the others wait for process 0, which ends it.
+  void leave(int exit_code, std::chrono::seconds deadline);
   /// Ends every process of the job at once; mpirun exits with `exit_code`.
   [[noreturn]] void abort(int exit_code);
 

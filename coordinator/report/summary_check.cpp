@@ -31,7 +31,7 @@ const Json& summary_pattern() {
                    "series": [{"name": "text", "points": ["point"]}], "notes?": ["text"]}],
       "heatmaps?": [{"title": "text", "row_label": "text", "column_label": "text", "rows": ["text"], "columns": ["text"],
                      "values": [["value"]], "digits?": "count", "notes?": ["text"]}],
-      "timeline?": {"title": "text", "restarts?": ["number"], "notes?": ["text"],
+      "timeline?": {"title": "text", "restarts?": ["number"], "coordinating_s?": "number", "notes?": ["text"],
                     "units": [{"label": "text", "kind": "text", "worker": "text", "start_s": "number", "end_s": "number",
                                "attempt": "count", "status": "=done|failed|reused"}]},
       "recipe?": [{"path": "text", "value": "scalar", "origin": "text"}],

@@ -93,7 +93,12 @@ std::string draw_timeline(const Json& timeline) {
     total_s = std::max(total_s, end);
     if (std::find(kinds.begin(), kinds.end(), units.back().kind) == kinds.end()) kinds.push_back(units.back().kind);
   }
-  const Rows rows = arrange(units);
+  Rows rows = arrange(units);
+  if (const double coordinating_s = timeline.value("coordinating_s", 0.0); coordinating_s > 0) {
+    Row& coordinator = rows["coordinator"];
+    if (coordinator.lanes.empty()) coordinator.lanes.emplace_back();
+    coordinator.busy_s += coordinating_s;
+  }
   for (const auto& [worker, row] : rows) {
     left = std::max(left, pixel_width(worker, kNameFont) + 12);
     bottom += row.height() + kRowGap;

@@ -37,6 +37,29 @@ TEST(AcceptedState, KeepsArtefactsByTheirHash) {
   EXPECT_THROW(state.artefact(toy_artefact("b")->id()), core::UserError) << "accepted, not stored";
 }
 
+TEST(AcceptedState, KeepsABoundedNumberOfFilesMapped) {
+  const TemporaryDirectory directory;
+  AcceptedState state(directory.path(), {});
+  std::weak_ptr<const core::Artefact> first;
+  for (int i = 0; i < 1100; ++i) {
+    const core::ArtefactPtr artefact = toy_artefact(std::to_string(i));
+    const auto path = state.path_of(artefact->id());
+    std::filesystem::create_directories(path.parent_path());
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(artefact->bytes().span().data()),
+               static_cast<std::streamsize>(artefact->bytes().size()));
+    state.accept(std::to_string(i), artefact->id());
+    const core::ArtefactPtr opened = state.artefact(artefact->id());
+    if (i == 0) first = opened;
+    if (i == 1000) {
+      EXPECT_EQ(state.artefact(artefact->id()), opened) << "one object while somebody holds it";
+      EXPECT_FALSE(first.expired());
+    }
+  }
+  EXPECT_TRUE(first.expired()) << "a process may have 65,530 mappings";
+  EXPECT_EQ(state.artefact(toy_artefact("0")->id())->meta().at("name"), "0") << "opened again";
+}
+
 TEST(AcceptedState, NoticesDamageOnReadingAndRepairsItOnWriting) {
   const TemporaryDirectory directory;
   const core::ArtefactPtr artefact = toy_artefact("a");

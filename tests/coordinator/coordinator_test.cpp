@@ -152,7 +152,8 @@ class CoordinatorTest : public testing::Test {
 
   RunOutcome run(
       int workers, const Faults& faults = [](const Unit&, int) { return Fault::kNone; }, int crash_at = kNever) {
-    const RunDirectory run_directory = RunDirectory::open(root_, {"toy", "toy", {{"seed", 1}}}, false);
+    const RunDirectory run_directory =
+        RunDirectory::open(root_, {"toy", "toy", {{"seed", 1}, {"name", "toy"}, {"method", "toy"}}}, false);
     auto star = comm::local::make_star(workers);
     std::vector<std::thread> threads;
     for (auto& worker : star.workers) threads.emplace_back(toy_worker, std::move(worker), std::cref(faults));
@@ -178,7 +179,7 @@ class CoordinatorTest : public testing::Test {
   std::string final_artefact() const {
     const RunRecord record = read_run(root_);
     const Plan plan = toy_plan(*record.state);
-    return record.finished && plan.pending.empty() ? record.state->result(plan.finished.back().id()).value() : "";
+    return record.finished && plan.pending.empty() ? record.state->result(plan.finished_ids.back()).value() : "";
   }
 
   void start_anew() { std::filesystem::remove_all(root_); }
@@ -221,7 +222,8 @@ TEST_F(CoordinatorTest, RecordsUnitsMetricsAndTimesForReports) {
 }
 
 TEST_F(CoordinatorTest, ReadsFailuresOfOlderJournals) {
-  const RunDirectory run_directory = RunDirectory::open(root_, {"toy", "toy", {{"seed", 1}}}, false);
+  const RunDirectory run_directory =
+      RunDirectory::open(root_, {"toy", "toy", {{"seed", 1}, {"name", "toy"}, {"method", "toy"}}}, false);
   Journal(run_directory.layout().journal())
       .append(RecordType::kFail, {{"unit", "ab"},
                                   {"label", "train/2"},
@@ -398,7 +400,40 @@ TEST_F(CoordinatorTest, APlanThatThrowsStopsTheWorkersAndGivesItsExitCode) {
   EXPECT_EQ(outcome.exit_code, core::kExitUser);
   EXPECT_EQ(outcome.message, "algorithms/toy: experts do not fit");
   EXPECT_EQ(outcome.hint, "choose others");
-  EXPECT_EQ(read_run(root_).units.size(), 1u);
+  EXPECT_GE(read_run(root_).units.size(), 1u) << "what came in before the next plan is kept";
+}
+
+TEST_F(CoordinatorTest, ALostEffectTakesNoOtherAlong) {
+  // Its failure fits no record of the journal; the lease of the next attempt comes behind it.
+  plan_ = [](const RunState& state) {
+    PlanBuilder plan(state);
+    plan.need(toy_unit(std::string(2 * kMaxRecordBody, 'x'), 1, {"no such artefact"}, Place::kCoordinator));
+    return plan.finish();
+  };
+  const RunOutcome outcome = run(2);
+  EXPECT_EQ(outcome.exit_code, core::kExitInternal) << outcome.message;
+  EXPECT_THAT(outcome.message, HasSubstr("record is too long"));
+  EXPECT_FALSE(outcome.abort_workers) << "nobody was waited for in vain";
+}
+
+TEST_F(CoordinatorTest, RecordsWhatTheCoordinatorItselfTook) {
+  ASSERT_EQ(run(1).exit_code, 0);
+  const RunRecord record = read_run(root_);
+  EXPECT_GT(record.ends.coordinating_s, 0);
+  EXPECT_GT(record.ends.planning_s, 0);
+}
+
+TEST_F(CoordinatorTest, ARecordedRunThatCannotBeReadSaysWhatToDo) {
+  ASSERT_EQ(run(1).exit_code, 0);
+  for (const char* damage : {"{", "null", "{}", "{\"name\": 1}"}) {
+    std::ofstream(RunLayout{root_}.recipe_json(), std::ios::trunc) << damage;
+    try {
+      read_run(root_);
+      ADD_FAILURE() << damage;
+    } catch (const core::UserError& error) {
+      EXPECT_THAT(error.hint(), HasSubstr("moraine run")) << damage;
+    }
+  }
 }
 
 TEST(ReadRun, RefusesADirectoryThatIsNoRun) {

@@ -30,9 +30,9 @@ class Script {
  public:
   Script(int workers, std::vector<Unit> units, std::optional<Unit> merge = std::nullopt)
       : Script(workers, [units, merge](const RunState& done) { return fan_out(done, units, merge); }) {}
-  Script(int workers, Core::Planner plan)
-      : core_(workers, {.max_attempts = 3, .stop_grace_s = 60, .stall_s = 1800, .version = "1"}, std::move(plan),
-              state) {}
+  Script(int workers, Core::Planner plan) : Script(workers, std::move(plan), Core::Options()) {}
+  Script(int workers, Core::Planner plan, Core::Options options)
+      : core_(workers, with_version(std::move(options)), std::move(plan), state) {}
 
   /// All units, then the merge of their results.
   static Plan fan_out(const RunState& done, const std::vector<Unit>& units, std::optional<Unit> merge) {
@@ -76,6 +76,10 @@ class Script {
   Core& core() { return core_; }
 
  private:
+  static Core::Options with_version(Core::Options options) {
+    options.version = "1";
+    return options;
+  }
   void note(const effect::Lease& lease, std::vector<std::string>& lines) {
     ids[lease.unit.label] = lease.unit.id();
     lines.push_back(fmt::format("lease {} {} {}", lease.worker, lease.unit.label, lease.attempt));
@@ -308,7 +312,169 @@ TEST(Core, RefusesWorkersOfAnotherVersion) {
   script.start();
   EXPECT_THAT(script.feed(event::Hello{1, {"host", 1, 1, "cpu", "2"}}), ElementsAre("refuse 1 2"));
   EXPECT_THAT(script.poll(1), IsEmpty());
-  EXPECT_THAT(script.feed(event::Poll{2}), ElementsAre("refuse 2 70", "stop stop", "finish 3"));
+  EXPECT_THAT(script.feed(event::Poll{2}), ElementsAre("refuse 2 70", "stop stop", "finish 2"))
+      << "the cause of the first's leaving";
+}
+
+TEST(Core, RefusesWorkersOfAnotherRecipeDeviceOrThreadCountAndEndsWithTheCause) {
+  const std::map<std::string, WorkerInfo> others = {
+      {"another recipe", {"host", 1, 2, "cpu", "1", "other"}},
+      {"another device", {"host", 1, 2, "cuda", "1", "ours"}},
+      {"another number of threads", {"host", 1, 4, "cpu", "1", "ours"}},
+      {"another build", {"host", 1, 2, "cpu", "2", "ours"}},
+  };
+  for (const auto& [what, info] : others) {
+    Core::Options options;
+    options.recipe = "ours";
+    options.device = "cpu";
+    options.threads = 2;
+    Script script(
+        1, [](const RunState& done) { return Script::fan_out(done, {toy_unit("a")}, {}); }, options);
+    script.start();
+    EXPECT_THAT(script.feed(event::Hello{1, info}), ElementsAre("refuse 1 2", "stop stop", "finish 2")) << what;
+    EXPECT_THAT(script.outcome.message, HasSubstr(what));
+    EXPECT_NE(script.outcome.hint, "") << what;
+    EXPECT_FALSE(script.outcome.abort_workers);
+  }
+}
+
+TEST(Core, EndsWithTheReasonOfWorkersThatFailBeforeTheyGreet) {
+  Script script(2, {toy_unit("a")});
+  script.start();
+  EXPECT_THAT(script.feed(event::Gone{1, "no such file: recipe.yaml", core::kExitUser, "check the path"}), IsEmpty());
+  EXPECT_THAT(script.feed(event::Gone{2, "no such file: recipe.yaml", core::kExitUser, "check the path"}),
+              ElementsAre("stop stop", "finish 2"));
+  EXPECT_THAT(script.outcome.message, HasSubstr("no such file: recipe.yaml"));
+  EXPECT_EQ(script.outcome.hint, "check the path");
+}
+
+TEST(Core, DoesNotWaitForEverForWorkersThatNeverGreet) {
+  Script script(2, {toy_unit("a")});
+  script.start();
+  script.now = 600;
+  EXPECT_THAT(script.feed(event::Tick{}), IsEmpty());
+  script.now = 601;
+  EXPECT_THAT(script.feed(event::Tick{}), ElementsAre("stop stop", "finish 3 abort"))
+      << "they may hang for ever, so the job is ended";
+}
+
+TEST(Core, AWorkerThatNeverGreetedKeepsNoFailedUnit) {
+  Script script(2, {toy_unit("a")});
+  script.start();
+  script.join(1);
+  script.fail(1, "a", 1);
+  EXPECT_THAT(script.poll(1), IsEmpty()) << "worker 2 may still come and try it";
+  script.now = 601;
+  EXPECT_THAT(script.feed(event::Tick{}), ElementsAre("lease 1 a 2"));
+  EXPECT_THAT(script.join(2), IsEmpty()) << "late, but welcome";
+  EXPECT_THAT(script.fail(1, "a", 2), ElementsAre("failure 1 a 2 io", "lease 2 a 3"));
+}
+
+TEST(Core, AWorkerThatFallsSilentBetweenUnitsKeepsNoFailedUnit) {
+  Script script(2, {toy_unit("a", 2), toy_unit("b", 1)});
+  script.start();
+  script.join(1);
+  script.join(2);
+  script.finish(2, "b");  // and never asks again
+  script.now = 1000;
+  script.fail(1, "a", 1);
+  script.poll(1);
+  script.now = 1801;
+  EXPECT_THAT(script.feed(event::Tick{}), ElementsAre("lease 1 a 2"));
+}
+
+TEST(Core, AResultThatTheMethodRefusesFailsItsAttemptAndNotTheRun) {
+  Core::Options options;
+  int checks = 0;
+  options.check_result = [&](const Unit& unit, const core::Artefact&) {
+    if (++checks == 1) throw core::UserError("tensor w of " + unit.label + " has another shape", "look at the site");
+    if (checks == 2) throw std::out_of_range("map::at");
+  };
+  Script script(
+      1, [](const RunState& done) { return Script::fan_out(done, {toy_unit("a")}, {}); }, options);
+  script.start();
+  script.join(1);
+  EXPECT_THAT(script.finish(1, "a"), ElementsAre("failure 1 a 1 artefact"));
+  script.poll(1);
+  EXPECT_THAT(script.finish(1, "a", 2), ElementsAre("failure 1 a 2 artefact"));
+  script.poll(1);
+  EXPECT_THAT(script.finish(1, "a", 3), ElementsAre("accept a", "stop done", "finish 0"));
+}
+
+TEST(Core, ARunWhoseResultIsAbsentDoesNotEndWithZero) {
+  Core::Options options;
+  options.missing_result = [](const RunState&) { return std::optional<std::string>("there is no mixture"); };
+  Script script(
+      1, [](const RunState& done) { return Script::fan_out(done, {toy_unit("a")}, {}); }, options);
+  script.start();
+  script.join(1);
+  EXPECT_THAT(script.finish(1, "a"), ElementsAre("accept a", "stop failed", "finish 2"));
+  EXPECT_EQ(script.outcome.message, "there is no mixture");
+}
+
+TEST(Core, APlanThatThrowsStopsTheWorkersAndEndsWithItsCode) {
+  bool broken = false;
+  Script script(1, [&](const RunState& done) {
+    if (broken) throw core::UserError("experts do not fit");
+    return Script::fan_out(done, {toy_unit("a", 2), toy_unit("b")}, {});
+  });
+  script.start();
+  script.join(1);
+  broken = true;
+  EXPECT_THAT(script.finish(1, "a"), ElementsAre("accept a", "stop stop"));
+  EXPECT_THAT(script.feed(event::Stopped{1}), ElementsAre("finish 2"));
+}
+
+/// A plan of `units` units that takes one second of a clock, and workers whose units take no time.
+struct PlanCounter {
+  explicit PlanCounter(int units) {
+    for (int i = 0; i < units; ++i)
+      all.push_back(toy_unit(fmt::format("{:04}", i), units - i));  // leased in this order
+  }
+  Core::Planner planner() {
+    return [this](const RunState& done) {
+      ++plans;
+      clock += 1;
+      return Script::fan_out(done, all, toy_unit("merge"));
+    };
+  }
+  Core::Options options() {
+    Core::Options options;
+    options.clock = [this] { return clock; };
+    return options;
+  }
+  std::vector<Unit> all;
+  int plans = 0;
+  double clock = 0;
+};
+
+TEST(Core, PlansFollowTheTimeTheyTakeNotTheNumberOfResults) {
+  PlanCounter counter(200);
+  Script script(1, counter.planner(), counter.options());
+  script.start();
+  script.join(1);
+  for (int i = 0; i < 200; ++i) {
+    script.now += 0.1;
+    script.finish(1, fmt::format("{:04}", i));
+    const auto next = script.poll(1);
+    ASSERT_EQ(next.size(), 1u) << "no worker waits while a unit is ready: " << i;
+  }
+  EXPECT_LE(counter.plans, 4) << "20 s of results, each plan takes a second";
+  EXPECT_THAT(script.finish(1, "merge"), ElementsAre("accept merge", "stop done", "finish 0"));
+}
+
+TEST(Core, AWorkerWaitsForAPlanNoLongerThanTwiceWhatOneTakes) {
+  PlanCounter counter(2);
+  Script script(3, counter.planner(), counter.options());
+  script.start();
+  script.join(1);
+  script.join(2);
+  script.join(3);
+  script.finish(1, "0000");
+  EXPECT_EQ(counter.plans, 1) << "the first plan has just been made";
+  script.now = 3;
+  script.feed(event::Tick{});
+  EXPECT_EQ(counter.plans, 2);
 }
 
 TEST(Core, SaysOnceWhichWorkersHaveNothingToDo) {
@@ -325,7 +491,9 @@ TEST(Core, SaysOnceWhichWorkersHaveNothingToDo) {
 }
 
 TEST(Core, CatchesAPlanThatAsksForAFinishedUnit) {
-  Script script(1, [](const RunState&) { return Plan{.pending = {toy_unit("again")}, .finished = {}}; });
+  Script script(1, [](const RunState&) {
+    return Plan{.pending = {toy_unit("again")}, .finished = {}, .pending_ids = {toy_unit("again").id()}};
+  });
   script.start();
   script.join(1);
   EXPECT_THAT(script.finish(1, "again"), ElementsAre("accept again", "stop stop"));

@@ -7,11 +7,19 @@ namespace {
 
 using testing::ElementsAre;
 
-std::vector<std::string> order(const Scheduler& scheduler, std::vector<Candidate> candidates) {
-  scheduler.sort(candidates);
+std::vector<std::string> ids_in(const ReadyQueue& queue, const Scheduler& scheduler) {
   std::vector<std::string> ids;
-  for (const auto& candidate : candidates) ids.push_back(candidate.id);
+  queue.visit(scheduler, [&](std::string_view id) {
+    ids.emplace_back(id);
+    return true;
+  });
   return ids;
+}
+
+std::vector<std::string> order(const Scheduler& scheduler, const std::vector<Candidate>& candidates) {
+  ReadyQueue queue;
+  for (const auto& candidate : candidates) queue.insert(candidate);
+  return ids_in(queue, scheduler);
 }
 
 TEST(Scheduler, StartsTheLongestUnitFirstAndBreaksTiesById) {
@@ -28,6 +36,30 @@ TEST(Scheduler, CorrectsThePredictionByTheMeasuredSpeedOfAKind) {
   EXPECT_THAT(order(scheduler, {{"t", "train", 60}, {"e", "eval", 20}}), ElementsAre("e", "t"));
   EXPECT_DOUBLE_EQ(scheduler.predicted_seconds("merge", 11), 2)
       << "an unmeasured kind has the mean speed, (10 + 1) / 2";
+}
+
+TEST(ReadyQueue, KeepsTheOrderWhenUnitsLeave) {
+  const Candidate a{"a", "train", 1}, b{"b", "train", 5}, c{"c", "eval", 3};
+  ReadyQueue queue;
+  for (const auto& unit : {a, b, c}) queue.insert(unit);
+  queue.erase(b);
+  queue.erase(b);
+  EXPECT_EQ(queue.size(), 2u);
+  EXPECT_THAT(ids_in(queue, {}), ElementsAre("c", "a"));
+  queue.erase(a);
+  queue.erase(c);
+  EXPECT_TRUE(queue.empty());
+}
+
+TEST(ReadyQueue, VisitsNoMoreThanIsAskedFor) {
+  ReadyQueue queue;
+  for (const Candidate& unit : {Candidate{"a", "train", 2}, {"b", "train", 1}, {"c", "train", 3}}) queue.insert(unit);
+  std::vector<std::string> ids;
+  queue.visit({}, [&](std::string_view id) {
+    ids.emplace_back(id);
+    return ids.size() < 2;
+  });
+  EXPECT_THAT(ids, ElementsAre("c", "a"));
 }
 
 TEST(Scheduler, AveragesMeasurementsExponentially) {
