@@ -24,9 +24,9 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
     return Evaluation::from_json(state.artefact(id)->meta().at("result"));
   };
   const auto bits = [&](const std::string& id) { return Json(evaluation(id).bits_per_byte()); };
-  const auto tested = [&](const std::string& method, const std::string& name) -> Json {
-    const auto tests = s.tests.find(method);
-    return tests == s.tests.end() || !tests->second.count(name) ? Json(nullptr) : bits(tests->second.at(name));
+  const auto tested_bits = [&](const std::string& method, const std::string& name) -> Json {
+    const auto result = tested(s, state, method, name);
+    return result ? Json(result->bits_per_byte()) : Json(nullptr);
   };
 
   if (!s.scaled.empty()) {
@@ -35,9 +35,11 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
     for (const double scale : kScales)
       columns.push_back(bits_column(fmt::format("{}", scale), fmt::format("{}", scale)));
     columns.push_back(bits_column("1", "1 (as trained)"));
-    for (const auto& [name, scores] : s.scaled) {
-      Json row = {{"domain", name}, {"0", tested("base", name)}, {"1", tested("expert", name)}};
-      for (const auto& [scale, id] : scores) row[fmt::format("{}", scale)] = bits(id);
+    for (const auto& d : members_) {
+      if (!s.scaled.count(d.name)) continue;
+      const std::string& name = d.name;
+      Json row = {{"domain", name}, {"0", tested_bits("base", name)}, {"1", tested_bits("expert", name)}};
+      for (const auto& [scale, id] : s.scaled.at(name)) row[fmt::format("{}", scale)] = bits(id);
       rows.push_back(row);
     }
     out["tables"].push_back(
@@ -49,16 +51,19 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
 
   if (!s.random_subspace.empty()) {
     Json rows = Json::array();
-    for (const auto& [name, scores] : s.random_subspace)
-      for (const auto& [rank, id] : scores) {
+    for (const auto& d : members_) {
+      if (!s.random_subspace.count(d.name)) continue;
+      const std::string& name = d.name;
+      for (const auto& [rank, id] : s.random_subspace.at(name)) {
         const bool swept = s.sweep.count(name) && s.sweep.at(name).count(rank);
         rows.push_back({{"domain", name},
                         {"rank", rank},
-                        {"base", tested("base", name)},
+                        {"base", tested_bits("base", name)},
                         {"random", bits(id)},
-                        {"phlora", swept ? bits(s.sweep.at(name).at(rank)) : tested("low_rank_expert", name)},
-                        {"full", tested("expert", name)}});
+                        {"phlora", swept ? bits(s.sweep.at(name).at(rank)) : tested_bits("low_rank_expert", name)},
+                        {"full", tested_bits("expert", name)}});
       }
+    }
     out["tables"].push_back({{"title", "Own expert at a rank: random subspace against PHLoRA, bits per byte"},
                              {"columns",
                               {{{"key", "domain"}, {"label", "domain"}},
@@ -76,13 +81,15 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
   if (!s.cross.empty()) {
     Json rows = Json::array({"public model"}), values = Json::array();
     Json line = Json::array();
-    for (const auto& text : evaluated_domains()) line.push_back(tested("base", text));
+    for (const auto& text : evaluated_domains()) line.push_back(tested_bits("base", text));
     values.push_back(line);
-    for (const auto& [name, scores] : s.cross) {
+    for (const auto& d : members_) {
+      if (!s.cross.count(d.name)) continue;
+      const auto& scores = s.cross.at(d.name);
       line = Json::array();
       for (const auto& text : evaluated_domains())
         line.push_back(scores.count(text) ? bits(scores.at(text)) : Json(nullptr));
-      rows.push_back(name);
+      rows.push_back(d.name);
       values.push_back(line);
     }
     out["heatmaps"].push_back({{"title", "Each expert on every domain, bits per byte"},
@@ -92,7 +99,7 @@ void FlexMore::summarize_comparisons(const Stages& s, const RunState& state, Jso
                                {"columns", evaluated_domains()},
                                {"values", values},
                                {"digits", 3},
-                               {"notes", {"full-size experts beside the public one"}}});
+                               {"notes", {"experts as they were trained, beside the public one"}}});
   }
 
   if (!s.sweep.empty()) summarize_sweep(s, state, out);
@@ -112,11 +119,12 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
   Json slopes = Json::array();
   std::map<int64_t, Json> score_rows;
   constexpr int64_t kFull = std::numeric_limits<int64_t>::max();  // sorts behind every rank
-  for (const auto& [name, scores] : s.sweep) {
-    const auto tests = s.tests.find("expert");
-    if (scores.size() != config_.ranks.candidates.size() || tests == s.tests.end() || !tests->second.count(name))
-      continue;
-    const Evaluation full = evaluation(tests->second.at(name));
+  for (const auto& domain : members_) {
+    const std::string& name = domain.name;
+    const auto as_trained = tested(s, state, "expert", name);
+    if (!s.sweep.count(name) || s.sweep.at(name).size() != config_.ranks.candidates.size() || !as_trained) continue;
+    const auto& scores = s.sweep.at(name);
+    const Evaluation& full = *as_trained;
     const int64_t largest = scores.rbegin()->first;
     Json points = Json::array();
     // As the paper's analysis codes it: every rank, and full-size one doubling above the largest. Ours: what is cheaper

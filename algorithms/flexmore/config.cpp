@@ -84,6 +84,8 @@ const core::Schema<PublicModelConfig>& model_schema() {
           if (c.path.empty() == !c.architecture) return "give exactly one of path and architecture";
           if (!c.path.empty() && c.train)
             return "train goes with architecture: a model that is loaded is never changed";
+          if (c.train && c.train->dtype != "float32")
+            return "train.dtype must be float32: nothing of this model is frozen; save_dtype is what it is rounded to";
           return std::nullopt;
         });
     return s;
@@ -174,6 +176,7 @@ const core::Schema<RankConfig>& rank_schema() {
     core::Schema<C> s;
     s.field("candidates", &C::candidates)
         .min(1)
+        .unique()
         .doc("Ranks tried for experts with rank: auto")
         .field("budget", &C::budget)
         .above(0)
@@ -211,21 +214,37 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
   return schema;
 }
 
-Violation cross_check(const FlexMoreConfig& c) {
+Violation check_model(const FlexMoreConfig& c) {
+  if (c.model.path.empty() && !c.model.architecture)
+    return "model is missing: give model.path (a Hugging Face directory of an OLMo2-type model) or model.architecture "
+           "(shapes of one that is trained here)";
+  return std::nullopt;
+}
+
+Violation check_domains(const FlexMoreConfig& c) {
   std::set<std::string> names;
   for (const auto& domain : c.domains)
     if (!names.insert(domain.name).second) return fmt::format("domain '{}' stands twice", domain.name);
-  if (c.domains.empty()) return std::nullopt;  // the public model alone
   for (const auto& name : c.leave_out)
     if (!names.count(name)) return fmt::format("leave_out: no domain '{}'", name);
-  if (c.leave_out.size() >= c.domains.size()) return "leave_out leaves no expert";
+  if (!c.domains.empty() && c.leave_out.size() >= c.domains.size()) return "leave_out leaves no expert";
+  return std::nullopt;
+}
+
+Violation check_comparisons(const FlexMoreConfig& c) {
+  if (c.domains.empty() && !c.comparisons.empty()) return "comparisons need domains";
   for (const auto& comparison : c.comparisons)
     if (comparison == "scaled_delta" || comparison == "random_subspace" || comparison == "rank_sweep")
-      for (const auto& domain : c.domains)
+      for (const auto& domain : members(c))
         if (domain.train == "direct")
           return fmt::format("comparisons: {} needs full-size experts; domain '{}' is trained at its rank", comparison,
                              domain.name);
-  const auto experts = static_cast<int64_t>(c.domains.size() - c.leave_out.size()) + 1;
+  return std::nullopt;
+}
+
+Violation check_top_k(const FlexMoreConfig& c) {
+  if (c.domains.empty()) return std::nullopt;  // the public model alone
+  const auto experts = static_cast<int64_t>(members(c).size()) + 1;
   if (c.top_k > experts)
     return fmt::format("top_k {} is more than the {} experts of the mixture (public one included)", c.top_k, experts);
   return std::nullopt;
@@ -274,10 +293,15 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
             "Low-rank experts: auto = ragged-rank kernels where they exist and are faster (CPU; with gradients up to 4 "
             "experts per token), else ATen; reference = ATen. Results differ by rounding only")
         .field("leave_out", &C::leave_out)
-        .doc("Experts left out of the mixtures")
+        .unique()
+        .doc(
+            "Domains whose owners opted out: nothing is trained on their text and no expert of theirs is in any "
+            "mixture, "
+            "soup or comparison; their text is still measured")
         .field("comparisons", &C::comparisons)
         .choices(kComparisons)
         .evaluation_only()
+        .unique()
         .doc(
             "Also measured: btm = branch-train-merge, the two most probable experts per token; cross_domain = each "
             "expert on every text; joint = one expert trained on all domains with all experts' steps; random_subspace "
@@ -285,10 +309,24 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
             "regressions; scaled_delta = 0.25, 0.5 and 0.75 of the full-size change")
         .object("evaluation", &C::evaluation, evaluation_schema())
         .doc("What is measured")
-        .check(cross_check);
+        .check(check_model)
+        .check(check_domains)
+        .check(check_comparisons)
+        .check(check_top_k);
     return s;
   }();
   return schema;
+}
+
+bool is_member(const FlexMoreConfig& config, const std::string& domain) {
+  return std::find(config.leave_out.begin(), config.leave_out.end(), domain) == config.leave_out.end();
+}
+
+std::vector<DomainConfig> members(const FlexMoreConfig& config) {
+  std::vector<DomainConfig> out;
+  for (const auto& domain : config.domains)
+    if (is_member(config, domain.name)) out.push_back(domain);
+  return out;
 }
 
 std::optional<int64_t> fixed_rank(const DomainConfig& domain) { return parse_int(domain.rank); }

@@ -85,7 +85,7 @@ struct FlexMoreConfig : RunConfig {
   bool norm_topk_prob = false;
   std::string forward = "factored";      // factored | per_expert
   std::string kernels = "auto";          // auto | reference
-  std::vector<std::string> leave_out;    // experts left out of the mixtures
+  std::vector<std::string> leave_out;    // domains whose owners opted out: no expert of theirs is in any result
   std::vector<std::string> comparisons;  // of kComparisons: measured beside the mixture, in the same run
   EvaluationConfig evaluation;
 };
@@ -94,6 +94,11 @@ const core::Schema<FlexMoreConfig>& flexmore_schema();
 
 /// Architecture of the public model. Reads config.json when the model is a directory. Throws UserError.
 models::DecoderConfig public_architecture(const PublicModelConfig& model);
+
+/// Whether the domain of that name is not left out.
+bool is_member(const FlexMoreConfig& config, const std::string& domain);
+/// The domains that are not left out, in the recipe's order.
+std::vector<DomainConfig> members(const FlexMoreConfig& config);
 
 /// "auto" and "full" are nullopt; a number is itself.
 std::optional<int64_t> fixed_rank(const DomainConfig& domain);

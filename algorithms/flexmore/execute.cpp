@@ -141,221 +141,259 @@ models::MixtureKernels mixture_kernels(const std::string& name) {
   return name == "reference" ? models::MixtureKernels::kReference : models::MixtureKernels::kAuto;
 }
 
-models::MixtureFfn::Options mixture_options(const core::Json& spec) {
+models::MixtureFfn::Options mixture_options(const MixtureSpec& spec) {
   const auto forward =
-      spec.at("forward") == "per_expert" ? models::MixtureForward::kPerExpert : models::MixtureForward::kFactored;
-  return {spec.at("top_k").get<int64_t>(), spec.at("norm_topk_prob").get<bool>(), forward,
-          mixture_kernels(spec.at("kernels").get<std::string>())};
+      spec.forward == "per_expert" ? models::MixtureForward::kPerExpert : models::MixtureForward::kFactored;
+  return {spec.top_k, spec.norm_topk_prob, forward, mixture_kernels(spec.kernels)};
+}
+
+at::ScalarType type_of(const std::string& dtype) { return dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }
+
+std::vector<at::Tensor> public_rows(const core::Artefact& embedding, const PublicRowsSpec& spec) {
+  const at::Tensor rows = models::copy_of(*embedding.file().find("embedding"));
+  std::vector<at::Tensor> out;
+  for (int64_t l = 0; l < rows.size(0); ++l) {
+    if (spec.init == "encoder") {
+      out.push_back(models::copy_of(*embedding.file().find("encoded")));  // one vector for all layers, as FlexOlmo
+    } else if (spec.init == "embedding") {
+      out.push_back(unit_norm(rows[l], spec.norm).contiguous());
+    } else if (spec.init == "centered" || spec.init == "regression") {
+      out.push_back(at::zeros({rows.size(1)}, at::kFloat));
+    } else {
+      out.push_back(random_row(rows.size(1), core::derive_seed(spec.seed, fmt::format("router/public/{}", l))));
+    }
+  }
+  return out;
+}
+
+// What an expert's own text and the public one look like to its router rows.
+struct RowSources {
+  Embedding own;
+  at::Tensor public_mean, public_moment;  // [L, d]; [L, d, d] for regression
+  at::Tensor encoded;                     // [d] for encoder
+};
+
+// The row of layer `l` before training, [d] float32 on the CPU.
+at::Tensor first_row(const TrainExpertSpec& spec, const RowSources& sources, size_t l) {
+  const auto layer = static_cast<int64_t>(l);
+  const at::Tensor& mean = sources.own.mean[l];
+  const std::string& init = spec.public_rows.init;
+  if (init == "regression")
+    return regression_row(mean, sources.own.second_moment[l], sources.public_moment[layer], spec.rows.logit);
+  if (init == "encoder") return sources.encoded;
+  if (init == "random") return random_row(mean.size(0), core::derive_seed(spec.seed, fmt::format("router/{}", l)));
+  return unit_norm(init == "centered" ? mean - sources.public_mean[layer] : mean, spec.rows.norm);
+}
+
+// An expert before training; everything of it that is trained goes into `parameters`.
+Expert fresh_expert(const TrainExpertSpec& spec, const models::Decoder& model, const RowSources& sources,
+                    models::NamedTensors& parameters, at::Device device) {
+  Expert expert{spec.name, {}, {}, {}};
+  const auto own = [&](const std::string& name, at::Tensor tensor) {
+    parameters.emplace_back(name, tensor);
+    return tensor;
+  };
+  for (size_t l = 0; l < sources.own.mean.size(); ++l) {
+    const models::SlotBase& base = model.base(ffn_slot(l));
+    const std::string prefix = fmt::format("layers.{:03}.", l);
+    const auto fresh = [&](const std::string& name, const at::Tensor& weight) {
+      models::LowRank pair = fresh_low_rank(weight.size(1), weight.size(0), spec.rank,
+                                            core::derive_seed(spec.seed, prefix + name), device);
+      own(prefix + name + ".a", pair.a);
+      own(prefix + name + ".b", pair.b);
+      return pair;
+    };
+    models::FfnExpert ffn;
+    if (spec.rank == 0) {
+      ffn.gate = own(prefix + "gate", trainable(base.gate));
+      ffn.up = own(prefix + "up", trainable(base.up));
+      ffn.down = own(prefix + "down", trainable(base.down));
+    } else {
+      ffn.gate_delta = fresh("gate", base.gate);
+      ffn.up_delta = fresh("up", base.up);
+      ffn.down_delta = fresh("down", base.down);
+    }
+    expert.layers.push_back(ffn);
+    const at::Tensor row = first_row(spec, sources, l).to(device);
+    expert.router_rows.push_back(spec.rows.train ? own(prefix + "router", trainable(row)) : row);
+    if (spec.rows.bias == "none") continue;
+    const at::Tensor bias = at::full({1}, spec.rows.bias_value, at::TensorOptions().dtype(at::kFloat).device(device));
+    expert.biases.push_back(spec.rows.bias == "learned" ? own(prefix + "router_bias", trainable(bias)) : bias);
+  }
+  std::sort(parameters.begin(), parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  return expert;
+}
+
+// Which experts the tokens of a text chose, per layer.
+core::Json load_json(const std::vector<std::shared_ptr<models::MixtureFfn>>& layers, const Mixture& mixture) {
+  core::Json names = {"public"}, selected = core::Json::array(), probability = core::Json::array();
+  for (const auto& expert : mixture.experts) names.push_back(expert.name);
+  for (const auto& layer : layers) {
+    const auto& load = layer->load();
+    core::Json share = core::Json::array(), mass = core::Json::array();
+    for (size_t e = 0; e < names.size(); ++e) {
+      share.push_back(static_cast<double>(load.selected[e]) / static_cast<double>(load.tokens));
+      mass.push_back(load.probability[e] / static_cast<double>(load.tokens));
+    }
+    selected.push_back(share);
+    probability.push_back(mass);
+  }
+  return {{"experts", names}, {"selected", selected}, {"probability", probability}};
+}
+
+// Experts among a unit's inputs; the public model may be one too.
+std::vector<Expert> read_experts(const Unit& unit, size_t first, const std::string& base, WorkerContext& context) {
+  std::vector<Expert> experts;
+  for (size_t i = first; i < unit.inputs.size(); ++i)
+    if (unit.inputs[i] != base) experts.push_back(read_expert(*context.artefact(unit.inputs[i]), 0));
+  std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
+  return experts;
+}
+
+Evaluation evaluate_branch_train_merge(const Unit& unit, const EvaluateSpec& spec, const models::Decoder& base,
+                                       const data::TextDataset& text, WorkerContext& context) {
+  const auto rows = public_rows(*context.artefact(unit.inputs.front()), spec.public_rows.value());
+  std::vector<models::Decoder> members;  // the public model, then every owner's own model as trained
+  members.push_back(base.share());
+  for (const Expert& expert : read_experts(unit, 1, spec.base, context)) {
+    members.push_back(base.share());
+    attach(members.back(), {rows, {expert}}, mixture_options(spec.mixture.value()));
+  }
+  const auto loss = [&](const at::Tensor& sequences) {
+    return branch_train_merge_loss(members, sequences, spec.mixture->top_k);
+  };
+  return evaluate(loss, text, spec.sequences, spec.batch_size, context);
 }
 
 }  // namespace
 
-at::ScalarType FlexMore::compute_dtype() const {
-  return config_.train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
-}
-
 core::ArtefactPtr FlexMore::execute(const Unit& unit, WorkerContext& context) const {
   using Step = core::ArtefactPtr (FlexMore::*)(const Unit&, WorkerContext&) const;
   static const std::map<std::string, Step> steps = {
-      {"train_base", &FlexMore::train_base},
-      {"embed_public", &FlexMore::embed_public},
-      {"train_expert", &FlexMore::train_expert},
-      {"extract", &FlexMore::extract},
-      {"evaluate", &FlexMore::evaluate_unit},
-      {"merge", &FlexMore::merge_experts},
-      {"soup", &FlexMore::make_soup},
+      {TrainBaseSpec::kKind, &FlexMore::train_base},     {EmbedPublicSpec::kKind, &FlexMore::embed_public},
+      {TrainExpertSpec::kKind, &FlexMore::train_expert}, {ExtractSpec::kKind, &FlexMore::extract},
+      {EvaluateSpec::kKind, &FlexMore::evaluate_unit},   {MergeSpec::kKind, &FlexMore::merge_experts},
+      {SoupSpec::kKind, &FlexMore::make_soup},
   };
   const auto step = steps.find(unit.kind);
   MORAINE_CHECK(step != steps.end(), "flexmore has no unit kind '{}'", unit.kind);
   return (this->*step->second)(unit, context);
 }
 
-std::shared_ptr<models::Decoder> FlexMore::load_base(const Unit& unit, WorkerContext& context) const {
-  const std::string id = unit.spec.at("base").get<std::string>();
-  if (id.starts_with("dir:")) return cached_model(config_.model.path, id, model_id_, compute_dtype(), context);
+std::shared_ptr<models::Decoder> FlexMore::load_base(const OnPublicModel& spec, WorkerContext& context) const {
+  const at::ScalarType dtype = type_of(spec.dtype);
+  if (spec.base.starts_with("dir:")) return cached_model(config_.model.path, spec.base, model_id_, dtype, context);
   const auto make = [&]() -> std::shared_ptr<void> {
-    const auto artefact = context.artefact(id);
+    const auto artefact = context.artefact(spec.base);
     const auto config = models::DecoderConfig::from_json(artefact->meta().at("config"), artefact->file().origin());
-    return std::make_shared<models::Decoder>(models::Decoder::from_tensors(config, artefact->file().tensors(),
-                                                                           artefact->file().origin(), compute_dtype(),
-                                                                           artefact)
-                                                 .on(context.device()));
+    return std::make_shared<models::Decoder>(
+        models::Decoder::from_tensors(config, artefact->file().tensors(), artefact->file().origin(), dtype, artefact)
+            .on(context.device()));
   };
-  return std::static_pointer_cast<models::Decoder>(context.cached("base/" + id, make));
+  const std::string key = fmt::format("base/{}/{}", spec.dtype, spec.base);
+  return std::static_pointer_cast<models::Decoder>(context.cached(key, make));
 }
 
-std::shared_ptr<data::TextDataset> FlexMore::load_data(const core::Json& spec, WorkerContext& context) const {
-  return cached_dataset(data_path(spec.at("name").get<std::string>()), spec, context);
+std::shared_ptr<data::TextDataset> FlexMore::load_text(const TextSpec& spec, WorkerContext& context) const {
+  return cached_dataset(data_path(spec.name), core::to_spec(text_schema(), spec), context);
 }
 
-at::Tensor FlexMore::encoded_row(const core::Json& spec, WorkerContext& context) const {
-  if (spec.at("identity") != encoder_id_)
-    throw core::UserError(fmt::format("algorithms/flexmore: the text encoder in {} differs from the coordinator's",
+at::Tensor FlexMore::encoded_row(const EncoderSpec& spec, int64_t sequences, int64_t width,
+                                 WorkerContext& context) const {
+  if (spec.identity != encoder_id_)
+    throw core::UserError(fmt::format("algorithms/flexmore: the text encoder in '{}' differs from the coordinator's",
                                       config_.router.encoder),
                           "every site must use the same encoder and tokenizer.json");
   auto encoder =
       DomainEncoder::open(config_.router.encoder, context.device());  // used once per unit, so not worth keeping
-  const at::Tensor embedding = encoder.embed(*load_data(spec.at("data"), context), config_.router.embedding_sequences);
-  return project(embedding, architecture_.hidden_size, spec.at("projection_seed").get<uint64_t>());
-}
-
-std::vector<at::Tensor> FlexMore::public_rows(const core::Artefact& embedding) const {
-  const at::Tensor rows = models::copy_of(*embedding.file().find("embedding"));
-  std::vector<at::Tensor> out;
-  for (int64_t l = 0; l < rows.size(0); ++l) {
-    if (config_.router.init == "encoder") {
-      out.push_back(models::copy_of(*embedding.file().find("encoded")));  // one vector for all layers, as FlexOlmo
-    } else if (config_.router.init == "embedding") {
-      out.push_back(unit_norm(rows[l], config_.router.init_norm).contiguous());
-    } else if (config_.router.init == "centered" || config_.router.init == "regression") {
-      out.push_back(at::zeros({rows.size(1)}, at::kFloat));
-    } else {
-      out.push_back(random_row(
-          rows.size(1), core::derive_seed(static_cast<uint64_t>(config_.seed), fmt::format("router/public/{}", l))));
-    }
-  }
-  return out;
+  return project(encoder.embed(*load_text(spec.data, context), sequences), width, spec.projection_seed);
 }
 
 core::ArtefactPtr FlexMore::train_base(const Unit& unit, WorkerContext& context) const {
-  const auto dataset = load_data(unit.spec.at("data"), context);
-  const auto seed = unit.spec.at("seed").get<uint64_t>();
-  const TrainConfig& train = *config_.model.train;
-  auto model = models::Decoder::from_config(architecture_, seed, at::kFloat).on(context.device());
+  const auto spec = core::from_spec(TrainBaseSpec::schema(), unit.spec);
+  const auto text = load_text(spec.data, context);
+  const TrainConfig train = train_config(spec.train, config_.model.train.value_or(TrainConfig()));
+  const auto config = models::DecoderConfig::from_json(spec.architecture, "unit specification");
+  auto model = models::Decoder::from_config(config, spec.seed, at::kFloat).on(context.device());
   TrainJob job{train, model.make_trainable(),
-               language_model_loss(model, dataset, seed, train.batch_size, context.device()), config_.seq_len};
+               language_model_loss(model, text, spec.seed, train.batch_size, context.device()), spec.data.seq_len};
   const TrainOutcome outcome = context.train(std::move(job));
-  const auto dtype = config_.model.save_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   models::NamedTensors tensors;
-  for (const auto& [name, weight] : model.weights()) tensors.emplace_back(name, weight.detach().cpu().to(dtype));
+  for (const auto& [name, weight] : model.weights())
+    tensors.emplace_back(name, weight.detach().cpu().to(type_of(spec.save_dtype)));
   std::vector<at::Tensor> keep;
-  return core::Artefact::create("base", {{"config", architecture_.to_json()}, {"curve", curve_json(outcome)}},
+  return core::Artefact::create("base", {{"config", config.to_json()}, {"curve", curve_json(outcome)}},
                                 models::views_of(tensors, keep));
 }
 
 core::ArtefactPtr FlexMore::embed_public(const Unit& unit, WorkerContext& context) const {
-  auto model = load_base(unit, context)->share();
-  const auto dataset = load_data(unit.spec.at("data"), context);
-  const bool second_moment = unit.spec.at("second_moment").get<bool>();
+  const auto spec = core::from_spec(EmbedPublicSpec::schema(), unit.spec);
+  auto model = load_base(spec, context)->share();
   const Embedding embedding =
-      domain_embedding(model, *dataset, unit.spec.at("sequences").get<int64_t>(), second_moment, context);
+      domain_embedding(model, *load_text(spec.data, context), spec.sequences, spec.second_moment, context);
   models::NamedTensors tensors = {{"embedding", at::stack(embedding.mean)}};
-  if (unit.spec.contains("encoder")) tensors.emplace_back("encoded", encoded_row(unit.spec.at("encoder"), context));
-  if (second_moment) tensors.emplace_back("second_moment", at::stack(embedding.second_moment));
+  if (spec.encoder)
+    tensors.emplace_back("encoded", encoded_row(*spec.encoder, spec.sequences, model.config().hidden_size, context));
+  if (spec.second_moment) tensors.emplace_back("second_moment", at::stack(embedding.second_moment));
   std::vector<at::Tensor> keep;
   return core::Artefact::create("embedding", core::Json::object(), models::views_of(tensors, keep));
 }
 
 core::ArtefactPtr FlexMore::train_expert(const Unit& unit, WorkerContext& context) const {
-  auto model = load_base(unit, context)->share();
-  const core::Json& data = unit.spec.at("data");  // a list: one expert for several domains
-  Datasets datasets;
-  for (const auto& spec : data.is_array() ? data : core::Json::array({data}))
-    datasets.push_back(load_data(spec, context));
-  const auto seed = unit.spec.at("seed").get<uint64_t>();
-  const auto rank = unit.spec.at("rank").get<int64_t>();
+  const auto spec = core::from_spec(TrainExpertSpec::schema(), unit.spec);
+  auto model = load_base(spec, context)->share();
+  const bool regression = spec.public_rows.init == "regression";
   const auto embedding = context.artefact(unit.inputs.at(0));
-  const at::Tensor public_mean = models::copy_of(*embedding->file().find("embedding"));
-  const bool regression = config_.router.init == "regression";
-  const at::Tensor public_moment =
-      regression ? models::copy_of(*embedding->file().find("second_moment")) : at::Tensor();
+  RowSources sources;
+  sources.public_mean = models::copy_of(*embedding->file().find("embedding"));
+  if (regression) sources.public_moment = models::copy_of(*embedding->file().find("second_moment"));
+  Datasets texts;
   std::vector<Embedding> embeddings;
-  for (const auto& dataset : datasets)
-    embeddings.push_back(domain_embedding(model, *dataset, config_.router.embedding_sequences, regression, context));
-  const Embedding own_embedding = mean_embedding(std::move(embeddings));
-
-  at::Tensor encoded;
-  if (unit.spec.contains("encoder")) {
-    const core::Json& specs = unit.spec.at("encoder");
-    std::vector<at::Tensor> rows;
-    for (const auto& spec : specs.is_array() ? specs : core::Json::array({specs}))
-      rows.push_back(encoded_row(spec, context));
-    encoded = rows.size() == 1 ? rows.front() : at::stack(rows).mean(0);
+  for (const auto& data : spec.data) {
+    texts.push_back(load_text(data, context));
+    embeddings.push_back(domain_embedding(model, *texts.back(), spec.rows.embedding_sequences, regression, context));
   }
+  sources.own = mean_embedding(std::move(embeddings));
+  std::vector<at::Tensor> encoded;
+  for (const auto& encoder : spec.encoder)
+    encoded.push_back(encoded_row(encoder, spec.rows.embedding_sequences, model.config().hidden_size, context));
+  if (!encoded.empty()) sources.encoded = encoded.size() == 1 ? encoded.front() : at::stack(encoded).mean(0);
 
-  Mixture mixture{public_rows(*embedding), {}};
+  Mixture mixture{public_rows(*embedding, spec.public_rows), {}};
   const core::Json base_fingerprint = fingerprint_of_base(model.weights(), mixture.public_rows);
-  Expert expert{unit.spec.at("name").get<std::string>(), {}, {}, {}};
-  TrainJob job{config_.train, {}, nullptr, config_.seq_len};
-  job.config.steps = unit.spec.at("train").at("steps").get<int64_t>();
-  const auto own = [&](const std::string& name, at::Tensor tensor) {
-    job.parameters.emplace_back(name, tensor);
-    return tensor;
-  };
-  for (size_t l = 0; l < own_embedding.mean.size(); ++l) {
-    const auto layer = static_cast<int64_t>(l);
-    const at::Tensor& mean = own_embedding.mean[l];
-    const models::SlotBase& base = model.base(ffn_slot(l));
-    const std::string prefix = fmt::format("layers.{:03}.", l);
-    models::FfnExpert ffn;
-    if (rank == 0) {
-      ffn.gate = own(prefix + "gate", trainable(base.gate));
-      ffn.up = own(prefix + "up", trainable(base.up));
-      ffn.down = own(prefix + "down", trainable(base.down));
-    } else {
-      const auto fresh = [&](const std::string& name, const at::Tensor& weight) {
-        models::LowRank pair = fresh_low_rank(weight.size(1), weight.size(0), rank,
-                                              core::derive_seed(seed, prefix + name), context.device());
-        own(prefix + name + ".a", pair.a);
-        own(prefix + name + ".b", pair.b);
-        return pair;
-      };
-      ffn.gate_delta = fresh("gate", base.gate);
-      ffn.up_delta = fresh("up", base.up);
-      ffn.down_delta = fresh("down", base.down);
-    }
-    expert.layers.push_back(ffn);
-    at::Tensor row;
-    if (regression) {
-      row = regression_row(mean, own_embedding.second_moment[l], public_moment[layer], config_.router.init_logit);
-    } else if (encoded.defined()) {
-      row = encoded;
-    } else if (config_.router.init == "random") {
-      row = random_row(mean.size(0), core::derive_seed(seed, fmt::format("router/{}", l)));
-    } else {
-      row = unit_norm(config_.router.init == "centered" ? mean - public_mean[layer] : mean, config_.router.init_norm);
-    }
-    row = row.to(context.device());
-    expert.router_rows.push_back(config_.router.train ? own(prefix + "router", trainable(row)) : row);
-    if (config_.router.bias != "none") {
-      const at::Tensor bias =
-          at::full({1}, config_.router.bias_value, at::TensorOptions().dtype(at::kFloat).device(context.device()));
-      expert.biases.push_back(config_.router.bias == "learned" ? own(prefix + "router_bias", trainable(bias)) : bias);
-    }
-  }
-  std::sort(job.parameters.begin(), job.parameters.end(),
-            [](const auto& a, const auto& b) { return a.first < b.first; });
+  const TrainConfig train = train_config(spec.train, config_.train);
+  TrainJob job{train, {}, nullptr, texts.front()->seq_len()};
+  const Expert expert = fresh_expert(spec, model, sources, job.parameters, context.device());
   mixture.experts = {expert};
-  attach(model, mixture,
-         {.top_k = 2, .norm_topk_prob = config_.norm_topk_prob, .kernels = mixture_kernels(config_.kernels)}, {});
-  job.loss = datasets.size() == 1
-                 ? language_model_loss(model, datasets.front(), seed, config_.train.batch_size, context.device())
-                 : joint_loss(model, datasets, seed, config_.train.batch_size, context.device());
+  attach(model, mixture, {.top_k = 2, .norm_topk_prob = spec.norm_topk_prob, .kernels = mixture_kernels(spec.kernels)});
+  job.loss = texts.size() == 1
+                 ? language_model_loss(model, texts.front(), spec.seed, train.batch_size, context.device())
+                 : joint_loss(model, texts, spec.seed, train.batch_size, context.device());
   const TrainOutcome outcome = context.train(std::move(job));
-  return write_expert(expert, {{"base", unit.spec.at("base")},
+  const core::Json& data = unit.spec.at("data");
+  return write_expert(expert, {{"base", spec.base},
                                {"base_tensors", base_fingerprint},
                                {"curve", curve_json(outcome)},
-                               {"data", unit.spec.at("data")}});
+                               {"data", data.size() == 1 ? data.front() : data}});
 }
 
 core::ArtefactPtr FlexMore::extract(const Unit& unit, WorkerContext& context) const {
   const at::NoGradGuard no_grad;
-  const auto model = load_base(unit, context);
+  const auto spec = core::from_spec(ExtractSpec::schema(), unit.spec);
+  const auto model = load_base(spec, context);
   const auto artefact = context.artefact(unit.inputs.at(0));
-  const auto rank = unit.spec.at("rank").get<int64_t>();
   Expert expert = read_expert(*artefact, 0);
   models::NamedTensors spectra;
   for (size_t l = 0; l < expert.layers.size(); ++l) {
     models::FfnExpert& ffn = expert.layers[l];
     const models::SlotBase& base = model->base(ffn_slot(l));
     const auto cut = [&](const char* name, const at::Tensor& tuned, const at::Tensor& frozen) {
-      if (unit.spec.contains("subspace_seed"))
-        return random_subspace_of(
-            tuned, frozen.cpu(), rank,
-            core::derive_seed(unit.spec.at("subspace_seed").get<uint64_t>(), fmt::format("{}/{}", l, name)));
+      if (spec.subspace_seed)
+        return random_subspace_of(tuned, frozen.cpu(), spec.rank,
+                                  core::derive_seed(*spec.subspace_seed, fmt::format("{}/{}", l, name)));
       const Spectrum spectrum = spectrum_of_difference(tuned, frozen.cpu());
       spectra.emplace_back(fmt::format("spectrum.{}.{}", l, name), spectrum.s);
-      return low_rank_of(spectrum, rank);
+      return low_rank_of(spectrum, spec.rank);
     };
     ffn.gate_delta = cut("gate_proj", ffn.gate, base.gate);
     ffn.up_delta = cut("up_proj", ffn.up, base.up);
@@ -364,101 +402,58 @@ core::ArtefactPtr FlexMore::extract(const Unit& unit, WorkerContext& context) co
     context.progress(static_cast<double>(l + 1), static_cast<double>(expert.layers.size()));
   }
   return write_expert(expert,
-                      {{"base", unit.spec.at("base")},
+                      {{"base", spec.base},
                        {"base_tensors", artefact->meta().at("base_tensors")},
                        {"extracted_from", unit.inputs.at(0)}},
                       std::move(spectra));
 }
 
 core::ArtefactPtr FlexMore::evaluate_unit(const Unit& unit, WorkerContext& context) const {
-  auto model = load_base(unit, context)->share();
-  const auto dataset = load_data(unit.spec.at("data"), context);
-  const auto what = unit.spec.at("what").get<std::string>();
-  if (what == "btm") return evaluate_branch_train_merge(unit, *dataset, context);
-  std::vector<std::shared_ptr<models::MixtureFfn>> layers;
-  std::vector<std::string> names = {"public"};
-  if (what == "expert" || what == "mixture") {
-    const core::Json& options = unit.spec.at("mixture");
-    Mixture mixture;
-    if (what == "expert") {
-      mixture.public_rows = public_rows(*context.artefact(unit.inputs.at(0)));
-      mixture.experts = {read_expert(*context.artefact(unit.inputs.at(1)), unit.spec.at("rank").get<int64_t>())};
-      if (unit.spec.contains("scale"))
-        mixture.experts = {with_scaled_change(mixture.experts.front(), model, unit.spec.at("scale").get<double>())};
-    } else {
-      mixture = read_mixture(*context.artefact(unit.inputs.at(0)));
-    }
-    const auto leave_out = options.at("leave_out").get<std::vector<std::string>>();
-    layers = attach(model, mixture, mixture_options(options), leave_out);
-    for (const auto& expert : mixture.experts)
-      if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) names.push_back(expert.name);
-  } else if (what == "soup") {
+  const auto spec = core::from_spec(EvaluateSpec::schema(), unit.spec);
+  auto model = load_base(spec, context)->share();
+  const auto text = load_text(spec.data, context);
+  if (spec.what == "btm") {
+    const Evaluation result = evaluate_branch_train_merge(unit, spec, model, *text, context);
+    return core::Artefact::create("evaluation", {{"result", result.to_json()}}, {});
+  }
+  Mixture mixture;
+  if (spec.what == "expert") {
+    mixture.public_rows = public_rows(*context.artefact(unit.inputs.at(0)), spec.public_rows.value());
+    mixture.experts = {read_expert(*context.artefact(unit.inputs.at(1)), spec.rank)};
+    if (spec.scale) mixture.experts = {with_scaled_change(mixture.experts.front(), model, *spec.scale)};
+  } else if (spec.what == "mixture") {
+    mixture = read_mixture(*context.artefact(unit.inputs.at(0)));
+  } else if (spec.what == "soup") {
     attach_dense(model, read_expert(*context.artefact(unit.inputs.at(0)), 0).layers);
   }
+  std::vector<std::shared_ptr<models::MixtureFfn>> layers;
+  if (spec.mixture) layers = attach(model, mixture, mixture_options(*spec.mixture));
   for (auto& layer : layers) layer->record_load(true);
-  const Evaluation result = evaluate(model, *dataset, unit.spec.at("sequences").get<int64_t>(),
-                                     unit.spec.at("batch_size").get<int64_t>(), context);
+  const Evaluation result = evaluate(model, *text, spec.sequences, spec.batch_size, context);
   core::Json meta = {{"result", result.to_json()}};
-  if (!layers.empty()) {
-    core::Json selected = core::Json::array(), probability = core::Json::array();
-    for (const auto& layer : layers) {
-      const auto& load = layer->load();
-      core::Json share = core::Json::array(), mass = core::Json::array();
-      for (size_t e = 0; e < names.size(); ++e) {
-        share.push_back(static_cast<double>(load.selected[e]) / static_cast<double>(load.tokens));
-        mass.push_back(load.probability[e] / static_cast<double>(load.tokens));
-      }
-      selected.push_back(share);
-      probability.push_back(mass);
-    }
-    meta["load"] = {{"experts", names}, {"selected", selected}, {"probability", probability}};
-  }
+  if (!layers.empty()) meta["load"] = load_json(layers, mixture);
   return core::Artefact::create("evaluation", std::move(meta), {});
-}
-
-core::ArtefactPtr FlexMore::evaluate_branch_train_merge(const Unit& unit, const data::TextDataset& dataset,
-                                                        WorkerContext& context) const {
-  const auto base = load_base(unit, context);
-  const auto rows = public_rows(*context.artefact(unit.inputs.front()));
-  std::vector<Expert> experts;
-  for (size_t i = 1; i < unit.inputs.size(); ++i)
-    if (unit.inputs[i] != unit.spec.at("base")) experts.push_back(read_expert(*context.artefact(unit.inputs[i]), 0));
-  std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
-  std::vector<models::Decoder> members;  // the public model, then every owner's own model as trained
-  members.push_back(base->share());
-  for (const Expert& expert : experts) {
-    members.push_back(base->share());
-    attach(members.back(), {rows, {expert}}, mixture_options(unit.spec.at("mixture")), {});
-  }
-  const auto loss = [&](const at::Tensor& sequences) {
-    return branch_train_merge_loss(members, sequences, unit.spec.at("mixture").at("top_k").get<int64_t>());
-  };
-  const Evaluation result = evaluate(loss, dataset, unit.spec.at("sequences").get<int64_t>(),
-                                     unit.spec.at("batch_size").get<int64_t>(), context);
-  return core::Artefact::create("evaluation", {{"result", result.to_json()}}, {});
 }
 
 core::ArtefactPtr FlexMore::merge_experts(const Unit& unit, WorkerContext& context) const {
   const at::NoGradGuard no_grad;
-  const auto model = load_base(unit, context);
-  const auto rows = public_rows(*context.artefact(unit.inputs.at(0)));
-  const auto ranks = unit.spec.at("ranks").get<std::vector<int64_t>>();
+  const auto spec = core::from_spec(MergeSpec::schema(), unit.spec);
+  const auto model = load_base(spec, context);
+  const auto rows = public_rows(*context.artefact(unit.inputs.at(0)), spec.public_rows);
   std::vector<core::ArtefactPtr> experts;
-  for (size_t i = 0; i < ranks.size(); ++i) experts.push_back(context.artefact(unit.inputs.at(i + 1)));
+  for (size_t i = 0; i < spec.ranks.size(); ++i) experts.push_back(context.artefact(unit.inputs.at(i + 1)));
   const core::Json base_fingerprint = fingerprint_of_base(model->weights(), rows);
-  return write_mixture(merge(experts, ranks, rows, base_fingerprint), {{"base", unit.spec.at("base")}});
+  return write_mixture(merge(experts, spec.ranks, rows, base_fingerprint), {{"base", spec.base}});
 }
 
 core::ArtefactPtr FlexMore::make_soup(const Unit& unit, WorkerContext& context) const {
   const at::NoGradGuard no_grad;
-  std::vector<Expert> experts;
-  for (const auto& id : unit.inputs)
-    if (id != unit.spec.at("base")) experts.push_back(read_expert(*context.artefact(id), 0));
-  std::sort(experts.begin(), experts.end(), [](const Expert& a, const Expert& b) { return a.name < b.name; });
+  const auto spec = core::from_spec(SoupSpec::schema(), unit.spec);
+  const std::vector<Expert> experts = read_experts(unit, 0, spec.base, context);
   Expert mean = experts.front();
   mean.name = "soup";
   mean.layers = soup(experts);
-  return write_expert(mean, {{"base", unit.spec.at("base")}, {"of", experts.size()}});
+  return write_expert(mean, {{"base", spec.base}, {"of", experts.size()}});
 }
 
 }  // namespace moraine::algorithms::flexmore

@@ -12,7 +12,6 @@
 #include "core/error.h"
 #include "core/file_name.h"
 #include "core/hash.h"
-#include "core/registry.h"
 #include "models/tensor_io.h"
 
 namespace moraine::algorithms::flexmore {
@@ -334,31 +333,21 @@ void check_fit(const Expert& expert, const models::Decoder& decoder) {
 }  // namespace
 
 std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder, const Mixture& mixture,
-                                                        models::MixtureFfn::Options options,
-                                                        const std::vector<std::string>& leave_out) {
-  std::vector<std::string> names;
-  for (const auto& expert : mixture.experts) names.push_back(expert.name);
-  for (const auto& name : leave_out)
-    if (std::find(names.begin(), names.end(), name) == names.end())
-      throw core::UserError(fmt::format("algorithms/flexmore: leave_out: no expert '{}'", name),
-                            core::name_hint(name, names));
-  std::vector<const Expert*> kept;
-  for (const auto& expert : mixture.experts)
-    if (std::find(leave_out.begin(), leave_out.end(), expert.name) == leave_out.end()) kept.push_back(&expert);
+                                                        models::MixtureFfn::Options options) {
   if (static_cast<int64_t>(mixture.public_rows.size()) != decoder.config().num_layers)
     throw core::UserError(fmt::format("algorithms/flexmore: a mixture of {} layers on a public model of {}",
                                       mixture.public_rows.size(), decoder.config().num_layers),
                           "use the public model that the experts were trained against");
-  for (const Expert* expert : kept) check_fit(*expert, decoder);
+  for (const Expert& expert : mixture.experts) check_fit(expert, decoder);
   const at::Device device = decoder.device();
   std::vector<std::shared_ptr<models::MixtureFfn>> attached;
   for (size_t l = 0; l < mixture.public_rows.size(); ++l) {
     std::vector<at::Tensor> rows = {mixture.public_rows[l].to(device).unsqueeze(0)}, biases;
     std::vector<models::FfnExpert> ffns;
-    for (const Expert* expert : kept) {
-      rows.push_back(expert->router_rows[l].to(device).unsqueeze(0));
-      if (!expert->biases.empty()) biases.push_back(expert->biases[l].to(device));
-      ffns.push_back(on_device(expert->layers[l], device));
+    for (const Expert& expert : mixture.experts) {
+      rows.push_back(expert.router_rows[l].to(device).unsqueeze(0));
+      if (!expert.biases.empty()) biases.push_back(expert.biases[l].to(device));
+      ffns.push_back(on_device(expert.layers[l], device));
     }
     attached.push_back(std::make_shared<models::MixtureFfn>(
         std::move(rows), biases.empty() ? at::Tensor() : at::cat(biases), std::move(ffns), options));

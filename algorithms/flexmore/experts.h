@@ -54,11 +54,9 @@ Mixture read_mixture(const core::Artefact& artefact);
 /// without router rows, used as a plain FFN. Throws UserError if an expert is low-rank.
 std::vector<models::FfnExpert> soup(const std::vector<Expert>& experts);
 
-/// Attaches a mixture to every FFN slot of `decoder`, leaving out the named experts as if they had never been merged.
-/// Throws UserError if top_k exceeds the experts that are left, or a name is unknown.
+/// Attaches a mixture to every FFN slot of `decoder`. Throws UserError if top_k exceeds the experts.
 std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder, const Mixture& mixture,
-                                                        models::MixtureFfn::Options options,
-                                                        const std::vector<std::string>& leave_out);
+                                                        models::MixtureFfn::Options options);
 
 /// Attaches dense FFNs in place of the public ones (weight soup, a single expert's dense model).
 void attach_dense(models::Decoder& decoder, const std::vector<models::FfnExpert>& layers);

@@ -1,5 +1,8 @@
 #include "algorithms/flexmore/flexmore.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "algorithms/flexmore/encoder.h"
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
@@ -11,10 +14,11 @@
 namespace moraine::algorithms::flexmore {
 
 FlexMore::FlexMore(FlexMoreConfig config)
-    : config_(std::move(config)), architecture_(public_architecture(config_.model)) {}
+    : config_(std::move(config)), members_(members(config_)), architecture_(public_architecture(config_.model)) {}
 
 FlexMore::FlexMore(FlexMoreConfig config, const core::Json& inputs)
     : config_(std::move(config)),
+      members_(members(config_)),
       architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
       fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
       model_id_(inputs.at("model").get<std::string>()),
@@ -78,7 +82,9 @@ void FlexMore::open_inputs() {
     };
     open_encoded("public", "public_encoder_text", config_.public_encoder_text);
     for (size_t i = 0; i < config_.domains.size(); ++i)
-      open_encoded(config_.domains[i].name, fmt::format("domains.{}.encoder_text", i), config_.domains[i].encoder_text);
+      if (is_member(config_, config_.domains[i].name))
+        open_encoded(config_.domains[i].name, fmt::format("domains.{}.encoder_text", i),
+                     config_.domains[i].encoder_text);
   }
   if (config_.seq_len > architecture_.max_position_embeddings)
     problems.add("seq_len", "seq_len",
@@ -94,11 +100,28 @@ void FlexMore::open_inputs() {
     if (const auto rank = fixed_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
   for (size_t i = 0; i < config_.ranks.candidates.size(); ++i)
     check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
+  check_budget(problems);
   if (config_.model.architecture && !config_.model.train)
     problems.add("model", "model.train", "is missing",
                  "a model built from shapes must be trained on public_path before experts can use it");
   if (!config_.model.architecture) model_id_ = model_identity(config_.model.path, architecture_);
   problems.throw_if_any(config_.name);
+}
+
+// A budget that no choice of ranks can keep is known from shapes: nothing need be trained to refuse it.
+void FlexMore::check_budget(core::Problems& problems) const {
+  const auto open = std::count_if(members_.begin(), members_.end(), [](const auto& d) { return d.rank == "auto"; });
+  const auto& candidates = config_.ranks.candidates;
+  const int64_t needed = open * *std::min_element(candidates.begin(), candidates.end());
+  if (needed <= rank_limit()) return;
+  const double least = static_cast<double>(needed * architecture_.low_rank_parameters(1)) /
+                       static_cast<double>(architecture_.ffn_parameters() * static_cast<int64_t>(members_.size()));
+  problems.add(
+      "ranks.budget", "ranks.budget",
+      fmt::format("{} is too little for the smallest of ranks.candidates: {} experts with rank: auto take {:.4f}"
+                  " of the full-size mixture's added parameters at rank {}",
+                  config_.ranks.budget, open, least, needed / open),
+      fmt::format("raise it to {:.4f} or more, or add smaller ranks.candidates", std::ceil(least * 1e4) / 1e4));
 }
 
 // The public model as it is stored. Only of a run that has one.

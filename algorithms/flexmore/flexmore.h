@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "algorithms/flexmore/config.h"
+#include "algorithms/flexmore/units.h"
 #include "algorithms/method.h"
 #include "algorithms/register.h"
 
@@ -16,6 +17,10 @@ class Decoder;
 }
 namespace moraine::data {
 class TextDataset;
+}
+
+namespace moraine::algorithms {
+struct Evaluation;
 }
 
 namespace moraine::algorithms::flexmore {
@@ -41,6 +46,7 @@ class FlexMore final : public Method {
   core::Json inputs() const override;
   Plan plan(const RunState& state) const override;
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
+  std::optional<std::string> missing_result(const RunState& state) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
   void export_as(const RunState& state, const ExportRequest& request) const override;
@@ -67,47 +73,82 @@ class FlexMore final : public Method {
   MixtureModel mixture_model(const std::string& id, const Stages& stages, const RunState& state) const;
   std::map<std::string, int64_t> choose_ranks(const Stages& stages, const RunState& state) const;
 
-  // plan.cpp: the units
-  Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
-                 double cost, const Stages& stages) const;
-  Unit evaluation_unit(const std::string& label, const std::string& what, const std::string& domain,
-                       const std::string& split, std::vector<std::string> inputs, int64_t rank,
-                       const Stages& stages) const;
-  Unit merge_unit(const std::string& label, bool full, const Stages& stages) const;
-  core::Json data_spec(const std::string& domain, const std::string& split) const;
-  core::Json router_spec() const;
-  core::Json encoder_spec(const std::string& domain) const;
+  void check_budget(core::Problems& problems) const;
+
+  // plan.cpp: the steps of the walk. The bool ones say whether what follows can be planned.
+  bool need_base(PlanBuilder& plan, Stages& stages) const;
+  bool need_public_embedding(PlanBuilder& plan, Stages& stages) const;
+  bool need_expert(PlanBuilder& plan, const DomainConfig& domain, Stages& stages) const;
+  void need_full_size_results(PlanBuilder& plan, Stages& stages) const;
+  void need_mixture(PlanBuilder& plan, Stages& stages) const;
+  void test_own(PlanBuilder& plan, Stages& stages, const std::string& method, const std::string& domain,
+                const std::string& expert, int64_t rank) const;
   void test_everywhere(PlanBuilder& plan, Stages& stages, const std::string& method, const std::string& what,
                        const std::vector<std::string>& inputs) const;
+
+  // plan.cpp: the units
+  template <typename Spec>
+  Unit make_unit(const std::string& label, Spec spec, std::vector<std::string> inputs, double cost,
+                 const Stages& stages) const;
+  Unit expert_unit(const std::string& name, const std::vector<std::string>& domains, int64_t rank,
+                   const TrainConfig& train, const Stages& stages) const;
+  Unit extraction_unit(const std::string& label, const std::string& expert, int64_t rank,
+                       std::optional<uint64_t> subspace_seed, const Stages& stages) const;
+  Unit evaluation_unit(const std::string& label, EvaluateSpec spec, std::vector<std::string> inputs,
+                       const Stages& stages) const;
+  EvaluateSpec test_spec(const std::string& what, const std::string& text, int64_t rank) const;
+  Unit test_unit(const std::string& label, const std::string& what, const std::string& text,
+                 const std::vector<std::string>& inputs, int64_t rank, const Stages& stages) const;
+  Unit merge_unit(const std::string& label, bool full, const Stages& stages) const;
+  Unit soup_unit(const Stages& stages) const;
+  TextSpec text_spec(const std::string& domain, const std::string& split) const;
+  EncoderSpec encoder_spec(const std::string& domain) const;
+  PublicRowsSpec public_rows_spec() const;
+  RowsSpec rows_spec() const;
+  uint64_t seed_for(const std::string& purpose) const;
+  double training_cost(const TrainConfig& train, double parameters) const;
   std::vector<std::string> evaluated_domains() const;
   int64_t max_rank(const DomainConfig& domain) const;
+  int64_t rank_limit() const;  // units of rank that ranks.budget has room for
+
+  // summary.cpp: the parts of the summary
+  std::optional<Evaluation> tested(const Stages& stages, const RunState& state, const std::string& method,
+                                   const std::string& domain) const;
+  void summarize_scores(const Stages& stages, const RunState& state, core::Json& out) const;
+  void summarize_sizes(const Stages& stages, const RunState& state, core::Json& out) const;
+  void summarize_curves(const Stages& stages, const RunState& state, core::Json& out) const;
+  void summarize_load(const Stages& stages, const RunState& state, const std::string& method, const std::string& title,
+                      core::Json& out) const;
+  std::string headline(const Stages& stages, const RunState& state) const;
 
   // comparison_plan.cpp, comparison_summary.cpp
   bool compares(const std::string& name) const;
-  void plan_comparisons(PlanBuilder& plan, Stages& stages) const;
+  void need_comparisons(PlanBuilder& plan, Stages& stages) const;
+  void need_joint(PlanBuilder& plan, Stages& stages) const;
+  void need_branch_train_merge(PlanBuilder& plan, Stages& stages) const;
+  void need_scaled_change(PlanBuilder& plan, const std::string& domain, Stages& stages) const;
+  void need_rank_sweep(PlanBuilder& plan, const std::string& domain, Stages& stages) const;
+  void need_random_subspace(PlanBuilder& plan, const std::string& domain, Stages& stages) const;
   void summarize_comparisons(const Stages& stages, const RunState& state, core::Json& out) const;
   void summarize_sweep(const Stages& stages, const RunState& state, core::Json& out) const;
 
-  // execute.cpp: what workers do
+  // execute.cpp: what workers do. Of the recipe these read paths alone; what is computed is in the unit.
   core::ArtefactPtr train_base(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr embed_public(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr train_expert(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr extract(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
-  core::ArtefactPtr evaluate_branch_train_merge(const Unit& unit, const data::TextDataset& dataset,
-                                                WorkerContext& context) const;
   core::ArtefactPtr merge_experts(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr make_soup(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<models::Decoder> load_base(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<data::TextDataset> load_data(const core::Json& spec, WorkerContext& context) const;
-  at::Tensor encoded_row(const core::Json& spec, WorkerContext& context) const;
-  std::vector<at::Tensor> public_rows(const core::Artefact& embedding) const;
-  at::ScalarType compute_dtype() const;
+  std::shared_ptr<models::Decoder> load_base(const OnPublicModel& spec, WorkerContext& context) const;
+  std::shared_ptr<data::TextDataset> load_text(const TextSpec& spec, WorkerContext& context) const;
+  at::Tensor encoded_row(const EncoderSpec& spec, int64_t sequences, int64_t width, WorkerContext& context) const;
 
   std::filesystem::path data_path(const std::string& domain) const;
   const DomainConfig& domain(const std::string& name) const;
 
   FlexMoreConfig config_;
+  std::vector<DomainConfig> members_;  // the domains that are not left out
   models::DecoderConfig architecture_;
   std::map<std::string, std::string>
       fingerprints_;      // data, by domain; "public" for public text; "encoder/..." for the encoder's

@@ -321,7 +321,7 @@ models::Decoder assemble(const MixtureModel& model, at::ScalarType dtype) {
   models::NamedTensors weights(model.base_weights.begin(), model.base_weights.end());
   std::vector<at::Tensor> keep;
   auto decoder = models::Decoder::from_tensors(model.base, models::views_of(weights, keep), "public model", dtype);
-  attach(decoder, model.mixture, {.top_k = model.top_k, .norm_topk_prob = model.norm_topk_prob}, {});
+  attach(decoder, model.mixture, {.top_k = model.top_k, .norm_topk_prob = model.norm_topk_prob});
   return decoder;
 }
 

@@ -7,7 +7,7 @@ namespace moraine::algorithms::flexmore {
 
 ParameterTable FlexMore::parameters() const {
   const auto& a = architecture_;
-  const auto experts = static_cast<int64_t>(config_.domains.size());
+  const auto experts = static_cast<int64_t>(members_.size());
   const int64_t shared = a.shared_parameters(), ffn = a.ffn_parameters();
   const int64_t dense = shared + ffn;
   const auto mixture = [&](int64_t count, int64_t each) {
@@ -35,12 +35,12 @@ ParameterTable FlexMore::parameters() const {
   // The recipe's own experts, as far as their ranks are fixed.
   int64_t own = dense + a.router_parameters(experts + 1);
   bool open = false;
-  for (const auto& d : config_.domains) {
+  for (const auto& d : members_) {
     const auto rank = fixed_rank(d);
     open |= d.rank == "auto";
     own += rank ? a.low_rank_parameters(*rank) : ffn;
   }
-  if (!config_.domains.empty())
+  if (!members_.empty())
     table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as full)" : ""), nullptr, nullptr,
                           nullptr, nullptr, own});
   const double d = static_cast<double>(a.hidden_size), h = static_cast<double>(a.intermediate_size);

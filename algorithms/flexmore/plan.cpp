@@ -2,8 +2,7 @@
 // validation text, three merges, and evaluations of every method on every domain.
 #include <algorithm>
 #include <cmath>
-#include <functional>
-#include <limits>
+#include <type_traits>
 
 #include "algorithms/evaluate.h"
 #include "algorithms/flexmore/encoder.h"
@@ -12,23 +11,12 @@
 #include "core/hash.h"
 
 namespace moraine::algorithms::flexmore {
-namespace {
-
-// Bumped when a change of the code changes results for the same spec.
-constexpr int kResultVersion = 1;
-
-core::Json pick(const core::Json& values, std::initializer_list<const char*> keys) {
-  core::Json out = core::Json::object();
-  for (const char* key : keys) out[key] = values.at(key);
-  return out;
-}
-
-}  // namespace
-
 const DomainConfig& FlexMore::domain(const std::string& name) const {
   const auto it =
       std::find_if(config_.domains.begin(), config_.domains.end(), [&](const auto& d) { return d.name == name; });
-  MORAINE_CHECK(it != config_.domains.end(), "no domain {}", name);
+  if (it == config_.domains.end())
+    throw core::UserError(fmt::format("algorithms/flexmore: this worker's recipe has no domain '{}'", name),
+                          "every process of a run needs the same recipe");
   return *it;
 }
 
@@ -38,29 +26,36 @@ std::vector<std::string> FlexMore::evaluated_domains() const {
   return names;
 }
 
-core::Json FlexMore::data_spec(const std::string& name, const std::string& split) const {
-  return {{"name", name},
-          {"fingerprint", fingerprints_.at(name)},
-          {"split", split},
-          {"seq_len", config_.seq_len},
-          {"tokenizer", config_.tokenizer}};
+uint64_t FlexMore::seed_for(const std::string& purpose) const {
+  return core::derive_seed(static_cast<uint64_t>(config_.seed), purpose);
 }
 
-core::Json FlexMore::encoder_spec(const std::string& name) const {
+TextSpec FlexMore::text_spec(const std::string& name, const std::string& split) const {
+  return {name, fingerprints_.at(name), split, config_.seq_len, config_.tokenizer};
+}
+
+EncoderSpec FlexMore::encoder_spec(const std::string& name) const {
   const std::string text = "encoder/" + name;
-  return {{"identity", encoder_id_},
-          {"projection_seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "router/projection")},
-          {"data",
-           {{"name", text},
-            {"fingerprint", fingerprints_.at(text)},
-            {"split", "train"},
-            {"seq_len", DomainEncoder::kTokens},
-            {"tokenizer", encoder_tokenizer_}}}};
+  return {encoder_id_,
+          seed_for("router/projection"),
+          {text, fingerprints_.at(text), "train", DomainEncoder::kTokens, encoder_tokenizer_}};
 }
 
-core::Json FlexMore::router_spec() const {
-  return pick(flexmore_schema().to_json(config_).at("router"),
-              {"init", "init_logit", "init_norm", "train", "bias", "bias_value", "embedding_sequences"});
+PublicRowsSpec FlexMore::public_rows_spec() const {
+  const RouterConfig& router = config_.router;
+  PublicRowsSpec spec{.init = router.init};
+  if (router.init == "embedding") spec.norm = router.init_norm;
+  if (router.init == "random") spec.seed = static_cast<uint64_t>(config_.seed);
+  return spec;
+}
+
+RowsSpec FlexMore::rows_spec() const {
+  const RouterConfig& router = config_.router;
+  RowsSpec spec{.embedding_sequences = router.embedding_sequences, .train = router.train, .bias = router.bias};
+  if (router.init == "regression") spec.logit = router.init_logit;
+  if (router.init == "embedding" || router.init == "centered") spec.norm = router.init_norm;
+  if (router.bias != "none") spec.bias_value = router.bias_value;
+  return spec;
 }
 
 int64_t FlexMore::max_rank(const DomainConfig& d) const {
@@ -68,41 +63,72 @@ int64_t FlexMore::max_rank(const DomainConfig& d) const {
   return *std::max_element(config_.ranks.candidates.begin(), config_.ranks.candidates.end());
 }
 
-Unit FlexMore::make_unit(const std::string& kind, const std::string& label, core::Json spec,
-                         std::vector<std::string> inputs, double cost, const Stages& stages) const {
-  spec["method"] = "flexmore";
-  spec["version"] = kResultVersion;
-  spec.update(compute_identity(config_.workers));
-  spec["dtype"] = config_.train.dtype;
-  if (stages.base) {
-    spec["base"] = *stages.base;
+template <typename Spec>
+Unit FlexMore::make_unit(const std::string& label, Spec spec, std::vector<std::string> inputs, double cost,
+                         const Stages& stages) const {
+  spec.compute = compute_identity(config_.workers);
+  if constexpr (std::is_base_of_v<OnPublicModel, Spec>) {
+    spec.base = *stages.base;
+    spec.dtype = config_.train.dtype;
     if (!stages.base->starts_with("dir:")) inputs.push_back(*stages.base);  // execute() finds it by id
   }
-  return {kind, label, std::move(spec), std::move(inputs), Place::kWorker, cost};
+  return {Spec::kKind, label, core::to_spec(Spec::schema(), spec), std::move(inputs), Place::kWorker, cost};
 }
 
-Unit FlexMore::evaluation_unit(const std::string& label, const std::string& what, const std::string& name,
-                               const std::string& split, std::vector<std::string> inputs, int64_t rank,
-                               const Stages& stages) const {
-  const int64_t sequences =
-      label.starts_with("validate/") ? config_.evaluation.validation_sequences : config_.evaluation.sequences;
-  core::Json spec = {{"what", what},
-                     {"data", data_spec(name, split)},
-                     {"sequences", sequences},
-                     {"batch_size", config_.evaluation.batch_size}};
-  if (what == "expert" || what == "mixture" || what == "btm") {  // btm: every expert by itself, then weighted
-    const core::Json values = flexmore_schema().to_json(config_);
-    spec["mixture"] = pick(values, {"norm_topk_prob", "forward", "kernels"});
-    spec["mixture"]["top_k"] = what == "mixture" ? config_.top_k : 2;
-    spec["mixture"]["leave_out"] = what == "mixture" ? values.at("leave_out") : core::Json::array();
-    spec["rank"] = rank;
-    spec["router"] = pick(values.at("router"), {"init", "init_norm"});
+Unit FlexMore::expert_unit(const std::string& name, const std::vector<std::string>& domains, int64_t rank,
+                           const TrainConfig& train, const Stages& stages) const {
+  TrainExpertSpec spec;
+  spec.name = name;
+  spec.rank = rank;
+  spec.train = train_identity(train);
+  spec.public_rows = public_rows_spec();
+  spec.rows = rows_spec();
+  spec.norm_topk_prob = config_.norm_topk_prob;
+  spec.seed = seed_for("expert/" + name);
+  if (rank > 0) spec.kernels = config_.kernels;
+  for (const auto& domain : domains) {
+    spec.data.push_back(text_spec(domain, "train"));
+    if (config_.router.init == "encoder") spec.encoder.push_back(encoder_spec(domain));
   }
-  const double tokens = static_cast<double>((sequences ? sequences : 512) * config_.seq_len);
+  const double model = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters());
+  return make_unit("train/" + name, std::move(spec), {*stages.public_embedding}, training_cost(train, 1.5 * model),
+                   stages);
+}
+
+Unit FlexMore::extraction_unit(const std::string& label, const std::string& expert, int64_t rank,
+                               std::optional<uint64_t> subspace_seed, const Stages& stages) const {
+  ExtractSpec spec;
+  spec.rank = rank;
+  spec.subspace_seed = subspace_seed;
+  return make_unit(label, std::move(spec), {expert}, 4e3 * static_cast<double>(architecture_.ffn_parameters()), stages);
+}
+
+Unit FlexMore::evaluation_unit(const std::string& label, EvaluateSpec spec, std::vector<std::string> inputs,
+                               const Stages& stages) const {
+  spec.batch_size = config_.evaluation.batch_size;
+  const bool alone = spec.what == "expert" || spec.what == "btm";  // btm: every expert by itself, then weighted
+  if (alone) spec.public_rows = public_rows_spec();
+  if (alone || spec.what == "mixture")
+    spec.mixture = MixtureSpec{alone ? 2 : config_.top_k, config_.norm_topk_prob, config_.forward, config_.kernels};
+  const double tokens = static_cast<double>((spec.sequences ? spec.sequences : 512) * config_.seq_len);
   const double active = static_cast<double>(architecture_.shared_parameters() +
-                                            architecture_.ffn_parameters() * (what == "mixture" ? 2 : 1)) *
-                        static_cast<double>(what == "btm" ? inputs.size() : 1);
-  return make_unit("evaluate", label, std::move(spec), std::move(inputs), 2 * active * tokens, stages);
+                                            architecture_.ffn_parameters() * (spec.what == "mixture" ? 2 : 1)) *
+                        static_cast<double>(spec.what == "btm" ? inputs.size() : 1);
+  return make_unit(label, std::move(spec), std::move(inputs), 2 * active * tokens, stages);
+}
+
+EvaluateSpec FlexMore::test_spec(const std::string& what, const std::string& text, int64_t rank) const {
+  EvaluateSpec spec;
+  spec.what = what;
+  spec.data = text_spec(text, config_.evaluation.split);
+  spec.sequences = config_.evaluation.sequences;
+  spec.rank = rank;
+  return spec;
+}
+
+Unit FlexMore::test_unit(const std::string& label, const std::string& what, const std::string& text,
+                         const std::vector<std::string>& inputs, int64_t rank, const Stages& stages) const {
+  return evaluation_unit(label, test_spec(what, text, rank), inputs, stages);
 }
 
 Unit FlexMore::merge_unit(const std::string& label, bool full, const Stages& stages) const {
@@ -113,15 +139,36 @@ Unit FlexMore::merge_unit(const std::string& label, bool full, const Stages& sta
   }
   std::sort(parts.begin(), parts.end());  // by artefact id: the unit does not depend on the order of the recipe either
   std::vector<std::string> inputs = {*stages.public_embedding};
-  core::Json ranks = core::Json::array();
+  MergeSpec spec;
+  spec.public_rows = public_rows_spec();
   for (const auto& [id, rank] : parts) {
     inputs.push_back(id);
-    ranks.push_back(rank);
+    spec.ranks.push_back(rank);
   }
-  const core::Json router = pick(flexmore_schema().to_json(config_).at("router"), {"init", "init_norm"});
-  Unit unit = make_unit("merge", label, {{"ranks", ranks}, {"router", router}}, std::move(inputs), 1e6, stages);
+  Unit unit = make_unit(label, std::move(spec), std::move(inputs), 1e6, stages);
   unit.place = Place::kCoordinator;
   return unit;
+}
+
+Unit FlexMore::soup_unit(const Stages& stages) const {
+  std::vector<std::string> inputs;
+  for (const auto& [name, id] : stages.experts) inputs.push_back(id);
+  std::sort(inputs.begin(), inputs.end());
+  SoupSpec spec;
+  spec.base = *stages.base;
+  Unit unit = make_unit("merge/soup", std::move(spec), std::move(inputs), 1e6, stages);
+  unit.place = Place::kCoordinator;
+  return unit;
+}
+
+double FlexMore::training_cost(const TrainConfig& train, double parameters) const {
+  return 6 * parameters * static_cast<double>(train.steps * train.batch_size * config_.seq_len);
+}
+
+int64_t FlexMore::rank_limit() const {
+  const double full = static_cast<double>(architecture_.ffn_parameters()) * static_cast<double>(members_.size());
+  return static_cast<int64_t>(
+      std::floor(config_.ranks.budget * full / static_cast<double>(architecture_.low_rank_parameters(1))));
 }
 
 std::map<std::string, int64_t> FlexMore::choose_ranks(const Stages& stages, const RunState& state) const {
@@ -131,11 +178,9 @@ std::map<std::string, int64_t> FlexMore::choose_ranks(const Stages& stages, cons
     double bits = 0;
     std::map<std::string, int64_t> ranks;
   };
-  const double full = static_cast<double>(architecture_.ffn_parameters()) * static_cast<double>(config_.domains.size());
-  const auto limit = static_cast<int64_t>(
-      std::floor(config_.ranks.budget * full / static_cast<double>(architecture_.low_rank_parameters(1))));
+  const int64_t limit = rank_limit();
   std::map<int64_t, Best> table = {{0, {}}};
-  for (const auto& d : config_.domains) {
+  for (const auto& d : members_) {
     std::map<int64_t, Best> next;
     const auto extend = [&](int64_t rank, int64_t cost, double bits) {
       for (const auto& [spent, best] : table) {
@@ -159,123 +204,116 @@ std::map<std::string, int64_t> FlexMore::choose_ranks(const Stages& stages, cons
     throw core::UserError(
         fmt::format(
             "algorithms/flexmore: no choice of ranks fits ranks.budget = {}: at most {} rank units for {} experts",
-            config_.ranks.budget, limit, config_.domains.size()),
+            config_.ranks.budget, limit, members_.size()),
         "raise ranks.budget or add smaller ranks.candidates");
   const auto least = std::min_element(table.begin(), table.end(),
                                       [](const auto& a, const auto& b) { return a.second.bits < b.second.bits; });
   return least->second.ranks;
 }
 
-FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
-  Stages s;
-  const double model = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters());
-  const auto training_cost = [&](const TrainConfig& train, double parameters) {
-    return 6 * parameters * static_cast<double>(train.steps * train.batch_size * config_.seq_len);
-  };
-  // The public model.
+bool FlexMore::need_base(PlanBuilder& plan, Stages& s) const {
   if (!model_id_.empty()) {
     s.base = model_id_;
-  } else {
-    core::Json spec = {{"architecture", architecture_.to_json()},
-                       {"initializer_range", architecture_.initializer_range},
-                       {"train", train_identity(*config_.model.train)},
-                       {"log_every", config_.model.train->log_every},
-                       {"save_dtype", config_.model.save_dtype},
-                       {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "base")},
-                       {"data", data_spec("public", "train")}};
-    s.base = plan.need(
-        make_unit("train_base", "train/public", std::move(spec), {}, training_cost(*config_.model.train, model), s));
-    if (!s.base) return s;
+    return true;
   }
+  const TrainConfig& train = *config_.model.train;
+  TrainBaseSpec spec;
+  spec.architecture = architecture_.to_json();
+  spec.train = train_identity(train);
+  spec.save_dtype = config_.model.save_dtype;
+  spec.seed = seed_for("base");
+  spec.data = text_spec("public", "train");
+  const double model = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters());
+  s.base = plan.need(make_unit("train/public", std::move(spec), {}, training_cost(train, model), s));
+  return s.base.has_value();
+}
+
+bool FlexMore::need_public_embedding(PlanBuilder& plan, Stages& s) const {
+  EmbedPublicSpec spec;
+  spec.data = text_spec("public", "train");
+  spec.sequences = config_.router.embedding_sequences;
+  spec.second_moment = config_.router.init == "regression";
+  if (config_.router.init == "encoder") spec.encoder = encoder_spec("public");
+  const double model = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters());
+  const double cost = 2 * model * static_cast<double>(spec.sequences * config_.seq_len);
+  s.public_embedding = plan.need(make_unit("embed/public", std::move(spec), {}, cost, s));
+  return s.public_embedding.has_value();
+}
+
+bool FlexMore::need_expert(PlanBuilder& plan, const DomainConfig& d, Stages& s) const {
+  const bool direct = d.train == "direct";
+  const auto expert = plan.need(expert_unit(d.name, {d.name}, direct ? *fixed_rank(d) : 0, config_.train, s));
+  if (!expert) return false;
+  s.experts[d.name] = *expert;
+  if (direct) {
+    s.low_rank[d.name] = *expert;
+    return true;
+  }
+  if (d.rank == "full") return true;
+  const auto low = plan.need(extraction_unit("extract/" + d.name, *expert, max_rank(d), std::nullopt, s));
+  if (!low) return false;
+  s.low_rank[d.name] = *low;
+  if (d.rank != "auto") return true;
+  for (const int64_t rank : config_.ranks.candidates) {
+    EvaluateSpec spec;
+    spec.what = "expert";
+    spec.data = text_spec(d.name, "validation");
+    spec.sequences = config_.evaluation.validation_sequences;
+    spec.rank = rank;
+    if (const auto id = plan.need(evaluation_unit(fmt::format("validate/{}/r{}", d.name, rank), std::move(spec),
+                                                  {*s.public_embedding, *low}, s)))
+      s.validation[d.name][rank] = *id;
+  }
+  return s.validation[d.name].size() == config_.ranks.candidates.size();
+}
+
+void FlexMore::test_own(PlanBuilder& plan, Stages& s, const std::string& method, const std::string& name,
+                        const std::string& expert, int64_t rank) const {
+  if (const auto test =
+          plan.need(test_unit("test/" + method + "/" + name, "expert", name, {*s.public_embedding, expert}, rank, s)))
+    s.tests[method][name] = *test;
+}
+
+void FlexMore::test_everywhere(PlanBuilder& plan, Stages& s, const std::string& method, const std::string& what,
+                               const std::vector<std::string>& inputs) const {
   for (const auto& name : evaluated_domains())
-    if (const auto id =
-            plan.need(evaluation_unit("test/base/" + name, "base", name, config_.evaluation.split, {}, 0, s)))
-      s.tests["base"][name] = *id;
-  if (config_.domains.empty()) return s;
+    if (const auto test = plan.need(test_unit("test/" + method + "/" + name, what, name, inputs, 0, s)))
+      s.tests[method][name] = *test;
+}
 
-  // What the router rows start from.
-  const double embedding_cost = 2 * model * static_cast<double>(config_.router.embedding_sequences * config_.seq_len);
-  const bool encoded = config_.router.init == "encoder";
-  core::Json embedding = {{"data", data_spec("public", "train")},
-                          {"sequences", config_.router.embedding_sequences},
-                          {"second_moment", config_.router.init == "regression"}};
-  if (encoded) embedding["encoder"] = encoder_spec("public");
-  s.public_embedding =
-      plan.need(make_unit("embed_public", "embed/public", std::move(embedding), {}, embedding_cost, s));
-  if (!s.public_embedding) return s;
+void FlexMore::need_full_size_results(PlanBuilder& plan, Stages& s) const {
+  s.full_mixture = plan.need(merge_unit("merge/full", true, s));
+  if (s.full_mixture) test_everywhere(plan, s, "full_mixture", "mixture", {*s.full_mixture});
+  s.soup = plan.need(soup_unit(s));
+  if (s.soup) test_everywhere(plan, s, "soup", "soup", {*s.soup});
+}
 
-  // One expert per domain; its cuts; their scores on validation text.
+void FlexMore::need_mixture(PlanBuilder& plan, Stages& s) const {
+  s.ranks = choose_ranks(s, plan.state());
+  for (const auto& d : members_)
+    if (const int64_t rank = s.ranks.at(d.name); rank > 0)
+      test_own(plan, s, "low_rank_expert", d.name, s.low_rank.at(d.name), d.train == "direct" ? 0 : rank);
+  s.mixture = plan.need(merge_unit("merge/mixture", false, s));
+  if (s.mixture) test_everywhere(plan, s, "mixture", "mixture", {*s.mixture});
+}
+
+FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
+  Stages s;
+  if (!need_base(plan, s)) return s;
+  test_everywhere(plan, s, "base", "base", {});
+  if (members_.empty() || !need_public_embedding(plan, s)) return s;
+
   bool ranks_known = true;
-  for (const auto& d : config_.domains) {
-    core::Json spec = {{"name", d.name},
-                       {"rank", d.train == "direct" ? *fixed_rank(d) : 0},
-                       {"train", train_identity(config_.train)},
-                       {"log_every", config_.train.log_every},
-                       {"router", router_spec()},
-                       {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "expert/" + d.name)},
-                       {"data", data_spec(d.name, "train")}};
-    if (encoded) spec["encoder"] = encoder_spec(d.name);
-    if (d.train == "direct") spec["kernels"] = config_.kernels;  // a full-size expert does not pass through them
-    const auto expert = plan.need(make_unit("train_expert", "train/" + d.name, std::move(spec), {*s.public_embedding},
-                                            training_cost(config_.train, 1.5 * model), s));
-    if (!expert) {
-      ranks_known = false;
-      continue;
-    }
-    s.experts[d.name] = *expert;
-    if (d.train == "direct") {
-      s.low_rank[d.name] = *expert;
-    } else {
-      const int64_t rank = d.rank == "full" ? 0 : max_rank(d);
-      if (rank > 0) {
-        const auto low = plan.need(make_unit("extract", "extract/" + d.name, {{"rank", rank}}, {*expert},
-                                             4e3 * static_cast<double>(architecture_.ffn_parameters()), s));
-        if (low) s.low_rank[d.name] = *low;
-      }
-    }
-    if (d.rank != "auto") continue;
-    if (s.low_rank.count(d.name))
-      for (const int64_t rank : config_.ranks.candidates)
-        if (const auto id =
-                plan.need(evaluation_unit(fmt::format("validate/{}/r{}", d.name, rank), "expert", d.name, "validation",
-                                          {*s.public_embedding, s.low_rank.at(d.name)}, rank, s)))
-          s.validation[d.name][rank] = *id;
-    if (s.validation[d.name].size() != config_.ranks.candidates.size()) ranks_known = false;
+  for (const auto& d : members_) ranks_known &= need_expert(plan, d, s);
+  const bool all_trained = s.experts.size() == members_.size();
+  bool all_full = true;
+  for (const auto& d : members_) {
+    all_full &= d.train == "full";
+    if (d.train == "full" && s.experts.count(d.name)) test_own(plan, s, "expert", d.name, s.experts.at(d.name), 0);
   }
-  const bool all_full =
-      std::all_of(config_.domains.begin(), config_.domains.end(), [](const auto& d) { return d.train == "full"; });
-  const bool all_trained = s.experts.size() == config_.domains.size();
-
-  // Tests of single experts, merges, tests of the merged models.
-  for (const auto& [name, id] : s.experts)
-    if (const auto test = plan.need(evaluation_unit("test/expert/" + name, "expert", name, config_.evaluation.split,
-                                                    {*s.public_embedding, id}, 0, s)))
-      s.tests["expert"][name] = *test;
-  if (all_trained && all_full) {
-    s.full_mixture = plan.need(merge_unit("merge/full", true, s));
-    if (s.full_mixture) test_everywhere(plan, s, "full_mixture", "mixture", {*s.full_mixture});
-    std::vector<std::string> inputs;
-    for (const auto& [name, id] : s.experts) inputs.push_back(id);
-    std::sort(inputs.begin(), inputs.end());
-    Unit unit = make_unit("soup", "merge/soup", core::Json::object(), inputs, 1e6, s);
-    unit.place = Place::kCoordinator;
-    s.soup = plan.need(std::move(unit));
-    if (s.soup) test_everywhere(plan, s, "soup", "soup", {*s.soup});
-  }
-  const bool cuts_known = std::all_of(config_.domains.begin(), config_.domains.end(),
-                                      [&](const auto& d) { return d.rank == "full" || s.low_rank.count(d.name); });
-  if (all_trained && ranks_known && cuts_known) {
-    s.ranks = choose_ranks(s, plan.state());
-    for (const auto& [name, rank] : s.ranks)
-      if (rank > 0)
-        if (const auto test =
-                plan.need(evaluation_unit("test/low_rank_expert/" + name, "expert", name, config_.evaluation.split,
-                                          {*s.public_embedding, s.low_rank.at(name)}, rank, s)))
-          s.tests["low_rank_expert"][name] = *test;
-    s.mixture = plan.need(merge_unit("merge/mixture", false, s));
-    if (s.mixture) test_everywhere(plan, s, "mixture", "mixture", {*s.mixture});
-  }
-  if (!config_.comparisons.empty()) plan_comparisons(plan, s);
+  if (all_trained && all_full) need_full_size_results(plan, s);
+  if (ranks_known) need_mixture(plan, s);
+  if (!config_.comparisons.empty()) need_comparisons(plan, s);
   return s;
 }
 
@@ -283,6 +321,13 @@ Plan FlexMore::plan(const RunState& state) const {
   PlanBuilder builder(state);
   walk(builder);
   return builder.finish();
+}
+
+std::optional<std::string> FlexMore::missing_result(const RunState& state) const {
+  PlanBuilder builder(state);
+  const Stages stages = walk(builder);
+  if (members_.empty() || stages.mixture || !builder.finish().pending.empty()) return std::nullopt;
+  return "there is no mixture: the plan ended before the experts were merged";
 }
 
 }  // namespace moraine::algorithms::flexmore

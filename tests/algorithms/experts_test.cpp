@@ -58,10 +58,10 @@ struct World {
 
   core::ArtefactPtr submit(const Expert& expert) const { return write_expert(expert, {{"base_tensors", fingerprint}}); }
 
-  at::Tensor logits(const Mixture& mixture, int64_t top_k, const std::vector<std::string>& leave_out = {}) const {
+  at::Tensor logits(const Mixture& mixture, int64_t top_k) const {
     const at::NoGradGuard no_grad;
     auto model = base.share();
-    attach(model, mixture, {.top_k = top_k}, leave_out);
+    attach(model, mixture, {.top_k = top_k});
     return model.forward(models::random_tokens(2, 7, base.config().vocab_size, 5));
   }
 };
@@ -121,24 +121,6 @@ TEST(Mixture, SurvivesItsArtefactBitForBit) {
   EXPECT_EQ(artefact->meta().at("expert_ranks"), (core::Json{0, 2, 0}));
   EXPECT_EQ(write_mixture(read_mixture(*artefact), {})->id(), artefact->id());
   EXPECT_TRUE(models::same_bits(world.logits(read_mixture(*artefact), 2), world.logits(mixture, 2)));
-}
-
-TEST(Mixture, LeavingAnExpertOutEqualsTheMixtureBuiltWithoutIt) {
-  const World world;
-  const Expert a = world.low_rank(world.full("a", 1), 3), b = world.full("b", 40),
-               c = world.low_rank(world.full("c", 80), 1);
-  for (const int64_t k : {1, 2, 3}) {
-    const at::Tensor out = world.logits({world.public_rows, {a, b, c}}, k, {"b"});
-    EXPECT_TRUE(models::same_bits(out, world.logits({world.public_rows, {a, c}}, k))) << "top_k " << k;
-    EXPECT_FALSE(models::same_bits(out, world.logits({world.public_rows, {a, b, c}}, k))) << "top_k " << k;
-  }
-}
-
-TEST(Mixture, LeavingOutAnUnknownExpertNamesTheNearest) {
-  const World world;
-  const Mixture mixture{world.public_rows, {world.full("german", 1)}};
-  EXPECT_THAT(models::thrown<core::UserError>([&] { world.logits(mixture, 1, {"germen"}); }),
-              testing::HasSubstr("'german'"));
 }
 
 // Check 2 of FlexMoRE: at full rank the corrected public FFN is the expert.
@@ -201,7 +183,7 @@ TEST(Experts, MetadataOfAMixtureIsNotBelieved) {
     core::Json meta = good->meta();
     meta[key] = value;
     const auto changed = core::Artefact::create("mixture", meta, good->file().tensors());
-    return models::thrown<core::UserError>([&] { attach(world.base, read_mixture(*changed), {}, {}); });
+    return models::thrown<core::UserError>([&] { attach(world.base, read_mixture(*changed), {}); });
   };
   EXPECT_THAT(complaint("layers", 1), testing::HasSubstr("a mixture of 1 layers on a public model of 2"));
   EXPECT_THAT(complaint("expert_ranks", core::Json::array({0})), testing::HasSubstr("1 ranks for 1 experts"));

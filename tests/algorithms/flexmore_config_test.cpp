@@ -4,6 +4,7 @@
 #include "algorithms/register.h"
 #include "core/error.h"
 #include "tests/models/random_tensors.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::algorithms {
 namespace {
@@ -41,6 +42,30 @@ TEST(FlexMoreRecipe, RefusesToLeaveOutEverything) {
 
 TEST(FlexMoreRecipe, RefusesTwoDomainsOfOneName) {
   EXPECT_THAT(problems_with({"domains.1.name=code"}), HasSubstr("'code' stands twice"));
+}
+
+TEST(FlexMoreRecipe, RefusesListsThatNameOneThingTwice) {
+  EXPECT_THAT(problems_with({"ranks.candidates=[8, 8, 4]"}), AllOf(HasSubstr("ranks.candidates"), HasSubstr("twice")));
+  EXPECT_THAT(problems_with({"leave_out=[code, code]"}), AllOf(HasSubstr("leave_out"), HasSubstr("twice")));
+  EXPECT_THAT(problems_with({"comparisons=[btm, btm]"}), AllOf(HasSubstr("comparisons"), HasSubstr("twice")));
+}
+
+TEST(FlexMoreRecipe, AMissingModelIsNamedByItsKeys) {
+  const TemporaryDirectory folder;
+  const auto recipe = folder.write("recipe.yaml", "name: bare\nmethod: flexmore\n");
+  EXPECT_THAT(models::thrown<core::UserError>([&] { load_recipe(recipe, {}); }),
+              AllOf(HasSubstr("model is missing"), HasSubstr("model.path"), HasSubstr("model.architecture")));
+}
+
+TEST(FlexMoreRecipe, APublicModelIsTrainedInFloat32) {
+  EXPECT_THAT(problems_with({"model.train={dtype: bfloat16}"}), HasSubstr("train.dtype must be float32"));
+}
+
+TEST(FlexMoreRecipe, AComparisonNeedsNothingOfDomainsThatAreLeftOut) {
+  EXPECT_EQ(
+      problems_with({"comparisons=[rank_sweep]", "domains.0.train=direct", "domains.0.rank=\"8\"", "leave_out=[code]"}),
+      "");
+  EXPECT_THAT(problems_with({"domains=[]", "comparisons=[btm]"}), HasSubstr("comparisons need domains"));
 }
 
 TEST(FlexMoreRecipe, DirectTrainingNeedsARank) {

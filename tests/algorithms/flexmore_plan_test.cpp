@@ -95,11 +95,48 @@ TEST_F(FlexMorePlan, AChangedKeyRedoesOnlyWhatItDetermines) {
   // else's.
   EXPECT_EQ(kinds(method({"kernels=reference"})->plan(*this).pending).count("train_expert"), 0u);
   EXPECT_GT(kinds(method({"kernels=reference"})->plan(*this).pending).count("evaluate"), 0u);
-  EXPECT_TRUE(method({"train.checkpoint_every=7", "workers.local=3"})->plan(*this).pending.empty());
+  EXPECT_TRUE(
+      method({"train.checkpoint_every=7", "train.log_every=3", "workers.local=3"})->plan(*this).pending.empty());
+  EXPECT_EQ(kinds(method({"norm_topk_prob=true"})->plan(*this).pending).count("train_expert"), 6u)
+      << "gates are part of the forward pass that trains";
+  EXPECT_EQ(kinds(method({"forward=per_expert"})->plan(*this).pending).count("train_expert"), 0u);
+  EXPECT_EQ(kinds(method({"ranks.budget=0.9"})->plan(*this).pending).size(), 0u) << "no rank is chosen";
   EXPECT_FALSE(method({"workers.threads=2"})->plan(*this).pending.empty());
   EXPECT_EQ(kinds(method({"workers.group_size=2"})->plan(*this).pending).count("embed_public"), 1u)
       << "which everything waits for";
   EXPECT_TRUE(method({"workers.bucket_mib=1", "workers.overlap=false"})->plan(*this).pending.empty());
+}
+
+// A key that another one makes irrelevant costs nothing.
+TEST_F(FlexMorePlan, AKeyThatIsNotUsedChangesNoUnit) {
+  const auto finish_all = [&](const std::vector<std::string>& overrides) {
+    const auto flexmore = method(overrides);
+    for (Plan plan = flexmore->plan(*this); !plan.pending.empty(); plan = flexmore->plan(*this))
+      for (const auto& unit : plan.pending) finish(unit);
+  };
+  finish_all({"router.init=regression"});
+  EXPECT_TRUE(method({"router.init=regression", "router.init_norm=3", "router.bias_value=-2", "kernels=auto"})
+                  ->plan(*this)
+                  .pending.empty());
+  EXPECT_FALSE(method({"router.init=regression", "router.init_logit=3"})->plan(*this).pending.empty());
+  finish_all({"router.init=centered"});
+  EXPECT_TRUE(method({"router.init=centered", "router.init_logit=3"})->plan(*this).pending.empty());
+  EXPECT_FALSE(method({"router.init=centered", "router.init_norm=3"})->plan(*this).pending.empty());
+}
+
+TEST_F(FlexMorePlan, AFinishedRunMissesNoResult) {
+  const auto flexmore = method({"leave_out=[code]"});
+  Plan plan;
+  for (plan = flexmore->plan(*this); !plan.pending.empty(); plan = flexmore->plan(*this)) {
+    EXPECT_EQ(flexmore->missing_result(*this), std::nullopt) << "work is left";
+    for (const auto& unit : plan.pending) finish(unit);
+  }
+  EXPECT_EQ(flexmore->missing_result(*this), std::nullopt);
+  EXPECT_NE(flexmore->summary(*this).at("hash"), "");
+  for (const auto& unit : plan.finished) {
+    EXPECT_NE(unit.label, "train/code");
+    EXPECT_NE(unit.label, "test/expert/code");
+  }
 }
 
 std::set<std::string> ids_of(const std::vector<Unit>& units) {
