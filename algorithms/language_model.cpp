@@ -25,22 +25,34 @@ std::shared_ptr<models::Decoder> cached_model(const std::filesystem::path& direc
           "every site must use a byte-identical public model");
     return std::make_shared<models::Decoder>(models::Decoder::from_directory(directory, dtype).on(context.device()));
   };
-  return std::static_pointer_cast<models::Decoder>(context.cached("base/" + expected, make));
+  const std::string key = fmt::format("base/{}/{}", c10::toString(dtype), expected);
+  return std::static_pointer_cast<models::Decoder>(context.cached(key, make));
+}
+
+const core::Schema<TextSpec>& text_schema() {
+  using C = TextSpec;
+  static const auto schema = core::Schema<C>()
+                                 .field("name", &C::name)
+                                 .field("fingerprint", &C::fingerprint)
+                                 .field("split", &C::split)
+                                 .field("seq_len", &C::seq_len)
+                                 .min(1)
+                                 .field("tokenizer", &C::tokenizer);
+  return schema;
 }
 
 std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec,
                                                   WorkerContext& context) {
-  const auto name = spec.at("name").get<std::string>();
-  const auto split = spec.at("split").get<std::string>();
+  const TextSpec text = core::from_spec(text_schema(), spec);
   const auto make = [&]() -> std::shared_ptr<void> {
-    auto dataset = std::make_shared<data::TextDataset>(data::TextDataset::open(
-        path, split, spec.at("seq_len").get<int64_t>(), spec.at("tokenizer").get<std::string>()));
-    if (dataset->info().fingerprint != spec.at("fingerprint"))
+    auto dataset =
+        std::make_shared<data::TextDataset>(data::TextDataset::open(path, text.split, text.seq_len, text.tokenizer));
+    if (dataset->info().fingerprint != text.fingerprint)
       throw core::UserError(fmt::format("algorithms: {} changed since the run was planned", path.string()),
                             "every worker must see the same prepared file; start again after copying it");
     return dataset;
   };
-  return std::static_pointer_cast<data::TextDataset>(context.cached(fmt::format("data/{}/{}", name, split), make));
+  return std::static_pointer_cast<data::TextDataset>(context.cached("data/" + spec.dump(), make));
 }
 
 at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size,

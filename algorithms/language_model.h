@@ -7,6 +7,7 @@
 #include <string>
 
 #include "algorithms/worker_context.h"
+#include "core/config.h"
 #include "core/json.h"
 #include "data/text_dataset.h"
 #include "models/decoder.h"
@@ -25,8 +26,18 @@ std::string model_identity(const std::filesystem::path& directory, const models:
 std::shared_ptr<models::Decoder> cached_model(const std::filesystem::path& directory, const std::string& expected,
                                               const std::string& own, at::ScalarType dtype, WorkerContext& context);
 
-/// The split of a prepared file that `spec` {name, fingerprint, split, seq_len, tokenizer} names, opened once per
-/// worker. Throws UserError if the file has changed since the run was planned.
+/// A split of a prepared text file, as units name it.
+struct TextSpec {
+  std::string name = {};  // which of the recipe's files; its path is the worker's own
+  std::string fingerprint = {};
+  std::string split = "train";
+  int64_t seq_len = 1;
+  std::string tokenizer = {};
+};
+const core::Schema<TextSpec>& text_schema();
+
+/// What `spec`, a TextSpec as JSON, names, opened once per worker. Throws UserError if the file has changed since the
+/// run was planned.
 std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec,
                                                   WorkerContext& context);
 

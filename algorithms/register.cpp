@@ -1,7 +1,9 @@
 #include "algorithms/register.h"
 
 #include <set>
+#include <stdexcept>
 
+#include "algorithms/arithmetic.h"
 #include "algorithms/continual/continual.h"
 #include "algorithms/fedex_lora/fedex_lora.h"
 #include "algorithms/fedit/fedit.h"
@@ -49,6 +51,8 @@ std::unique_ptr<Method> restore_method(const core::Json& values, const core::Jso
     throw core::UserError(fmt::format("{}: not what a run records: {}", origin, error.what()), kHint);
   } catch (const core::UserError& error) {
     throw core::UserError(fmt::format("{}: {}", origin, error.what()), kHint);
+  } catch (const std::out_of_range& error) {  // inputs that lack what the recipe names
+    throw core::UserError(fmt::format("{}: they do not fit each other: {}", origin, error.what()), kHint);
   }
 }
 
@@ -74,7 +78,8 @@ void name_unknown_keys(const core::ConfigNode& root, core::Problems& problems) {
 
 ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides) {
   core::Problems problems;
-  const core::ConfigNode root = core::load_config(path, overrides, problems);
+  core::ConfigNode root = core::load_config(path, overrides, problems);
+  name_arithmetic(root, problems);
   const core::ConfigNode* name = root.find("method");
   const MethodEntry* entry = nullptr;
   try {

@@ -47,7 +47,8 @@ std::string recipe_identity(const ParsedRecipe& recipe);
 /// files for messages. Opens no file. Throws UserError if they are not what a run of this version records.
 std::unique_ptr<Method> restore_method(const core::Json& values, const core::Json& inputs, const std::string& origin);
 
-/// Loads, resolves and parses a recipe. Throws one UserError that lists every problem.
+/// Loads, resolves and parses a recipe; `native` arithmetic gets this machine's name. Throws one UserError that lists
+/// every problem.
 ParsedRecipe load_recipe(const std::filesystem::path& path, const std::vector<std::string>& overrides);
 
 }  // namespace moraine::algorithms

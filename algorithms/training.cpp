@@ -57,4 +57,11 @@ const core::Schema<TrainConfig>& train_schema() {
 
 core::Json train_identity(const TrainConfig& config) { return train_schema().identity(train_schema().to_json(config)); }
 
+TrainConfig train_config(const core::Json& identity, const TrainConfig& own) {
+  core::Json json = identity;
+  json["checkpoint_every"] = own.checkpoint_every;
+  json["log_every"] = own.log_every;
+  return train_schema().from_json(json, "unit specification: train");
+}
+
 }  // namespace moraine::algorithms

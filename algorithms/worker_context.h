@@ -36,6 +36,9 @@ const core::Schema<TrainConfig>& train_schema();
 
 /// What determines a training result, as JSON for a unit's spec: TrainConfig without checkpoint_every and log_every.
 core::Json train_identity(const TrainConfig& config);
+/// What train_identity() wrote, as a worker runs it: keys that change no result are its own, `own`. Throws UserError if
+/// `identity` was written by another version.
+TrainConfig train_config(const core::Json& identity, const TrainConfig& own);
 
 /// One training job as a method sees it: which tensors, which loss. The worker owns the loop.
 struct TrainJob {

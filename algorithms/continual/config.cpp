@@ -1,7 +1,6 @@
 #include "algorithms/continual/config.h"
 
 #include <algorithm>
-#include <set>
 
 #include "algorithms/continual/learner.h"
 #include "algorithms/continual/metrics.h"
@@ -99,7 +98,7 @@ const core::Schema<ImagesConfig>& images_schema() {
 const core::Schema<TaskConfig>& task_schema() {
   static const auto schema = [] {
     core::Schema<TaskConfig> s;
-    s.field("classes", &TaskConfig::classes).required().min(0).doc("Labels of one task");
+    s.field("classes", &TaskConfig::classes).required().min(0).unique().doc("Labels of one task");
     return s;
   }();
   return schema;
@@ -119,6 +118,7 @@ const core::Schema<StreamConfig>& stream_schema() {
         .doc("Inc{n}: new classes per task; the last task takes what is left")
         .field("leave_out", &C::leave_out)
         .min(0)
+        .unique()
         .doc("Labels that are in no task")
         .field("train_per_class", &C::train_per_class)
         .min(0)
@@ -157,18 +157,7 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
   return schema;
 }
 
-template <typename T>
-Violation twice(const char* key, const std::vector<T>& values) {
-  std::set<T> seen;
-  for (const T& value : values)
-    if (!seen.insert(value).second) return fmt::format("{}: {} stands twice", key, value);
-  return std::nullopt;
-}
-
 Violation cross_check(const ContinualConfig& c) {
-  for (const auto& problem :
-       {twice("orders", c.orders), twice("seeds", c.seeds), twice("methods", c.methods), twice("metrics", c.metrics)})
-    if (problem) return problem;
   if (c.orders.empty()) return "orders must not be empty; -1 is the order of the labels";
   if (c.methods.empty()) return "methods must not be empty";
   if (c.evaluation.split == "validation" && c.stream.validation_per_class == 0)
@@ -199,13 +188,16 @@ const core::Schema<ContinualConfig>& continual_schema() {
         .object("stream", &C::stream, stream_schema())
         .doc("How they are cut into tasks")
         .field("orders", &C::orders)
+        .unique()
         .min(-1)
         .max(4294967295.0)
         .doc("Class orders, each a run of its own: a seed as in iCaRL (1993), or -1 for the order of the labels")
         .field("seeds", &C::seeds)
+        .unique()
         .min(0)
         .doc("Seeds of initial values and data order, each a run of its own; empty = the run's seed")
         .field("methods", &C::methods)
+        .unique()
         .choices(learner_names())
         .doc("Methods compared in this run, on the same streams and backbone")
         .object("train", &C::train, train_schema())
@@ -217,6 +209,7 @@ const core::Schema<ContinualConfig>& continual_schema() {
         .object("evaluation", &C::evaluation, evaluation_schema())
         .doc("What is measured")
         .field("metrics", &C::metrics)
+        .unique()
         .choices(metric_names())
         .evaluation_only()
         .doc("Metrics in the tables, each named by its convention; empty = the canonical ones")

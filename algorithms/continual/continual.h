@@ -36,6 +36,9 @@ class Continual final : public Method {
   core::Json inputs() const override;
   Plan plan(const RunState& state) const override;
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
+  /// Names, shapes and numbers: a result that does not fit fails its attempt.
+  void check_result(const Unit& unit, const core::Artefact& artefact) const override;
+  std::optional<std::string> missing_result(const RunState& state) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
   ParameterTable parameters() const override;
@@ -76,7 +79,9 @@ class Continual final : public Method {
   core::ArtefactPtr collect(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<const models::Vit> load_backbone(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<const ImageSource> load_images(const std::string& path, const std::string& fingerprint,
+                                                 const core::Json& spec, const models::VitConfig& shapes,
                                                  WorkerContext& context) const;
+  static data::TaskStreamSpec draw_of(const Unit& unit);
   LearnerSite site_of(const Unit& unit, WorkerContext& context) const;
 
   // summary.cpp

@@ -10,6 +10,7 @@
 #include <ATen/ops/index_select.h>
 
 #include "algorithms/continual/continual.h"
+#include "algorithms/continual/draw.h"
 #include "algorithms/continual/head.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
@@ -43,16 +44,20 @@ std::vector<int64_t> positions(const std::vector<int64_t>& labels, const std::ve
 }  // namespace
 
 std::shared_ptr<const ImageSource> Continual::load_images(const std::string& path, const std::string& fingerprint,
+                                                          const core::Json& spec, const models::VitConfig& shapes,
                                                           WorkerContext& context) const {
+  const auto mean = spec.at("mean").get<double>(), deviation = spec.at("deviation").get<double>();
   const auto make = [&]() -> std::shared_ptr<void> {
     auto dataset = data::ImageDataset::open(path);
     if (dataset.info().fingerprint != fingerprint)
       throw core::UserError(fmt::format("algorithms/continual: {} changed since the run was planned", path),
                             "every worker must see the same prepared file; start again after copying it");
-    return std::make_shared<ImageSource>(std::move(dataset), config_.images.mean, config_.images.deviation,
-                                         architecture_.num_channels, architecture_.image_size, context.device());
+    return std::make_shared<ImageSource>(std::move(dataset), mean, deviation, shapes.num_channels, shapes.image_size,
+                                         context.device());
   };
-  return std::static_pointer_cast<const ImageSource>(context.cached("images/" + fingerprint, make));
+  return std::static_pointer_cast<const ImageSource>(context.cached(
+      fmt::format("images/{}/{}/{}/{}x{}", fingerprint, mean, deviation, shapes.num_channels, shapes.image_size),
+      make));
 }
 
 std::shared_ptr<const models::Vit> Continual::load_backbone(const Unit& unit, WorkerContext& context) const {
@@ -60,7 +65,9 @@ std::shared_ptr<const models::Vit> Continual::load_backbone(const Unit& unit, Wo
   const auto make = [&]() -> std::shared_ptr<void> {
     if (id.starts_with("random:"))
       return std::make_shared<models::Vit>(
-          models::Vit::from_config(architecture_, std::stoull(id.substr(7)), at::kFloat).on(context.device()));
+          models::Vit::from_config(models::VitConfig::from_json(unit.spec.at("architecture"), "the unit's backbone"),
+                                   std::stoull(id.substr(7)), at::kFloat)
+              .on(context.device()));
     if (id.starts_with("dir:")) {
       if (id != backbone_id_)
         throw core::UserError(
@@ -75,22 +82,39 @@ std::shared_ptr<const models::Vit> Continual::load_backbone(const Unit& unit, Wo
                                                                    artefact->file().origin(), at::kFloat, artefact)
                                              .on(context.device()));
   };
-  return std::static_pointer_cast<const models::Vit>(context.cached("backbone/" + id, make));
+  const std::string shapes = unit.spec.contains("architecture") ? unit.spec.at("architecture").dump() : "";
+  return std::static_pointer_cast<const models::Vit>(context.cached("backbone/" + id + shapes, make));
+}
+
+// The stream a unit names; of units that belong to no order, one that has all classes.
+data::TaskStreamSpec Continual::draw_of(const Unit& unit) {
+  if (unit.spec.contains("stream")) return unit.spec.at("stream").at("draw").get<data::TaskStreamSpec>();
+  data::TaskStreamSpec draw;
+  draw.train_per_class = unit.spec.at("train_per_class").get<int64_t>();
+  draw.validation_per_class = unit.spec.at("validation_per_class").get<int64_t>();
+  draw.leave_out = unit.spec.at("leave_out").get<std::vector<int64_t>>();
+  draw.seed = unit.spec.at("images_seed").get<uint64_t>();
+  draw.evaluate_validation = true;  // nothing is asked of test images here
+  return draw;
 }
 
 LearnerSite Continual::site_of(const Unit& unit, WorkerContext& context) const {
-  const auto images =
-      load_images(config_.images.path, unit.spec.at("images").at("fingerprint").get<std::string>(), context);
-  const int64_t order =
-      unit.spec.contains("stream") ? unit.spec.at("stream").at("order").get<int64_t>() : config_.orders.front();
+  const auto base = load_backbone(unit, context);
+  const core::Json& spec = unit.spec.at("images");
+  const auto fingerprint = spec.at("fingerprint").get<std::string>();
+  const auto images = load_images(config_.images.path, fingerprint, spec, base->config(), context);
+  const data::TaskStreamSpec draw = draw_of(unit);
   const auto make = [&]() -> std::shared_ptr<void> {
-    return std::make_shared<data::TaskStream>(data::TaskStream::make(images->dataset(), config_.stream_spec(order)));
+    return std::make_shared<data::TaskStream>(data::TaskStream::make(images->dataset(), draw));
   };
-  const auto stream = std::static_pointer_cast<const data::TaskStream>(context.cached(
-      fmt::format("stream/{}/{}", order, unit.spec.at("images").at("fingerprint").get<std::string>()), make));
-  MORAINE_CHECK(!unit.spec.contains("stream") || stream->hash == unit.spec.at("stream").at("hash"),
-                "order {} makes another stream here than where it was planned", order);
-  return {config_, context, load_backbone(unit, context), images, stream};
+  const auto stream = std::static_pointer_cast<const data::TaskStream>(
+      context.cached(fmt::format("stream/{}/{}", core::Json(draw).dump(), fingerprint), make));
+  if (unit.spec.contains("stream") && stream->hash != unit.spec.at("stream").at("hash"))
+    throw core::UserError(fmt::format("algorithms/continual: order {} makes another stream here than where it was "
+                                      "planned",
+                                      draw.order),
+                          "every process must run the same build of Moraine");
+  return {config_, context, base, images, stream, unit.spec};
 }
 
 core::ArtefactPtr Continual::execute(const Unit& unit, WorkerContext& context) const {
@@ -102,12 +126,14 @@ core::ArtefactPtr Continual::execute(const Unit& unit, WorkerContext& context) c
 }
 
 core::ArtefactPtr Continual::train_backbone(const Unit& unit, WorkerContext& context) const {
-  const auto images = load_images(config_.model.data_path, unit.spec.at("data").get<std::string>(), context);
+  models::VitConfig config = models::VitConfig::from_json(unit.spec.at("architecture"), "the unit's backbone");
+  const auto images = load_images(config_.model.data_path, unit.spec.at("data").get<std::string>(),
+                                  unit.spec.at("images"), config, context);
   const auto seed = unit.spec.at("seed").get<uint64_t>();
-  models::VitConfig config = architecture_;
   config.num_labels = images->dataset().info().num_classes();
   models::Vit vit = models::Vit::from_config(config, seed, at::kFloat).on(context.device());
-  TrainJob job{*config_.model.train, vit.make_trainable(), nullptr, /*tokens_per_sequence=*/1};
+  TrainJob job{train_config(unit.spec.at("train"), config_.model.train.value_or(TrainConfig{})), vit.make_trainable(),
+               nullptr, /*tokens_per_sequence=*/1};
   std::vector<int64_t> rows(images->dataset().labels("train").size());
   for (size_t row = 0; row < rows.size(); ++row) rows[row] = static_cast<int64_t>(row);
   job.loss = [&, batch_size = job.config.batch_size](int64_t step, int64_t first, int64_t count) {

@@ -87,7 +87,6 @@ core::Json training_spec(const TrainConfig& train, const StreamFacts& stream, in
           {"tasks", tasks},
           {"logits", local_logits ? own : stream.classes_until(last_task)},
           {"train", train_identity(train)},
-          {"log_every", train.log_every},
           {"seed", core::derive_seed(static_cast<uint64_t>(seed), fmt::format("continual/task{}", last_task))},
           {"head_seed", head_seed(seed)}};
 }
@@ -101,17 +100,18 @@ TrainConfig scaled_training(const TrainConfig& train, const core::Json& spec) {
 }
 
 core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
-                                 const TrainConfig& train, models::NamedTensors parameters, Head head,
+                                 const TrainConfig& own, models::NamedTensors parameters, Head head,
                                  const std::function<at::Tensor(const at::Tensor&)>& features,
                                  const std::function<models::NamedTensors()>& state) {
+  const TrainConfig train = scaled_training(train_config(unit.spec.at("train"), own), unit.spec);
   const auto logits = unit.spec.at("logits").get<std::vector<int64_t>>();
   const auto seed = unit.spec.at("seed").get<uint64_t>();
   std::map<int64_t, int64_t> target_of;
   for (size_t i = 0; i < logits.size(); ++i) target_of[logits[i]] = static_cast<int64_t>(i);
   std::vector<int64_t> rows;
   for (const int64_t task : unit.spec.at("tasks").get<std::vector<int64_t>>()) {
-    const auto& own = site.stream->tasks[static_cast<size_t>(task)].train;
-    rows.insert(rows.end(), own.begin(), own.end());
+    const auto& of_task = site.stream->tasks[static_cast<size_t>(task)].train;
+    rows.insert(rows.end(), of_task.begin(), of_task.end());
   }
   auto [weight, bias] = head.rows(logits, unit.spec.at("head_seed").get<uint64_t>(), site.base->config().hidden_size,
                                   site.images->device());
@@ -121,7 +121,7 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
   parameters.emplace_back("head.weight", weight);
   std::sort(parameters.begin(), parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
 
-  TrainJob job{scaled_training(train, unit.spec), std::move(parameters), nullptr, /*tokens_per_sequence=*/1};
+  TrainJob job{train, std::move(parameters), nullptr, /*tokens_per_sequence=*/1};
   job.loss = [&, batch_size = train.batch_size](int64_t step, int64_t first, int64_t count) {
     const auto batch = batch_of(rows, seed, step * batch_size + first, count);
     std::vector<int64_t> targets = site.images->labels("train", batch);

@@ -46,6 +46,7 @@ struct LearnerSite {
   std::shared_ptr<const models::Vit> base;  // frozen, without classifier
   std::shared_ptr<const ImageSource> images;
   std::shared_ptr<const data::TaskStream> stream;
+  const core::Json& spec;  // of the unit: what it says counts, not `config`
 };
 
 /// Scores of classes for images; what an evaluation runs.
@@ -66,6 +67,8 @@ class Learner {
   virtual std::string title() const = 0;  // one line, for tables' notes
   /// Kind of its units and its state. Learners that share one share unit results where everything else is equal.
   virtual std::string kind() const = 0;
+  /// Part of its units' specifications; raised when a change of the code changes results for the same one.
+  virtual int64_t result_version() const { return 1; }
   /// Whether units() of a task waits for the state after the task before it.
   virtual bool chained() const = 0;
   /// Whether the state after a task keeps the artefacts of the tasks before it.

@@ -2,16 +2,22 @@
 // when the learner is not chained), each followed by one evaluation unit, which nothing waits for but the matrices at
 // the end.
 #include <algorithm>
+#include <map>
 
 #include "algorithms/continual/continual.h"
+#include "algorithms/continual/draw.h"
 #include "core/error.h"
 #include "core/hash.h"
 
 namespace moraine::algorithms::continual {
 namespace {
 
-// Bumped when a change of the code changes results for the same spec.
-constexpr int kResultVersion = 1;
+// Raised when a change of the code changes what units of a kind give for the same spec; learners have their own.
+int64_t result_version(const std::string& kind) {
+  static const std::map<std::string, int64_t> versions = {{"evaluate", 1}, {"matrices", 1}, {"train_backbone", 1}};
+  const auto found = versions.find(kind);
+  return found == versions.end() ? learner_of_kind(kind).result_version() : found->second;
+}
 
 }  // namespace
 
@@ -22,15 +28,17 @@ std::string Continual::Track::name() const {
 Unit Continual::make_unit(const std::string& kind, const std::string& label, core::Json spec,
                           std::vector<std::string> inputs, double cost, const Stages& stages) const {
   spec["method"] = "continual";
-  spec["version"] = kResultVersion;
-  spec.update(compute_identity(config_.workers));
+  spec["version"] = result_version(kind);
+  spec["compute"] = compute_identity(config_.workers);
   spec["images"] = {
       {"fingerprint", fingerprint_}, {"mean", config_.images.mean}, {"deviation", config_.images.deviation}};
   if (stages.backbone) {
     spec["backbone"] = *stages.backbone;
+    if (stages.backbone->starts_with("random:")) spec["architecture"] = architecture_.to_json();
     if (stages.backbone->find(':') == std::string::npos)
       inputs.push_back(*stages.backbone);  // execute() finds it by id
   }
+  if (spec.contains("stream")) spec["stream"]["draw"] = config_.stream_spec(spec["stream"].at("order").get<int64_t>());
   return {kind, label, std::move(spec), std::move(inputs), Place::kWorker, cost};
 }
 
@@ -67,9 +75,10 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
     track.initial = plan.need(evaluation_unit(track, -1, {}, stages));
   std::vector<std::string> before;
   track.evaluated.resize(static_cast<size_t>(tasks));
+  bool whole = true;  // an accumulated state is what all tasks so far gave, or none
   for (int64_t task = 0; task < tasks; ++task) {
     std::vector<std::string> after = track.learner->accumulates() ? before : std::vector<std::string>();
-    bool complete = true;
+    bool complete = whole || !track.learner->accumulates();
     for (auto& request : track.learner->units(config_, *track.stream, task, track.seed, before)) {
       request.spec["fresh"] = request.inputs.empty();
       const std::string label = track.learner->accumulates()
@@ -83,6 +92,7 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
       if (id) after.push_back(*id);
       complete &= id.has_value();
     }
+    whole = complete;
     if (complete) {
       track.evaluated[static_cast<size_t>(task)] = plan.need(evaluation_unit(track, task, after, stages));
       track.states.push_back(after);
@@ -104,7 +114,6 @@ Continual::Stages Continual::walk(PlanBuilder& plan) const {
     core::Json spec = {{"architecture", architecture_.to_json()},
                        {"data", backbone_fingerprint_},
                        {"train", train_identity(train)},
-                       {"log_every", train.log_every},
                        {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone")}};
     stages.backbone =
         plan.need(make_unit("train_backbone", "train/backbone", std::move(spec), {},
@@ -133,11 +142,20 @@ Continual::Stages Continual::walk(PlanBuilder& plan) const {
       }
   }
   if (!complete) return stages;
-  Unit unit{
-      "matrices",  "matrices",          {{"method", "continual"}, {"version", kResultVersion}, {"tracks", entries}},
-      evaluations, Place::kCoordinator, 1e6};
+  Unit unit{"matrices",
+            "matrices",
+            {{"method", "continual"}, {"version", result_version("matrices")}, {"tracks", entries}},
+            evaluations,
+            Place::kCoordinator,
+            1e6};
   stages.matrices = plan.need(std::move(unit));
   return stages;
+}
+
+std::optional<std::string> Continual::missing_result(const RunState& state) const {
+  PlanBuilder builder(state);
+  if (walk(builder).matrices) return std::nullopt;
+  return "the accuracies of all methods are not complete";
 }
 
 Plan Continual::plan(const RunState& state) const {

@@ -58,15 +58,19 @@ const core::Schema<ClientsConfig>& clients_schema() {
         .doc("Clients sampled per round, without replacement; 0 = all")
         .field("weighting", &C::weighting)
         .choices({"samples", "uniform"})
-        .doc("Weight of a contribution: its share of the sampled clients' sequences, or equal")
+        .doc(
+            "Weight of a contribution: its share of the sampled clients' sequences, or equal; hetlora weighs by the "
+            "norm of the update instead")
         .field("ranks", &C::ranks)
         .min(1)
         .doc("Ranks of the clients in order, repeated as needed; empty = lora.rank for all")
         .field("min_per_round", &C::min_per_round)
         .min(0)
         .doc(
-            "Usable contributions a round needs; 0 = every sampled client's. Clients whose training fails are then "
-            "left out of the round and named in the report")
+            "Usable contributions a round needs; 0 = every sampled client's. Clients whose numbers go bad are then "
+            "left "
+            "out of the round and named in the report; a site's own trouble (a missing file, a full disk) is tried "
+            "again and never part of a result")
         .check([](const C& c) -> Violation {
           if (c.per_round > c.count)
             return fmt::format("per_round {} is more than the {} clients", c.per_round, c.count);
@@ -79,6 +83,45 @@ const core::Schema<ClientsConfig>& clients_schema() {
   }();
   return schema;
 }
+
+const core::Schema<EvaluationConfig>& evaluation_schema() {
+  using C = EvaluationConfig;
+  static const auto schema = [] {
+    core::Schema<C> s;
+    s.field("sequences", &C::sequences)
+        .evaluation_only()
+        .min(0)
+        .doc("Evaluated sequences per domain; 0 = all")
+        .field("batch_size", &C::batch_size)
+        .evaluation_only()
+        .min(1)
+        .doc("Sequences per forward pass")
+        .field("every", &C::every)
+        .evaluation_only()
+        .min(1)
+        .unit("rounds")
+        .doc("Rounds between evaluations of the global model; the last round is always evaluated")
+        .field("split", &C::split)
+        .evaluation_only()
+        .choices({"test", "validation"})
+        .doc("Which documents the tables are about; use validation while choosing settings");
+    return s;
+  }();
+  return schema;
+}
+
+Violation cross_check(const FederatedConfig& c) {
+  if (c.domains.empty()) return "domains must not be empty";
+  std::set<std::string> names;
+  for (const auto& domain : c.domains)
+    if (!names.insert(domain.name).second) return fmt::format("domain '{}' stands twice", domain.name);
+  if (c.clients.partition == "domain" && c.clients.count < static_cast<int64_t>(c.domains.size()))
+    return fmt::format("clients.partition domain needs at least one client per domain: {} clients, {} domains",
+                       c.clients.count, c.domains.size());
+  return std::nullopt;
+}
+
+}  // namespace
 
 const core::Schema<ServerConfig>& server_schema() {
   using C = ServerConfig;
@@ -127,45 +170,6 @@ const core::Schema<PruningConfig>& pruning_schema() {
   return schema;
 }
 
-const core::Schema<EvaluationConfig>& evaluation_schema() {
-  using C = EvaluationConfig;
-  static const auto schema = [] {
-    core::Schema<C> s;
-    s.field("sequences", &C::sequences)
-        .min(0)
-        .evaluation_only()
-        .doc("Evaluated sequences per domain; 0 = all")
-        .field("batch_size", &C::batch_size)
-        .min(1)
-        .evaluation_only()
-        .doc("Sequences per forward pass")
-        .field("every", &C::every)
-        .min(1)
-        .unit("rounds")
-        .evaluation_only()
-        .doc("Rounds between evaluations of the global model; the last round is always evaluated")
-        .field("split", &C::split)
-        .choices({"test", "validation"})
-        .evaluation_only()
-        .doc("Which documents the tables are about; use validation while choosing settings");
-    return s;
-  }();
-  return schema;
-}
-
-Violation cross_check(const FederatedConfig& c) {
-  if (c.domains.empty()) return "domains must not be empty";
-  std::set<std::string> names;
-  for (const auto& domain : c.domains)
-    if (!names.insert(domain.name).second) return fmt::format("domain '{}' stands twice", domain.name);
-  if (c.clients.partition == "domain" && c.clients.count < static_cast<int64_t>(c.domains.size()))
-    return fmt::format("clients.partition domain needs at least one client per domain: {} clients, {} domains",
-                       c.clients.count, c.domains.size());
-  return std::nullopt;
-}
-
-}  // namespace
-
 const core::Schema<FederatedConfig>& federated_schema() {
   using C = FederatedConfig;
   static const auto schema = [] {
@@ -197,6 +201,7 @@ const core::Schema<FederatedConfig>& federated_schema() {
         .field("comparisons", &C::comparisons)
         .choices({"centralised", "alone"})
         .evaluation_only()
+        .unique()
         .doc(
             "centralised: one adapter on all data, as many sequences as all clients together; alone: every client by "
             "itself for as many steps as in the federation")

@@ -73,5 +73,7 @@ struct FederatedConfig : RunConfig {
 };
 
 const core::Schema<FederatedConfig>& federated_schema();
+const core::Schema<ServerConfig>& server_schema();
+const core::Schema<PruningConfig>& pruning_schema();
 
 }  // namespace moraine::algorithms::federated

@@ -1,9 +1,13 @@
 #include "algorithms/federated/federated.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/adapters/lora.h"
+#include "algorithms/federated/factors.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "data/model_tokenizer.h"
@@ -36,7 +40,9 @@ Federated::Federated(std::string method, std::unique_ptr<Federation> federation,
       architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
       fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
       sequences_(inputs.at("sequences").get<std::map<std::string, int64_t>>()),
-      model_id_(inputs.at("model").get<std::string>()) {}
+      model_id_(inputs.at("model").get<std::string>()) {
+  share_out();
+}
 
 core::Json Federated::inputs() const {
   return {{"architecture", architecture_.to_json()},
@@ -68,7 +74,8 @@ void Federated::open_inputs() {
   if (problems.empty()) {
     std::string empty;
     int64_t count = 0;
-    for (const auto& client : clients())
+    share_out();
+    for (const auto& client : clients_)
       if (client.sequences() == 0) {
         if (++count <= 5) empty += (empty.empty() ? "" : ", ") + client.name;
       }
@@ -82,21 +89,21 @@ void Federated::open_inputs() {
     model_id_ = model_identity(config_.model.path, architecture_);
     // The adapter's targets and ranks are checked against the model once, here, before anything is planned.
     const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-    (void)adapters::lora_targets(lora(server_rank()), base.slots());
+    (void)adapters::lora_targets(at_rank(config_.lora, server_rank()), base.slots());
   }
   problems.throw_if_any(config_.name);
 }
 
-void Federated::write_adapter(const RunState& state, const std::string& id,
-                              const std::filesystem::path& directory) const {
+void Federated::write_adapter(const RunState& state, const std::string& id, const ExportRequest& request) const {
   const at::NoGradGuard no_grad;
   const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-  const auto adapter = adapters::LoraAdapter::create(lora(server_rank()), base.slots(), 0, at::kCPU);
-  Factors factors = first_factors(base);
+  const GlobalAdapter global{config_.lora, server_rank(), config_.seed};
+  const auto adapter = adapters::LoraAdapter::create(at_rank(config_.lora, server_rank()), base.slots(), 0, at::kCPU);
+  Factors factors = first_factors(global, base.slots());
   for (const auto& view : state.artefact(id)->file().tensors())
     if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
   set_factors(adapter, factors);
-  adapter.save(directory, config_.model.path);
+  adapter.save(request.directory, request.base_model.empty() ? config_.model.path : request.base_model);
 }
 
 void Federated::write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds,
@@ -118,13 +125,13 @@ void Federated::write_merged_model(const RunState& state, const std::vector<Roun
       }
   }
   if (!federation_->starts_fresh()) {  // the adapter of the last round sits on top
-    Factors factors = first_factors(base);
+    Factors factors = first_factors({config_.lora, server_rank(), config_.seed}, base.slots());
     for (const auto& view : state.artefact(rounds.back().state)->file().tensors())
       if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
     for (const auto& [name, a] : factors)
       if (name.ends_with(".lora_A.weight")) {
         const std::string slot = name.substr(0, name.size() - 14);
-        add(slot, factors.at(slot + ".lora_B.weight"), a, scale());
+        add(slot, factors.at(slot + ".lora_B.weight"), a, scale_of(config_.lora));
       }
   }
   const auto merged = base.plus({deltas.begin(), deltas.end()});
@@ -139,7 +146,7 @@ void Federated::publish(const RunState& state, const std::filesystem::path& run_
   if (federation_->changes_base())
     write_merged_model(state, stages.rounds, run_directory / "merged_model");
   else
-    write_adapter(state, stages.rounds.back().state, run_directory / "experts" / "global");
+    write_adapter(state, stages.rounds.back().state, {.directory = run_directory / "experts" / "global"});
 }
 
 void Federated::export_as(const RunState& state, const ExportRequest& request) const {
@@ -159,26 +166,43 @@ void Federated::export_as(const RunState& state, const ExportRequest& request) c
         fmt::format("algorithms/federated: {} changes the base model every round: its result is no single adapter",
                     method_),
         "--to hf writes the merged model");
-  write_adapter(state, stages.rounds.back().state, request.directory);
+  write_adapter(state, stages.rounds.back().state, request);
+}
+
+double Federated::ranks_sent_per_turn() const {
+  const auto seed = static_cast<uint64_t>(config_.seed);
+  const auto clients = partition({}, config_.clients, seed);
+  std::vector<size_t> seen(clients.size());  // rounds whose change of the base a client has
+  std::vector<int64_t> ranks_until = {0};    // sums of the ranks of rounds 0..t - 1
+  int64_t sent = 0, turns = 0;
+  for (int64_t t = 0; t < config_.rounds; ++t) {
+    int64_t sum = 0;
+    for (const size_t k : sample_clients(clients, config_.clients.per_round, t, seed)) {
+      if (t > 0) sent += ranks_until.back() - ranks_until[seen[k]], ++turns;
+      seen[k] = static_cast<size_t>(t);
+      sum += clients[k].rank ? clients[k].rank : config_.lora.rank;
+    }
+    ranks_until.push_back(ranks_until.back() + sum);
+  }
+  return turns == 0 ? static_cast<double>(ranks_until.back()) : static_cast<double>(sent) / static_cast<double>(turns);
 }
 
 ParameterTable Federated::parameters() const {
   const auto model = models::Decoder::from_config(architecture_, 0, at::kFloat);
-  const auto targets = adapters::lora_targets(lora(config_.lora.rank), model.slots());
+  const auto targets = adapters::lora_targets(config_.lora, model.slots());
   const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
   ParameterTable table;
   table.columns = {"rank", "adapter parameters", "% of the model", "up per client and round, numbers",
                    "down per client and round, numbers"};
   std::vector<int64_t> ranks =
       config_.clients.ranks.empty() ? std::vector<int64_t>{config_.lora.rank} : config_.clients.ranks;
-  int64_t sum_of_ranks = 0;
-  for (int64_t k = 0; k < sampled; ++k) sum_of_ranks += ranks[static_cast<size_t>(k) % ranks.size()];
+  const int64_t sent_ranks = std::llround(ranks_sent_per_turn());
   std::sort(ranks.begin(), ranks.end());
   ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
   for (const int64_t rank : ranks) {
     int64_t count = 0, up = 0, down = 0;
     for (const auto& target : targets) {
-      const auto traffic = federation_->traffic(target.slot.in, target.slot.out, rank, sum_of_ranks, server_rank());
+      const auto traffic = federation_->traffic(target.slot.in, target.slot.out, rank, sent_ranks, server_rank());
       count += rank * (target.slot.in + target.slot.out);
       up += traffic.up;
       down += traffic.down;
@@ -187,8 +211,11 @@ ParameterTable Federated::parameters() const {
                           100.0 * static_cast<double>(count) / static_cast<double>(architecture_.total_parameters()),
                           up, down});
   }
-  table.notes = {fmt::format("{} adapted matrices, {} clients per round, sum of their ranks {}; a number is 4 bytes",
-                             targets.size(), sampled, sum_of_ranks)};
+  table.notes = {
+      fmt::format("{} adapted matrices, {} clients per round; a number is 4 bytes", targets.size(), sampled)};
+  if (federation_->changes_base())
+    table.notes.push_back(fmt::format(
+        "down: every change of the base since a client's last turn, of rank {} in the mean over turns", sent_ranks));
   return table;
 }
 
@@ -208,6 +235,13 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
     problems.add(origin("server"), "server.optimizer",
                  fmt::format("{} forms an exact mean: {} would undo it", name, config.server.optimizer),
                  "server.optimizer: fedavg");
+  if (!federation->weighs_as_told() && config.clients.weighting != "samples")
+    problems.add(origin("clients"), "clients.weighting",
+                 fmt::format("{} weighs contributions by the norm of their update", name),
+                 "leave clients.weighting out");
+  if (!federation->prunes() && pruning_schema().to_json(config.pruning) != pruning_schema().to_json({}))
+    problems.add(origin("pruning"), "pruning", fmt::format("ranks do not shrink in {}", name),
+                 "use hetlora, or leave pruning out");
   if (!config.lora.rank_pattern.empty() || !config.lora.alpha_pattern.empty())
     problems.add(origin("lora"), "lora.rank_pattern", "ranks per module are not federated",
                  "one lora.rank, and clients.ranks for clients of different ranks");

@@ -3,25 +3,31 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "algorithms/federated/federation.h"
 #include "algorithms/federated/partition.h"
+#include "algorithms/federated/units.h"
 #include "algorithms/method.h"
 #include "algorithms/register.h"
 #include "models/decoder_config.h"
+#include "models/slot.h"
 
 namespace moraine::models {
-class Backbone;
 class Decoder;
-}  // namespace moraine::models
-namespace moraine::algorithms::adapters {
-class LoraAdapter;
+}
+namespace moraine::algorithms {
+struct TrainOutcome;
 }
 
 namespace moraine::algorithms::federated {
+
+/// The whole text of a refused contribution: artefacts hold nothing of the host they were made on.
+constexpr const char* kNumbersWentBad = "its training gave numbers that are not finite";
 
 /// Rounds of federated LoRA on a frozen decoder: sample clients, each trains the adapter on its own text, the server
 /// forms the next global state, repeat. What is trained, sent and averaged is the Federation's; everything else is
@@ -41,6 +47,9 @@ class Federated final : public Method {
   core::Json inputs() const override;
   Plan plan(const RunState& state) const override;
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
+  /// Names, shapes, numbers, and what the plan knows of a client: a contribution that does not fit fails its attempt.
+  void check_result(const Unit& unit, const core::Artefact& artefact) const override;
+  std::optional<std::string> missing_result(const RunState& state) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
   /// peft: the global adapter; hf: the merged model, the only form of methods whose rounds change the base.
@@ -50,7 +59,7 @@ class Federated final : public Method {
  private:
   struct RoundResult {
     std::vector<std::string> updates;          // in the order of the clients' names
-    std::vector<std::string> sent;             // what each client was sent for the round; none in the first one
+    std::vector<std::string> sent;             // every state a client lacked, client by client; none in the first round
     std::string state;                         // after the round
     std::map<std::string, std::string> tests;  // by domain
   };
@@ -63,43 +72,59 @@ class Federated final : public Method {
     std::map<std::string, std::map<std::string, std::string>> alone_tests;  // client -> domain -> evaluation
   };
 
+  /// What a walk learns of the clients on its way, by position in clients_.
+  struct Progress {
+    std::vector<int64_t> ranks;  // HetLoRA: as the last contribution says
+    std::vector<size_t> states;  // states of a changing base that a client has seen
+  };
+
   // plan.cpp: pure.
   Stages walk(PlanBuilder& plan) const;
-  std::vector<Client> clients() const;
-  Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
-                 double cost) const;
+  void walk_comparisons(PlanBuilder& plan, Stages& stages) const;
+  /// The units of one round's clients; false while some are not finished.
+  bool walk_clients(PlanBuilder& plan, const Stages& stages, std::span<const size_t> sampled, Progress& progress,
+                    const std::string& label, RoundResult& round) const;
+  void share_out();
   Unit update_unit(const std::string& label, const Client& client, int64_t round, int64_t steps, int64_t rank,
-                   std::vector<std::string> inputs) const;
+                   std::vector<std::string> inputs, bool tolerant = false) const;
+  Unit aggregate_unit(const std::string& label, const Stages& stages, std::span<const size_t> sampled,
+                      const RoundResult& round) const;
   Unit evaluation_unit(const std::string& label, const std::string& domain, std::vector<std::string> inputs) const;
   std::map<std::string, std::string> evaluate_everywhere(PlanBuilder& plan, const std::string& label,
                                                          const std::vector<std::string>& inputs) const;
   /// What a client or an evaluation needs to rebuild the global model: the last state, or all of them when rounds
   /// change the base.
   std::vector<std::string> model_inputs(const std::vector<RoundResult>& rounds) const;
-  core::Json data_spec(const std::string& domain, const std::string& split) const;
-  const DomainConfig& domain(const std::string& name) const;
-  /// The adapter's configuration at a rank: alpha follows, so that the scale is the same for all clients (inferred:
-  /// FLoRA's code takes alpha_k = 2 r_k; papers with one alpha for all would weigh clients by 1 / r_k).
-  adapters::LoraConfig lora(int64_t rank) const;
-  double scale() const;  // s of y = W0 x + s B A x
+  TextSpec text_spec(const std::string& domain, const std::string& split) const;
   int64_t server_rank() const;
+  /// Of methods whose rounds change the base: the summed ranks of the changes a client is sent, in the mean over the
+  /// turns after the first round. Follows from the sampling.
+  double ranks_sent_per_turn() const;
 
-  // execute.cpp
+  // execute.cpp: what a unit's specification says; of config_ only paths, and how often to save and to log.
   core::ArtefactPtr update(const Unit& unit, WorkerContext& context) const;
-  core::ArtefactPtr train_client(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr train_client(const Unit& unit, const UpdateSpec& spec, WorkerContext& context) const;
+  core::ArtefactPtr contribution(const UpdateSpec& spec, int64_t sequences, const Factors& before, const Factors& after,
+                                 const TrainOutcome& outcome) const;
   core::ArtefactPtr aggregate(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr broadcast(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<models::Decoder> load_base(WorkerContext& context, const std::string& id) const;
-  models::Decoder global_model(const Unit& unit, WorkerContext& context) const;
-  Factors global_factors(const Unit& unit, WorkerContext& context, const models::Backbone& model) const;
-  Factors first_factors(const models::Backbone& model) const;
-  void write_adapter(const RunState& state, const std::string& id, const std::filesystem::path& directory) const;
+  std::vector<Contribution> contributions(const Unit& unit, const AggregateSpec& spec, WorkerContext& context,
+                                          core::Json& refused) const;
+  void require_own_method(const std::string& method) const;
+  std::shared_ptr<data::TextDataset> open(const TextSpec& text, WorkerContext& context) const;
+  models::Decoder global_model(const std::vector<std::string>& states, const std::string& base,
+                               const std::string& dtype, WorkerContext& context) const;
+  /// Slots of the frozen model, read once.
+  const std::vector<models::Slot>& slots() const;
+
+  // results.cpp
+  void check_update(const Unit& unit, const core::Artefact& artefact) const;
+
+  void write_adapter(const RunState& state, const std::string& id, const ExportRequest& request) const;
   /// The base, everything the rounds added to it and the last adapter, as a Hugging Face directory.
   void write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds,
                           const std::filesystem::path& directory) const;
-  /// Replaces an adapter's values; both must have the same names and shapes.
-  void set_factors(const adapters::LoraAdapter& adapter, const Factors& factors) const;
 
   std::string method_;
   std::unique_ptr<Federation> federation_;
@@ -108,6 +133,9 @@ class Federated final : public Method {
   std::map<std::string, std::string> fingerprints_;  // domain -> fingerprint of its prepared text
   std::map<std::string, int64_t> sequences_;         // domain -> training sequences
   std::string model_id_;                             // identity of the model's directory
+  std::vector<Client> clients_;                      // who holds what; follows from the above
+  mutable std::once_flag slots_once_;
+  mutable std::vector<models::Slot> slots_;
 };
 
 ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems, const char* name,

@@ -30,9 +30,10 @@ struct Contribution {
 
 /// The global model after a round.
 struct GlobalState {
-  Factors factors;      // the global adapter: what clients start from
-  Factors base_change;  // "<slot path>.base_A", ".base_B": W0 becomes W0 + base_B base_A, once and for all
-  Factors server;       // the server optimiser's moments, never sent
+  Factors factors;                   // the global adapter: what clients start from
+  Factors base_change;               // "<slot path>.base_A", ".base_B": W0 becomes W0 + base_B base_A, once and for all
+  Factors server;                    // the server optimiser's moments, never sent
+  std::vector<double> weights = {};  // of the contributions, when the method does not weigh them as it was told
 };
 
 /// One aggregation: what came in, in the order of the clients' names, and what it starts from.
@@ -65,6 +66,12 @@ class Federation {
   virtual bool mixed_ranks() const { return false; }
   /// The server may move by another rule than by the average itself.
   virtual bool server_optimizers() const { return true; }
+  /// Contributions count as clients.weighting says; else by the method's own weights.
+  virtual bool weighs_as_told() const { return true; }
+  /// Ranks shrink: penalty() and rank_after() read PruningConfig.
+  virtual bool prunes() const { return false; }
+  /// Part of the specification of the units that run this code; raised when a change of it changes results.
+  virtual int64_t result_version() const { return 1; }
   /// Added to a client's mean loss; undefined = nothing. `factors` are the adapter's live tensors.
   virtual at::Tensor penalty(const Factors& factors, const PruningConfig& config) const;
   /// The rank a client sends and goes on with, from its factors before and after training.
@@ -73,7 +80,7 @@ class Federation {
   /// The next global state. Throws core::Error if it cannot be formed.
   virtual GlobalState aggregate(const Round& round) const;
   /// Bytes of one adapted [out, in] matrix that a client sends and receives per round, in numbers: the paper's count,
-  /// for a client of rank r, R the sum of the ranks of a round.
+  /// for a client of rank r; R: the summed ranks of the changes of the base it is sent.
   struct Traffic {
     int64_t up = 0, down = 0;
   };

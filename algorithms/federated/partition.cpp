@@ -52,12 +52,6 @@ int64_t Client::sequences() const {
                          [](int64_t sum, const auto& share) { return sum + share.second.count; });
 }
 
-core::Json Client::to_json() const {
-  core::Json json = core::Json::object();
-  for (const auto& [domain, share] : shares) json[domain] = {{"first", share.first}, {"count", share.count}};
-  return json;
-}
-
 std::vector<Client> partition(const std::vector<std::pair<std::string, int64_t>>& sequences,
                               const ClientsConfig& config, uint64_t seed) {
   const auto digits = fmt::formatted_size("{}", config.count);

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "algorithms/federated/config.h"
-#include "core/json.h"
 
 namespace moraine::algorithms::federated {
 
@@ -22,7 +21,6 @@ struct Client {
   int64_t rank = 0;  // 0 = the adapter's own
 
   int64_t sequences() const;
-  core::Json to_json() const;  // shares by domain: {first, count}
 };
 
 /// Shares the training sequences of every domain out among the clients: each sequence belongs to exactly one client.

@@ -106,7 +106,7 @@ core::Json Federated::summary(const RunState& state) const {
       if (const auto& meta = state.artefact(id)->meta(); !meta.contains("refused"))
         ranks[meta.at("client")] = meta.at("rank");
   for (const auto& d : config_.domains) client_columns.push_back(column(d.name, d.name));
-  for (const auto& client : clients()) {
+  for (const auto& client : clients_) {
     Json row = {{"client", client.name},
                 {"rank", ranks.count(client.name) ? ranks.at(client.name) : client.rank},
                 {"sequences", client.sequences()}};

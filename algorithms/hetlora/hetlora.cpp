@@ -52,6 +52,8 @@ class HetLora final : public federated::Federation {
  public:
   static constexpr const char* kName = "hetlora";
   bool mixed_ranks() const override { return true; }
+  bool weighs_as_told() const override { return false; }
+  bool prunes() const override { return true; }
 
   at::Tensor penalty(const Factors& factors, const PruningConfig& config) const override {
     if (config.lambda == 0) return {};
@@ -73,6 +75,7 @@ class HetLora final : public federated::Federation {
     const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
     for (double& weight : weights) weight = total > 0 ? weight / total : 1.0 / static_cast<double>(weights.size());
     federated::GlobalState next;
+    next.weights = weights;
     for (const auto& [name, x] : round.global) {
       const int64_t side = name.ends_with("lora_A.weight") ? 0 : 1;
       at::Tensor sum = at::zeros(x.sizes(), at::kDouble);

@@ -97,6 +97,22 @@ TEST_F(ContinualPlan, EvaluationsOfATaskWaitBesideTheNextTask) {
   EXPECT_EQ(labels(finish_all(*continual), "matrices").size(), 1u);
 }
 
+TEST_F(ContinualPlan, NoStateIsEvaluatedBeforeAllItsPartsAreThere) {
+  const auto continual = method({"methods=[simplecil]", "orders=[-1]", "seeds=[1]"});
+  finish(continual->plan(*this).pending.at(0));  // the backbone
+  std::vector<Unit> prototypes = continual->plan(*this).pending;
+  ASSERT_EQ(prototypes.size(), 6u);
+  std::reverse(prototypes.begin(), prototypes.end());  // class means of the last tasks come first
+  for (const auto& prototype : prototypes) {
+    for (const auto& unit : continual->plan(*this).pending)
+      if (unit.kind == "evaluate") ADD_FAILURE() << unit.label << " before " << prototype.label << " is there";
+    finish(prototype);
+  }
+  std::set<int> parts;
+  for (const auto& unit : continual->plan(*this).pending) parts.insert(unit.spec.at("parts").get<int>());
+  EXPECT_EQ(parts, (std::set<int>{2, 4, 6}));
+}
+
 TEST_F(ContinualPlan, EqualWorkIsDoneOnce) {
   const auto continual = method({});
   std::map<std::string, int> kinds;
@@ -171,8 +187,11 @@ TEST(ContinualConfig, WrongRecipesAreRefused) {
   const std::map<std::string, std::string> cases = {
       {"methods=[simplcil]", "did you mean 'simplecil'"},
       {"metrics=[forgetting]", "not one of the choices"},
-      {"methods=[joint, joint]", "methods: joint stands twice"},
+      {"methods=[joint, joint]", "methods: \"joint\" stands twice"},
       {"orders=[3, 3]", "orders: 3 stands twice"},
+      {"seeds=[2, 2]", "seeds: 2 stands twice"},
+      {"metrics=[bwt, bwt]", "stands twice"},
+      {"stream.leave_out=[1, 1]", "leave_out: 1 stands twice"},
       {"orders=[]", "orders must not be empty"},
       {"model.data_path=\"\"", "train and data_path belong together"},
       {"train.dtype=bfloat16", "float32"},

@@ -15,6 +15,7 @@
 #include "algorithms/adapters/lora.h"
 #include "algorithms/federated/federation.h"
 #include "algorithms/federated/partition.h"
+#include "algorithms/federated/units.h"
 #include "algorithms/federated/weighted_sum.h"
 #include "algorithms/register.h"
 #include "core/error.h"
@@ -169,12 +170,10 @@ class Aggregate : public testing::Test {
   }
 
   core::ArtefactPtr aggregate(const std::vector<core::ArtefactPtr>& updates) {
-    Unit unit{"aggregate",
-              "aggregate/1",
-              {{"has_state", false}, {"clients", {"client-1", "client-2"}}, {"round", 0}, {"base", base_}},
-              {},
-              Place::kCoordinator,
-              1};
+    AggregateSpec spec{.method = "fedit", .base = base_, .clients = {{"client-1", 30}, {"client-2", 10}}};
+    spec.adapter.lora.rank = spec.adapter.rank = 2, spec.adapter.lora.alpha = 4;
+    spec.adapter.lora.target_modules = {kSlot};
+    Unit unit{"aggregate", "aggregate/1", core::to_spec(aggregate_schema(), spec), {}, Place::kCoordinator, 1};
     for (const auto& update : updates) unit.inputs.push_back(update->id());
     const worker::WorkerOptions options;
     const std::atomic<int> signals{0};
@@ -208,12 +207,13 @@ TEST_F(Aggregate, WeighsBySamples) {
 TEST_F(Aggregate, RefusesWhatDoesNotBelong) {
   const auto good = contribution("client-1", 1.0, 30);
   EXPECT_THAT(refusal({good, good}), AllOf(HasSubstr("client-2"), HasSubstr("client-1")));
-  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 30, 4)}),
+  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 10, 4)}),
               AllOf(HasSubstr("client-2"), HasSubstr("[4, 128]"), HasSubstr("[2, 128]")));
-  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 30, 2, "dir:other")}),
+  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 1000)}), AllOf(HasSubstr("1000"), HasSubstr("gave it 10")));
+  EXPECT_THAT(refusal({good, contribution("client-2", 1.0, 10, 2, "dir:other")}),
               AllOf(HasSubstr("client-2"), HasSubstr("another base")));
   const auto empty =
-      core::Artefact::create("update", {{"client", "client-2"}, {"samples", 3}, {"rank", 2}, {"base", base_}}, {});
+      core::Artefact::create("update", {{"client", "client-2"}, {"samples", 10}, {"rank", 2}, {"base", base_}}, {});
   artefacts_[empty->id()] = empty;
   EXPECT_THAT(refusal({good, empty}), AllOf(HasSubstr("client-2"), HasSubstr("lora_A")));
 }

@@ -17,7 +17,8 @@ namespace {
 constexpr const char* kPrefix = "lora.";
 
 adapters::LoraAdapter fresh_adapter(const LearnerSite& site, uint64_t seed) {
-  return adapters::LoraAdapter::create(site.config.lora, site.base->slots(), seed, site.context.device());
+  return adapters::LoraAdapter::create(adapters::lora_schema().from_json(site.spec.at("lora")), site.base->slots(),
+                                       seed, site.context.device());
 }
 
 void load(const core::Artefact& artefact, const adapters::LoraAdapter& adapter) {

@@ -45,6 +45,7 @@ std::vector<UnitRequest> SimpleCil::units(const ContinualConfig& config, const S
     out.push_back({fmt::format("class{}", label),
                    {{"class", label},
                     {"images_seed", config.seed},
+                    {"leave_out", config.stream.leave_out},
                     {"train_per_class", config.stream.train_per_class},
                     {"validation_per_class", config.stream.validation_per_class}},
                    {},
