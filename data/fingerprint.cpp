@@ -11,6 +11,7 @@
 
 #include <sys/stat.h>
 
+#include "core/checked_product.h"
 #include "core/error.h"
 #include "core/hash.h"
 #include "core/json.h"
@@ -25,8 +26,12 @@ template <typename T>
 std::string line_of(const core::Hdf5File& file, const std::string& dataset) {
   if (!file.has(dataset)) return "";
   const std::vector<int64_t> shape = file.shape(dataset);
-  int64_t row_bytes = sizeof(T);
-  for (size_t axis = 1; axis < shape.size(); ++axis) row_bytes *= std::max<int64_t>(1, shape[axis]);
+  const auto row =
+      shape.empty() ? std::optional<int64_t>(sizeof(T)) : core::checked_product(std::span(shape).subspan(1), sizeof(T));
+  if (!row)
+    throw core::UserError(fmt::format("data: {}: {} has rows of an impossible size", file.path().string(), dataset),
+                          "the file is damaged: make it again");
+  const int64_t row_bytes = std::max<int64_t>(1, *row);
   const int64_t rows = shape.empty() ? 1 : shape[0], step = std::max<int64_t>(1, kBlockBytes / row_bytes);
   core::Sha256 hash;
   for (int64_t first = 0; first < rows; first += step) {
