@@ -71,7 +71,10 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared, stream> > >(args...);
+  // It takes the brackets of a launch apart.
+  // clang-format off
+  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared, stream>>>(args...);
+  // clang-format on
   return cudaGetLastError();
 }
 
