@@ -143,10 +143,10 @@ void Federated::publish(const RunState& state, const std::filesystem::path& run_
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
   if (stages.rounds.empty()) return;
-  if (federation_->changes_base())
-    write_merged_model(state, stages.rounds, run_directory / "merged_model");
-  else
-    write_adapter(state, stages.rounds.back().state, {.directory = run_directory / "experts" / "global"});
+  if (federation_->changes_base()) return write_merged_model(state, stages.rounds, run_directory / "merged_model");
+  ExportRequest global;
+  global.directory = run_directory / "experts" / "global";
+  write_adapter(state, stages.rounds.back().state, global);
 }
 
 void Federated::export_as(const RunState& state, const ExportRequest& request) const {

@@ -256,7 +256,8 @@ lora: {{rank: 2, alpha: 4, target_modules: [q_proj, down_proj]}}
 train: {{steps: 2, batch_size: 2}}
 )",
                                          method);
-  const bool mixed = method == "flora" || method == "hetlora", exact = method == "flora" || method == "fedex_lora";
+  const bool mixed = method == "flora" || method == "hetlora", exact = method == "flora" || method == "fedex_lora",
+             prunes = method == "hetlora";
   const Overrides adam = {"server.optimizer=fedadam"};
   const Overrides ranks = {"lora.rank_pattern=[{module: q_proj, rank: 1}]"};
   const Overrides alphas = {"lora.alpha_pattern=[{module: q_proj, alpha: 1}]"};
@@ -272,6 +273,10 @@ train: {{steps: 2, batch_size: 2}}
                {"tokenizer", {.change = {"tokenizer=hf:other"}, .refused = true}},
                {"clients.alpha", {.context = {"clients.partition=dirichlet", "clients.alpha=50"}}},
                {"clients.ranks", {.change = {"clients.ranks=[1, 2]"}, .refused = !mixed}},
+               {"clients.weighting", {.refused = prunes}},
+               {"pruning.gamma", {.refused = !prunes}},
+               {"pruning.lambda", {.refused = !prunes}},
+               {"pruning.min_rank", {.refused = !prunes}},
                {"server.optimizer", {.refused = exact}},
                {"server.learning_rate", {.context = adam, .refused = exact}},
                {"server.beta1", {.context = adam, .refused = exact}},
@@ -401,8 +406,7 @@ void RecipeKeys::examine(const Sweep& sweep, const Key& key) {
   EXPECT_NE(changed.values, base.values) << "recipe.json does not hold it";
   EXPECT_NE(written(changed.resolved), written(base.resolved)) << "report and resolved.yaml do not hold it";
   const Ids &before = base.ids, &after = changed.ids;
-  const bool of_another = key.doc.starts_with("hetlora:") && sweep.method != "hetlora";
-  if (key.doc.ends_with("Never changes a result.") || of_another || key.path == "run_dir") {
+  if (key.doc.ends_with("Never changes a result.") || key.path == "run_dir") {
     EXPECT_TRUE(after == before) << "changes ids of units";
   } else if (key.doc.ends_with("Evaluation only.")) {
     EXPECT_TRUE(std::includes(after.work.begin(), after.work.end(), before.work.begin(), before.work.end()))
