@@ -1,8 +1,10 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -31,6 +33,18 @@ struct Unit {
   static Unit from_json(const core::Json& json);
 };
 
+/// Finished units by label, from plan to plan of one run: what is finished stays so, and its spec need not be made and
+/// hashed again. Not thread-safe.
+struct PlanMemory {
+  struct Finished {
+    std::string artefact, kind;
+    double cost = 0;
+    uint64_t plan = 0;  // which asked for it last
+  };
+  std::unordered_map<std::string, Finished> units;
+  uint64_t plans = 0;
+};
+
 /// What has been accepted so far, as plan() sees it.
 class RunState {
  public:
@@ -42,28 +56,40 @@ class RunState {
   /// Whether finished units of a plan keep `spec` and `inputs`. A coordinator needs their ids alone, and thousands of
   /// specs are most of a plan's memory.
   virtual bool keeps_finished_specs() const { return true; }
+  /// Of who plans one run again and again; nullptr = every plan stands for itself.
+  virtual PlanMemory* memory() const { return nullptr; }
 };
 
 /// What to do next. `pending` are the units that can run now; the run is over when there are none.
 struct Plan {
   std::vector<Unit> pending;
-  std::vector<Unit> finished;  // needed and already done, in planning order; RunState::keeps_finished_specs()
+  std::vector<Unit> finished;  // needed and already done, in planning order; RunState::keeps_finished_specs(). Without
+                               // those that RunState::memory() knows
   std::vector<std::string> pending_ids = {}, finished_ids = {};  // parallel to them
+  std::map<std::string, double> finished_cost = {};              // of all finished units, by kind
 };
 
 /// Collects a plan while plan() walks through its procedure: need() returns the artefact id of a finished unit, or
 /// notes the unit as pending and returns nullopt. Asking twice for one unit notes it once.
 class PlanBuilder {
  public:
-  explicit PlanBuilder(const RunState& state) : state_(state) {}
+  explicit PlanBuilder(const RunState& state);
   std::optional<std::string> need(Unit unit);
+  /// The same for walks over thousands of units: `make` gives the unit of that label, and is not called when an earlier
+  /// plan found it finished. One label names one unit throughout a run; InternalError if a plan uses it for two.
+  std::optional<std::string> need(const std::string& label, const std::function<Unit()>& make);
   const RunState& state() const { return state_; }
-  Plan finish() { return std::move(plan_); }
+  Plan finish();
 
  private:
+  std::optional<std::string> need(Unit unit, std::string id);
+
   const RunState& state_;
+  PlanMemory* memory_;
   Plan plan_;
   std::unordered_set<std::string> seen_;
+  std::unordered_map<std::string, std::string> labels_;              // of the second need(), to unit ids
+  std::vector<std::pair<std::string, PlanMemory::Finished>> found_;  // finished, and new to the memory
 };
 
 }  // namespace moraine::algorithms

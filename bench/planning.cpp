@@ -42,32 +42,35 @@ double rss_bytes() {
   return resident * static_cast<double>(sysconf(_SC_PAGE_SIZE));
 }
 
-/// A unit with a spec of the size of real ones.
-Unit unit_of(const std::string& kind, const std::string& label, std::vector<std::string> inputs) {
-  return {.kind = kind,
-          .label = label,
-          .spec = {{"label", label},
-                   {"seed", 1},
-                   {"data", std::string(64, 'a')},
-                   {"model", std::string(64, 'b')},
-                   {"train",
-                    {{"steps", 100},
-                     {"batch_size", 16},
-                     {"optimizer", "adamw"},
-                     {"learning_rate", 1e-3},
-                     {"dtype", "float32"}}},
-                   {"compute", {{"threads", 1}, {"device", "cpu"}}}},
-          .inputs = std::move(inputs),
-          .cost = 1e9};
+/// Needs a unit with a spec of the size of real ones.
+std::optional<std::string> need(PlanBuilder& plan, const std::string& kind, const std::string& label,
+                                std::vector<std::string> inputs) {
+  return plan.need(label, [&]() -> Unit {
+    return {.kind = kind,
+            .label = label,
+            .spec = {{"label", label},
+                     {"seed", 1},
+                     {"data", std::string(64, 'a')},
+                     {"model", std::string(64, 'b')},
+                     {"train",
+                      {{"steps", 100},
+                       {"batch_size", 16},
+                       {"optimizer", "adamw"},
+                       {"learning_rate", 1e-3},
+                       {"dtype", "float32"}}},
+                     {"compute", {{"threads", 1}, {"device", "cpu"}}}},
+            .inputs = std::move(inputs),
+            .cost = 1e9};
+  });
 }
 
 Plan fan_out(const RunState& state, int units) {
   PlanBuilder plan(state);
   std::vector<std::string> results;
   for (int i = 0; i + 1 < units; ++i) {
-    if (auto result = plan.need(unit_of("train", fmt::format("train/{}", i), {}))) results.push_back(*result);
+    if (auto result = need(plan, "train", fmt::format("train/{}", i), {})) results.push_back(*result);
   }
-  if (static_cast<int>(results.size()) == units - 1) plan.need(unit_of("merge", "merge", {results.front()}));
+  if (static_cast<int>(results.size()) == units - 1) need(plan, "merge", "merge", {results.front()});
   return plan.finish();
 }
 
@@ -79,12 +82,12 @@ Plan rounds(const RunState& state, int units) {
     int done = 0;
     const int clients = units / kRounds - 1;
     for (int i = 0; i < clients; ++i) {
-      const auto result = plan.need(unit_of("train", fmt::format("round {}/{}", round, i), before));
+      const auto result = need(plan, "train", fmt::format("round {}/{}", round, i), before);
       done += result ? 1 : 0;
       if (result) last = *result;
     }
     if (done < clients) break;
-    const auto merged = plan.need(unit_of("merge", fmt::format("merge {}", round), {last}));
+    const auto merged = need(plan, "merge", fmt::format("merge {}", round), {last});
     if (!merged) break;
     before = {*merged};
   }
@@ -96,7 +99,7 @@ Plan chains(const RunState& state, int units) {
   for (int chain = 0; chain < kChains; ++chain) {
     std::vector<std::string> before;
     for (int link = 0; link < units / kChains; ++link) {
-      const auto result = plan.need(unit_of("link", fmt::format("chain {}/{}", chain, link), before));
+      const auto result = need(plan, "link", fmt::format("chain {}/{}", chain, link), before);
       if (!result) break;
       before = {*result};
     }

@@ -26,6 +26,9 @@ class AcceptedState final : public algorithms::RunState {
   /// InternalError if the id was never accepted, UserError if its file is missing or damaged.
   core::ArtefactPtr artefact(const std::string& id) const override;
   bool keeps_finished_specs() const override { return false; }
+  algorithms::PlanMemory* memory() const override { return memory_.get(); }
+  /// From now on plans remember what earlier ones found finished. They must be made by one thread.
+  void remember_plans() { memory_ = std::make_unique<algorithms::PlanMemory>(); }
   std::filesystem::path path_of(const std::string& artefact_id) const;
 
   /// Durable when it returns; a file of that id that is whole already is left alone. Throws IoError (disk full,
@@ -48,6 +51,7 @@ class AcceptedState final : public algorithms::RunState {
   // Opened last, so that a plan which reads them again does not map them again. Bounded: a process may have 65,530
   // mappings (vm.max_map_count) and a run more artefacts.
   mutable std::deque<core::ArtefactPtr> open_;
+  std::unique_ptr<algorithms::PlanMemory> memory_;
 };
 
 }  // namespace moraine::coordinator

@@ -64,6 +64,7 @@ Coordinator::Coordinator(const RunDirectory& directory, comm::Channel& channel, 
       core_(channel.peers(), options_, std::move(plan), state_),
       progress_(options_.terminal, [this] { return now(); }) {
   state_.forget_damaged();
+  state_.remember_plans();
 }
 
 Coordinator::~Coordinator() = default;

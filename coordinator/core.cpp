@@ -244,8 +244,7 @@ void Core::replan() {
   planned_at_ = now_ + plan_took_s_;
   planned_once_ = true;
   MORAINE_CHECK_EQ(plan.pending.size(), plan.pending_ids.size());
-  finished_cost_.clear();
-  for (const auto& unit : plan.finished) finished_cost_[unit.kind] += unit.cost;
+  finished_cost_ = std::move(plan.finished_cost);
   const std::set<std::string_view> pending(plan.pending_ids.begin(), plan.pending_ids.end());
   std::erase_if(jobs_, [&](const auto& entry) {
     const bool unwanted = entry.second.state == Job::State::kReady && !pending.contains(entry.first);

@@ -1,6 +1,7 @@
 #include "core/file.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <random>
@@ -126,9 +127,13 @@ void write_atomically(const fs::path& path, std::span<const std::byte> data) {
   std::error_code failed;
   fs::create_directories(directory, failed);
   if (failed) throw_write_failed(path, data.size(), failed.value());
-  std::random_device random;  // not the process id: in containers it repeats, and a crash may have left a file behind
-  const fs::path temporary =
-      directory / fmt::format(".{}.{:08x}{:08x}.tmp", path.filename().string(), random(), random());
+  // Not the process id: in containers it repeats, and a crash may have left a file behind.
+  static const std::string process = [] {
+    std::random_device random;
+    return fmt::format("{:08x}{:08x}", random(), random());
+  }();
+  static std::atomic<uint64_t> count{0};
+  const fs::path temporary = directory / fmt::format(".{}.{}{:x}.tmp", path.filename().string(), process, ++count);
   int error = write_new_file(temporary, data);
   if (error == 0 && ::rename(temporary.c_str(), path.c_str()) != 0) error = errno;
   if (error != 0) {

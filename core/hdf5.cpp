@@ -438,10 +438,10 @@ std::optional<int64_t> Hdf5File::int_attribute(const std::string& name) const {
 void Hdf5File::set_attribute(const std::string& name, const std::string& value) {
   const Library library;
   const Id type(H5Tcopy(H5T_C_S1), H5Tclose);
-  H5Tset_size(type, H5T_VARIABLE);
+  H5Tset_size(type, std::max<size_t>(1, value.size()));  // variable length lies where HDF5 keeps no checksum
+  H5Tset_strpad(type, H5T_STR_NULLPAD);
   H5Tset_cset(type, H5T_CSET_UTF8);
-  const char* text = value.c_str();
-  handle_->write_attribute(name, type, &text);
+  handle_->write_attribute(name, type, value.empty() ? "" : value.data());
 }
 
 void Hdf5File::set_attribute(const std::string& name, int64_t value) {

@@ -32,7 +32,8 @@ std::string line_of(const core::Hdf5File& file, const std::string& dataset) {
     throw core::UserError(fmt::format("data: {}: {} has rows of an impossible size", file.path().string(), dataset),
                           "the file is damaged: make it again");
   const int64_t row_bytes = std::max<int64_t>(1, *row);
-  const int64_t rows = shape.empty() ? 1 : shape[0], step = std::max<int64_t>(1, kBlockBytes / row_bytes);
+  const bool nothing = std::ranges::find(shape, 0) != shape.end();  // however many rows it says it has
+  const int64_t rows = nothing ? 0 : shape.empty() ? 1 : shape[0], step = std::max<int64_t>(1, kBlockBytes / row_bytes);
   core::Sha256 hash;
   for (int64_t first = 0; first < rows; first += step) {
     const std::vector<T> values = file.read<T>(dataset, first, std::min(step, rows - first));

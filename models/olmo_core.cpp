@@ -1,6 +1,7 @@
 #include "models/olmo_core.h"
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <optional>
 #include <string_view>
@@ -51,6 +52,16 @@ std::optional<std::pair<std::string, std::string_view>> split_layer(std::string_
   const size_t dot = name.find('.', prefix.size());
   if (dot == std::string_view::npos) return std::nullopt;
   return std::pair(std::string(name.substr(prefix.size(), dot - prefix.size())), name.substr(dot + 1));
+}
+
+int64_t number_of(const std::pair<std::string, std::string_view>& expert, const std::string& tensor) {
+  int64_t number = 0;
+  const std::string& text = expert.first;
+  const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || stop != text.data() + text.size())
+    throw core::UserError(fmt::format("models: '{}' names no expert by a number", tensor),
+                          "compare it with a checkpoint of transformers");
+  return number;
 }
 
 [[noreturn]] void refuse(const std::string& origin, const core::TensorView& tensor, const std::string& expected) {
@@ -167,7 +178,7 @@ std::vector<LazyTensor> to_olmo_core(std::vector<LazyTensor> tensors) {
     if (!matrix)
       throw core::UserError(fmt::format("models: OLMo-core has no place for '{}'", tensor.name),
                             "only OLMo2's and FlexOlmo's weights can be written in its layout");
-    stacks[fmt::format("blocks.{}.{}{}", layer->first, kExperts, *matrix)].emplace(std::stoll(expert->first),
+    stacks[fmt::format("blocks.{}.{}{}", layer->first, kExperts, *matrix)].emplace(number_of(*expert, tensor.name),
                                                                                    std::move(tensor));
   }
   for (auto& [name, experts] : stacks) {

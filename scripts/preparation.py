@@ -12,6 +12,7 @@ import traceback
 import zlib
 
 import h5py
+import numpy as np
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -131,13 +132,24 @@ def hdf5_output(path):
     partial.unlink(missing_ok=True)   # of a process that was killed and had our number
     try:
         with UnfailingFile(partial, path) as stream:
-            with h5py.File(stream, "w") as file:
+            # Checksums over its structure: HDF5 1.10 crashes on damaged files of the older form.
+            with h5py.File(stream, "w", libver=("v108", "v108")) as file:
                 yield file, stream
             stream.attempt(lambda: os.fsync(stream.fileno()))
             stream.check()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_attributes(file, attributes):
+    """Text of a length of its own and integers of 64 bits. Text of variable length would lie where HDF5 keeps no checksum."""
+    for key, value in attributes.items():
+        if isinstance(value, int):
+            file.attrs[key] = np.int64(value)
+        else:
+            text = value.encode()
+            file.attrs.create(key, text, dtype=h5py.string_dtype("utf-8", max(1, len(text))))
 
 
 def check_name(name):

@@ -26,7 +26,7 @@ import sys
 try:
     import h5py
     import numpy as np
-    from preparation import Missing, Refused, check_name, exit_code_of, hdf5_output, output_file, read_bytes, table_rows
+    from preparation import Missing, Refused, check_name, exit_code_of, hdf5_output, output_file, read_bytes, table_rows, write_attributes
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -321,8 +321,8 @@ def fingerprint_of(splits, class_names):
 def write(path, name, splits, class_names, provenance):
     fingerprint = fingerprint_of(splits, class_names)
     with hdf5_output(path) as (file, stream):
-        file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "name": name, "fingerprint": fingerprint,
-                           "class_names": json.dumps(class_names), "provenance": json.dumps(provenance, sort_keys=True)})
+        write_attributes(file, {"format": FORMAT, "format_version": FORMAT_VERSION, "name": name, "fingerprint": fingerprint,
+                                "class_names": json.dumps(class_names), "provenance": json.dumps(provenance, sort_keys=True)})
         for split, (images, labels) in splits.items():
             rows = max(1, CHUNK_BYTES // math.prod(images.shape[1:]))
             file.create_dataset(f"{split}/images", data=images, chunks=(min(rows, len(images)), *images.shape[1:]), compression="gzip",

@@ -23,7 +23,7 @@ import tempfile
 try:
     import h5py
     import numpy as np
-    from preparation import Missing, Refused, check_name, ending, exit_code_of, hdf5_output, output_file, read_bytes, table_rows
+    from preparation import Missing, Refused, check_name, ending, exit_code_of, hdf5_output, output_file, read_bytes, table_rows, write_attributes
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -396,10 +396,9 @@ def write_domain(path, name, splits, spool, encoder, provenance):
         for split in SPLITS:
             provenance["splits"][split], lines = write_split(file.create_group(split), splits[split], spool, encoder, stream.check)
             fingerprint.update(lines.encode())
-        for key, value in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("name", name), ("tokenizer", encoder.name),
-                           ("vocab_size", encoder.vocab_size), ("end_of_document", encoder.end_of_document),
-                           ("fingerprint", fingerprint.hexdigest()), ("provenance", json.dumps(provenance, sort_keys=True))):
-            file.attrs[key] = np.int64(value) if isinstance(value, int) else value
+        write_attributes(file, {"format": FORMAT, "format_version": FORMAT_VERSION, "name": name, "tokenizer": encoder.name,
+                                "vocab_size": encoder.vocab_size, "end_of_document": encoder.end_of_document,
+                                "fingerprint": fingerprint.hexdigest(), "provenance": json.dumps(provenance, sort_keys=True)})
     return fingerprint.hexdigest()
 
 

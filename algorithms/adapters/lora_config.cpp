@@ -15,6 +15,8 @@
 namespace moraine::algorithms::adapters {
 namespace {
 
+constexpr double kLargestAlpha = 1e30;  // tensors of floats are multiplied by it
+
 const core::Schema<ModuleRank>& rank_schema() {
   static const core::Schema<ModuleRank> schema = [] {
     core::Schema<ModuleRank> s;
@@ -29,7 +31,11 @@ const core::Schema<ModuleAlpha>& alpha_schema() {
   static const core::Schema<ModuleAlpha> schema = [] {
     core::Schema<ModuleAlpha> s;
     s.field("module", &ModuleAlpha::module).required().doc("Regular expression for the end of a module's path.");
-    s.field("alpha", &ModuleAlpha::alpha).above(0).required().doc("Alpha of the modules that match.");
+    s.field("alpha", &ModuleAlpha::alpha)
+        .above(0)
+        .max(kLargestAlpha)
+        .required()
+        .doc("Alpha of the modules that match.");
     return s;
   }();
   return schema;
@@ -125,7 +131,7 @@ const core::Schema<LoraConfig>& lora_schema() {
   static const core::Schema<C> schema = [] {
     core::Schema<C> s;
     s.field("rank", &C::rank).min(1).doc("Rank of A and B; memory and compute grow linearly.");
-    s.field("alpha", &C::alpha).above(0).doc("The update is scaled by alpha / rank.");
+    s.field("alpha", &C::alpha).above(0).max(kLargestAlpha).doc("The update is scaled by alpha / rank.");
     s.field("dropout", &C::dropout).min(0).max(0).doc("Dropout on the adapter's input; only 0 is implemented.");
     s.field("target_modules", &C::target_modules)
         .doc("Modules by whole path or last segments; all-linear = every linear but lm_head.");

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "algorithms/adapters/lora_config.h"
@@ -93,6 +94,14 @@ int64_t whole(const core::Json& value) {
   return static_cast<int64_t>(number);
 }
 
+/// A factor that tensors of floats are multiplied by.
+double factor(const core::Json& value) {
+  const double number = value.get<double>();
+  if (!(std::abs(number) <= std::numeric_limits<float>::max()))
+    throw core::UserError(fmt::format("algorithms/adapters: no float holds {}", value.dump()), "correct the alpha");
+  return number;
+}
+
 /// One number, or a list of them.
 std::vector<int64_t> whole_numbers(const core::Json& value) {
   std::vector<int64_t> list;
@@ -140,7 +149,7 @@ LoraConfig lora_config_from_peft(const core::OrderedJson& ordered, const std::st
     check_init(values.at("init_lora_weights"), origin);
     if (values.at("init_lora_weights") == "gaussian") config.init = "gaussian";
     config.rank = whole(values.at("r"));
-    config.alpha = values.at("lora_alpha");
+    config.alpha = factor(values.at("lora_alpha"));
     config.use_rslora = values.at("use_rslora");
     read_targets(values.at("target_modules"), config);
     read_modules(values.at("exclude_modules"), config.exclude_modules, config.exclude_regex);
@@ -150,7 +159,7 @@ LoraConfig lora_config_from_peft(const core::OrderedJson& ordered, const std::st
         config.rank_pattern.push_back({module, whole(rank)});
     if (const auto alphas = ordered.find("alpha_pattern"); alphas != ordered.end() && !alphas->is_null())
       for (const auto& [module, alpha] : alphas->get_ref<const core::OrderedJson::object_t&>())
-        config.alpha_pattern.push_back({module, alpha.get<double>()});
+        config.alpha_pattern.push_back({module, factor(alpha)});
     if (values.at("lora_dropout").get<double>() != 0)
       core::log::warn("dropout of an adapter is not applied when it is trained further: file={} lora_dropout={}",
                       origin, values.at("lora_dropout").dump());

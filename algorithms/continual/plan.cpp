@@ -80,15 +80,17 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
     std::vector<std::string> after = track.learner->accumulates() ? before : std::vector<std::string>();
     bool complete = whole || !track.learner->accumulates();
     for (auto& request : track.learner->units(config_, *track.stream, task, track.seed, before)) {
-      request.spec["fresh"] = request.inputs.empty();
       const std::string label = track.learner->accumulates()
                                     ? fmt::format("train/{}/{}", track.learner->name(), request.label)
                                     : fmt::format("train/{}/{}", track.name(), request.label);
-      Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs),
-                            6 * parameters * request.images, stages);
-      if (track.learner->chained())
-        unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
-      const auto id = plan.need(std::move(unit));
+      const auto id = plan.need(label, [&] {
+        request.spec["fresh"] = request.inputs.empty();
+        Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs),
+                              6 * parameters * request.images, stages);
+        if (track.learner->chained())
+          unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
+        return unit;
+      });
       if (id) after.push_back(*id);
       complete &= id.has_value();
     }

@@ -71,9 +71,10 @@ Unit Federated::evaluation_unit(const std::string& label, const std::string& nam
 std::map<std::string, std::string> Federated::evaluate_everywhere(PlanBuilder& plan, const std::string& label,
                                                                   const std::vector<std::string>& inputs) const {
   std::map<std::string, std::string> tests;
-  for (const auto& d : config_.domains)
-    if (const auto id = plan.need(evaluation_unit(fmt::format("{}/{}", label, d.name), d.name, inputs)))
-      tests[d.name] = *id;
+  for (const auto& d : config_.domains) {
+    const std::string name = fmt::format("{}/{}", label, d.name);
+    if (const auto id = plan.need(name, [&] { return evaluation_unit(name, d.name, inputs); })) tests[d.name] = *id;
+  }
   return tests;
 }
 
@@ -117,23 +118,29 @@ bool Federated::walk_clients(PlanBuilder& plan, const Stages& s, std::span<const
     // What is sent is what a client needs: its own rank, without the server's moments.
     if (!inputs.empty() && (rank < server_rank() || config_.server.optimizer != "fedavg") &&
         !federation_->starts_fresh()) {
-      Unit unit{BroadcastSpec::kKind,
-                fmt::format("broadcast/{}/r{}", label, rank),
-                core::to_spec(broadcast_schema(), BroadcastSpec{.rank = rank, .lora = config_.lora}),
-                {inputs.back()},
-                Place::kCoordinator,
-                1e6};
-      const auto id = plan.need(std::move(unit));
+      const std::string name = fmt::format("broadcast/{}/r{}", label, rank);
+      const auto id = plan.need(name, [&] {
+        return Unit{BroadcastSpec::kKind,
+                    name,
+                    core::to_spec(broadcast_schema(), BroadcastSpec{.rank = rank, .lora = config_.lora}),
+                    {inputs.back()},
+                    Place::kCoordinator,
+                    1e6};
+      });
       if (!id) continue;
       inputs.back() = *id;
     }
     // Of a model whose base changes, a client lacks every state since its last turn.
     const size_t known = federation_->changes_base() ? progress.states[k] : inputs.empty() ? 0 : inputs.size() - 1;
     round.sent.insert(round.sent.end(), inputs.begin() + static_cast<ptrdiff_t>(known), inputs.end());
-    Unit unit = update_unit(fmt::format("train/{}/{}", label, client.name), client, t, config_.train.steps, rank,
-                            std::move(inputs), config_.clients.min_per_round > 0);
-    unit.follows = unit.cost * static_cast<double>(config_.rounds - 1 - t);
-    if (const auto id = plan.need(std::move(unit))) round.updates.push_back(*id);
+    const std::string name = fmt::format("train/{}/{}", label, client.name);
+    const auto id = plan.need(name, [&] {
+      Unit unit =
+          update_unit(name, client, t, config_.train.steps, rank, std::move(inputs), config_.clients.min_per_round > 0);
+      unit.follows = unit.cost * static_cast<double>(config_.rounds - 1 - t);
+      return unit;
+    });
+    if (id) round.updates.push_back(*id);
   }
   if (round.updates.size() != sampled.size()) return false;
   for (size_t i = 0; i < sampled.size(); ++i) {
@@ -161,8 +168,8 @@ Unit Federated::aggregate_unit(const std::string& label, const Stages& s, std::s
   std::vector<std::string> inputs;
   if (!s.rounds.empty()) inputs.push_back(s.rounds.back().state);
   inputs.insert(inputs.end(), round.updates.begin(), round.updates.end());
-  return {AggregateSpec::kKind, "aggregate/" + label, core::to_spec(aggregate_schema(), spec),
-          std::move(inputs),    Place::kCoordinator,  1e6};
+  return {AggregateSpec::kKind, label, core::to_spec(aggregate_schema(), spec), std::move(inputs),
+          Place::kCoordinator,  1e6};
 }
 
 Federated::Stages Federated::walk(PlanBuilder& plan) const {
@@ -178,7 +185,8 @@ Federated::Stages Federated::walk(PlanBuilder& plan) const {
     const auto sampled = sample_clients(clients_, config_.clients.per_round, t, static_cast<uint64_t>(config_.seed));
     RoundResult round;
     if (!walk_clients(plan, s, sampled, progress, label, round)) return s;
-    const auto state = plan.need(aggregate_unit(label, s, sampled, round));
+    const std::string name = "aggregate/" + label;
+    const auto state = plan.need(name, [&] { return aggregate_unit(name, s, sampled, round); });
     if (!state) return s;
     round.state = *state;
     s.rounds.push_back(std::move(round));

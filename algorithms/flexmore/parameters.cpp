@@ -43,6 +43,11 @@ ParameterTable FlexMore::parameters() const {
   if (!members_.empty())
     table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as full)" : ""), nullptr, nullptr,
                           nullptr, nullptr, own});
+  if (experts == 1) {  // the two columns of totals are one
+    constexpr ptrdiff_t kTotal = 4;
+    table.columns.erase(table.columns.begin() + kTotal);
+    for (auto& cells : table.rows) cells.erase(cells.begin() + kTotal);
+  }
   const double d = static_cast<double>(a.hidden_size), h = static_cast<double>(a.intermediate_size);
   table.notes = {
       fmt::format("shared (embeddings, attention, norms, head): {}; one full FFN: {}; router: {} per expert; one unit "

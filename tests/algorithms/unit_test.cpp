@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "core/error.h"
 #include "core/hash.h"
 
 namespace moraine::algorithms {
@@ -14,8 +15,10 @@ class Nothing : public RunState {
   }
   core::ArtefactPtr artefact(const std::string&) const override { return nullptr; }
   bool keeps_finished_specs() const override { return keeps; }
+  PlanMemory* memory() const override { return remembers ? &plans : nullptr; }
   std::string done;
-  bool keeps = true;
+  bool keeps = true, remembers = false;
+  mutable PlanMemory plans;
 };
 
 TEST(Unit, IdIsTheHashOfTheCanonicalJsonOfKindSpecAndInputs) {
@@ -46,6 +49,31 @@ TEST(PlanBuilder, NotesEveryUnitOnceWithItsId) {
     EXPECT_EQ(plan.finished[0].spec.is_null(), !keeps);
     EXPECT_EQ(plan.finished[0].label, "a");
   }
+}
+
+TEST(PlanBuilder, AsksOnceForWhatIsFinished) {
+  Nothing state;
+  state.remembers = true;
+  int made = 0;
+  const auto unit = [&](const std::string& label, int x) {
+    ++made;
+    return Unit{.kind = "k", .label = label, .spec = {{"x", x}}, .inputs = {}, .cost = 3};
+  };
+  state.done = unit("a", 1).id();
+  made = 0;
+  for (int plan = 0; plan < 3; ++plan) {
+    PlanBuilder builder(state);
+    EXPECT_EQ(builder.need("a", [&] { return unit("a", 1); }), "artefact");
+    EXPECT_EQ(builder.need("the same", [&] { return unit("the same", 1); }), "artefact");
+    EXPECT_EQ(builder.need("b", [&] { return unit("b", 2); }), std::nullopt);
+    const Plan all = builder.finish();
+    EXPECT_EQ(made, plan == 0 ? 3 : 3 + plan);
+    EXPECT_EQ(all.pending.size(), 1u);
+    EXPECT_EQ(all.finished_cost, (std::map<std::string, double>{{"k", 3}}));
+  }
+  PlanBuilder builder(state);
+  builder.need("b", [&] { return unit("b", 2); });
+  EXPECT_THROW(builder.need("b", [&] { return unit("b", 3); }), core::InternalError);
 }
 
 }  // namespace

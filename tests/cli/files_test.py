@@ -54,7 +54,7 @@ def inspecting_and_copying(world: World) -> None:
     assert model["metadata"]["model_type"] == "flexmore" and model["files"]["model.safetensors"] == sha256(run / "mixture" / "model.safetensors")
     with h5py.File(here / "left.h5") as file:
         data = as_json("inspect", here / "left.h5")
-        assert data["type"] == "hdf5" and data["metadata"]["fingerprint"] == file.attrs["fingerprint"]
+        assert data["type"] == "hdf5" and data["metadata"]["fingerprint"] == file.attrs["fingerprint"].decode()
         assert next(t for t in data["tensors"] if t["name"] == "train/tokens")["shape"] == list(file["train/tokens"].shape)
     expect_in(moraine("inspect", here / "left.h5").stdout, "train/tokens", "uint16")
     expect_in(moraine("inspect", run, "extract/left", "--spectra").stdout, "singular values")

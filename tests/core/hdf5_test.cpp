@@ -121,7 +121,7 @@ TEST(Hdf5, H5pyReadsWhatWeWrite) {
   EXPECT_EQ(PythonPeer::run("read-hdf5", path.string()),
             "a/large int32 [10000] 49995000.0 gzip\n"
             "small uint8 [3, 1] 6.0 None\n"
-            "count int64 7\nname str german\n");
+            "count int64 7\nname bytes_ b'german'\n");
 }
 
 TEST(Hdf5, FilesThatAreNoneAreTheUsersToFix) {

@@ -86,8 +86,8 @@ class PrepareImages(ImagesCase):
                 np.testing.assert_array_equal(labels, self.labels[split])
                 lines += f"{split}/images {hashlib.sha256(self.images[split].astype(np.uint8).tobytes()).hexdigest()}\n"
                 lines += f"{split}/labels {hashlib.sha256(self.labels[split].astype('<i8').tobytes()).hexdigest()}\n"
-            self.assertEqual(file.attrs["fingerprint"], hashlib.sha256(lines.encode()).hexdigest())
-            self.assertEqual(file.attrs["class_names"], '["a", "b", "c"]')
+            self.assertEqual(file.attrs["fingerprint"].decode(), hashlib.sha256(lines.encode()).hexdigest())
+            self.assertEqual(file.attrs["class_names"].decode(), '["a", "b", "c"]')
 
     def test_every_class_is_split_by_its_share_with_equal_images_on_one_side(self):
         rng = np.random.default_rng(3)
