@@ -202,6 +202,12 @@ def failed_units_are_retried_then_end_the_run(world: World) -> None:
     expect_in(done.stderr, "train/left", "step")
     kept = world.units_done("nan")
     assert kept > 0, "what finished must be kept"
+    (world.directory / "nan" / "report.html").unlink()
+    (world.directory / "nan" / "report.html").mkdir()   # a report that cannot be written hides neither this exit code
+    done = world.run("nan", env={"MORAINE_FAULT": "nan@train/left:3"}, expect=4)
+    expect_in(done.stderr, "the report was not written")
+    world.run("nan", expect=3)   # nor itself
+    (world.directory / "nan" / "report.html").rmdir()
     world.run("nan")
     assert world.hash("nan") == world.hash("whole")
 

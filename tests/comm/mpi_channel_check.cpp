@@ -1,9 +1,11 @@
 // Run under mpirun with three processes. Every process plays its part of one script; a process that sees something
 // wrong says so and aborts the job, so mpirun's exit code is the verdict.
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 
 #include "comm/mpi/channel.h"
+#include "comm/mpi/frames.h"
 #include "core/error.h"
 
 namespace moraine::comm {
@@ -66,11 +68,44 @@ void play_worker(Channel& channel, int self) {
   MORAINE_CHECK(next(channel).message.type == MessageType::kStop, "stop expected");
 }
 
+/// Worker 1 announces more than any host has, worker 2 dies away in the middle of a payload, which must neither take
+/// memory nor keep process 0 from closing.
+void play_liars(int self) {
+  constexpr int kTag = 9;
+  struct {
+    uint16_t type = 1;
+    std::array<uint16_t, 3> zero{};
+    uint64_t payload_bytes = 0;
+  } header;
+  const auto say = [&](uint64_t payload_bytes) {
+    header.payload_bytes = payload_bytes;
+    MPI_Send(&header, sizeof header, MPI_BYTE, 0, kTag, MPI_COMM_WORLD);
+  };
+  if (self == 1) say(uint64_t{1} << 60);
+  if (self == 2) {
+    say(kPayload);
+    const std::vector<std::byte> piece(1000);
+    MPI_Send(piece.data(), static_cast<int>(piece.size()), MPI_BYTE, 0, kTag, MPI_COMM_WORLD);
+  }
+  if (self != 0) return;
+  mpi::Frames liar({1}, {.tag = kTag, .chunk_bytes = kChunk, .max_control = 100});
+  const auto refused = liar.receive(kLong);
+  MORAINE_CHECK(!refused.ok() && refused.error().find("the limit is the memory of this host") != std::string::npos,
+                "an impossible payload is not refused");
+  mpi::Frames mute({2}, {.tag = kTag, .chunk_bytes = kChunk, .max_control = 100});
+  const auto nothing = mute.receive(milliseconds(300));
+  MORAINE_CHECK(nothing.ok() && !nothing.value(), "half a frame is handed on");
+}
+
 int run(const std::string& mode) {
   mpi::Session session;
   MORAINE_CHECK_EQ(session.size(), 3);
   MORAINE_CHECK(mpi::launched(), "mpirun was not noticed");
   try {
+    if (mode == "liars") {
+      play_liars(session.index());
+      return 0;
+    }
     const auto channel = mpi::open_channel(session, /*members=*/1, kChunk);
     if (mode == "hang") {  // to be killed by hand or by a test
       std::printf("%d\n", session.index());
