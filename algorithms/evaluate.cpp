@@ -17,6 +17,11 @@ core::Json Evaluation::to_json() const {
   return {{"nats", nats}, {"tokens", tokens}, {"bytes", bytes}, {"correct", correct}};
 }
 
+std::optional<std::string> Evaluation::impossible() const {
+  if (std::isfinite(nats) && tokens > 0 && bytes >= 0 && correct >= 0 && correct <= tokens) return std::nullopt;
+  return fmt::format("holds impossible sums: {}", to_json().dump());
+}
+
 Evaluation Evaluation::from_json(const core::Json& json) {
   return {json.at("nats").get<double>(), json.at("tokens").get<int64_t>(), json.at("bytes").get<int64_t>(),
           json.at("correct").get<int64_t>()};

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
+#include <string>
 
 #include "algorithms/worker_context.h"
 #include "core/json.h"
@@ -20,6 +22,8 @@ struct Evaluation {
   double bits_per_byte() const;
   double loss() const { return nats / static_cast<double>(tokens); }
   double accuracy() const { return static_cast<double>(correct) / static_cast<double>(tokens); }
+  /// Why these cannot be sums over a text, nullopt when they can.
+  std::optional<std::string> impossible() const;
   core::Json to_json() const;
   static Evaluation from_json(const core::Json& json);
 };

@@ -321,6 +321,10 @@ std::optional<Json> parse_value(const FieldInfo& info, const ConfigNode& node, c
   if (node.broken) return std::nullopt;
   if (info.optional && node.kind == Kind::kNull) return Json(nullptr);
   if (!info.list) return parse_element(info, node, path, problems);
+  if (info.type == ValueType::kText && node.kind == Kind::kScalar) {  // one name is a list of one
+    const auto value = parse_element(info, node, path, problems);
+    return value ? std::optional(Json::array({*value})) : std::nullopt;
+  }
   const auto* items = parse_items(node, path, problems);
   if (items == nullptr) return std::nullopt;
   Json values = Json::array();
@@ -402,8 +406,10 @@ Json json_schema(const Table& table, bool is_root) {
   Json properties = Json::object(), required = Json::array();
   for (const auto& field : table) {
     Json schema = element_schema(field);
+    const Json one = schema;
     if (field.list) schema = {{"type", "array"}, {"items", schema}};
     if (field.list && field.unique) schema["uniqueItems"] = true;
+    if (field.list && field.type == ValueType::kText) schema = {{"anyOf", {one, schema}}};
     if (field.map) schema = {{"type", "object"}, {"additionalProperties", schema}};
     if (field.optional) schema = {{"anyOf", {schema, {{"type", "null"}}}}};
     if (const std::string doc = full_doc(field); !doc.empty()) schema["description"] = doc;

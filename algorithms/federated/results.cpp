@@ -105,12 +105,8 @@ void Federated::check_result(const Unit& unit, const core::Artefact& artefact) c
   if (artefact.kind() != kind->second) refuse(unit, fmt::format("is of kind '{}'", artefact.kind()));
   try {
     if (unit.kind == UpdateSpec::kKind) check_update(unit, artefact);
-    if (unit.kind == EvaluateSpec::kKind) {
-      const Evaluation sums = Evaluation::from_json(artefact.meta().at("result"));
-      if (!std::isfinite(sums.nats) || sums.tokens <= 0 || sums.bytes < 0 || sums.correct < 0 ||
-          sums.correct > sums.tokens)
-        refuse(unit, fmt::format("holds impossible sums: {}", sums.to_json().dump()));
-    }
+    if (unit.kind == EvaluateSpec::kKind)
+      if (const auto why = Evaluation::from_json(artefact.meta().at("result")).impossible()) refuse(unit, *why);
   } catch (const core::Json::exception& error) {
     refuse(unit, fmt::format("is malformed: {}", error.what()));
   }

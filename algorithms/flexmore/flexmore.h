@@ -46,6 +46,7 @@ class FlexMore final : public Method {
   core::Json inputs() const override;
   Plan plan(const RunState& state) const override;
   core::ArtefactPtr execute(const Unit& unit, WorkerContext& context) const override;
+  void check_result(const Unit& unit, const core::Artefact& artefact) const override;
   std::optional<std::string> missing_result(const RunState& state) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;

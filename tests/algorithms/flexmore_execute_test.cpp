@@ -407,5 +407,49 @@ TEST_F(FlexMoreRun, ABudgetThatNoChoiceOfRanksCanKeepIsRefusedBeforeAnythingIsTr
   EXPECT_EQ(open({"ranks.budget=0.01", "leave_out=[right]"}), "") << "nothing is chosen";
 }
 
+TEST_F(FlexMoreRun, MisshapenResultsAreNotAccepted) {
+  using flexmore::read_expert, flexmore::write_expert, flexmore::Expert;
+  TinyRun run(recipe(), {});
+  run.run();
+  const auto refusal = [&](const Unit& unit, const core::ArtefactPtr& artefact) -> std::string {
+    try {
+      run.method().check_result(unit, *artefact);
+    } catch (const core::UserError& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  std::map<std::string, int> kinds;
+  for (const auto& unit : run.finished()) {
+    const auto artefact = run.artefact(run.result(unit.id()).value());
+    EXPECT_EQ(refusal(unit, artefact), "accepted") << unit.label;
+    EXPECT_NE(refusal(unit, core::Artefact::create("other", {}, {})), "accepted") << unit.label;
+    if (++kinds[unit.kind] > 1) continue;
+    core::Json meta = artefact->meta();
+    meta.erase("kind");
+    if (unit.kind == "train_expert") {
+      Expert expert = read_expert(*artefact, 0);
+      const std::string name = expert.name;
+      expert.name = "other";
+      EXPECT_THAT(refusal(unit, write_expert(expert, meta)), HasSubstr("another name"));
+      expert.name = name;
+      meta["base"] = "other";
+      EXPECT_THAT(refusal(unit, write_expert(expert, meta)), HasSubstr("another public model"));
+      expert.layers.pop_back();
+      expert.router_rows.pop_back();
+      EXPECT_THAT(refusal(unit, write_expert(expert, artefact->meta())), HasSubstr("layers, the public model"));
+    }
+    if (unit.kind == "extract") {
+      Expert expert = read_expert(*artefact, 1);
+      EXPECT_THAT(refusal(unit, write_expert(expert, meta)), HasSubstr("is of rank 1, planned is"));
+    }
+    if (unit.kind == "evaluate") {
+      meta["result"]["tokens"] = 0;
+      EXPECT_THAT(refusal(unit, core::Artefact::create("evaluation", meta, {})), HasSubstr("impossible sums"));
+    }
+  }
+  EXPECT_EQ(kinds.count("train_expert") + kinds.count("extract") + kinds.count("evaluate"), 3u);
+}
+
 }  // namespace
 }  // namespace moraine::algorithms

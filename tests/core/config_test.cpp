@@ -21,6 +21,7 @@ struct Train {
   double learning_rate = 1e-3;
   std::optional<int64_t> cap;
   std::vector<int64_t> ranks;
+  std::vector<std::string> modules;
   bool shuffle = false;
   Schedule schedule;
 };
@@ -50,6 +51,8 @@ const Schema<Recipe>& recipe_schema() {
                                 .above(0)
                                 .field("cap", &Train::cap)
                                 .min(1)
+                                .field("modules", &Train::modules)
+                                .joined_later()
                                 .field("ranks", &Train::ranks)
                                 .min(0)
                                 .field("shuffle", &Train::shuffle)
@@ -192,6 +195,7 @@ TEST_F(ConfigTest, NumbersAreFinite) {
 TEST_F(ConfigTest, BooleansAndListsAreSpelledOneWay) {
   EXPECT_EQ(problem("shuffle: yes"), "r.yaml:2:12: train.shuffle: must be true or false, found 'yes'");
   EXPECT_EQ(problem("ranks: 5"), "r.yaml:2:10: train.ranks: must be a list, found '5' (write [5])");
+  EXPECT_EQ(read("train: {modules: all-linear}").train.modules, std::vector<std::string>{"all-linear"});
   EXPECT_EQ(problem("ranks: [1, -2]"), "r.yaml:2:14: train.ranks.1: must be at least 0, found -2");
 }
 
