@@ -67,6 +67,7 @@ std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> l
     models::Decoder& model, std::shared_ptr<data::TextDataset> dataset, uint64_t seed, int64_t batch_size,
     at::Device device) {
   return [&model, dataset = std::move(dataset), seed, batch_size, device](int64_t step, int64_t first, int64_t count) {
+    const models::PassScope scope(model, {.training = true, .step = step, .first = first, .seed = seed});
     const auto loss = model.loss(training_rows(*dataset, seed, step, batch_size, first, count, device));
     return TrainJob::MicroLoss{loss.sum, loss.count};
   };

@@ -5,7 +5,7 @@
 #include <ATen/ops/from_blob.h>
 #include <CLI/CLI.hpp>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/evaluate.h"
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
@@ -85,9 +85,9 @@ void evaluate_model(const EvalArguments& arguments) {
     core::refuse_replacing(arguments.logits, inputs);
   }
   models::Decoder model = load_model(arguments);
-  std::optional<algorithms::adapters::LoraAdapter> adapter;
+  std::optional<algorithms::adapters::Adapter> adapter;
   if (!arguments.adapter.empty()) {
-    adapter = algorithms::adapters::LoraAdapter::load(arguments.adapter, model.slots(), std::nullopt, at::kCPU);
+    adapter = algorithms::adapters::Adapter::load(arguments.adapter, model, std::nullopt, at::kCPU);
     adapter->attach(model);
   }
   const algorithms::Unit unit{"evaluate", "eval", core::Json::object(), {}, algorithms::Place::kCoordinator, 1};

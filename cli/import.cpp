@@ -1,7 +1,7 @@
 #include <ATen/core/grad_mode.h>
 #include <CLI/CLI.hpp>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/adapters/peft_files.h"
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
@@ -30,7 +30,7 @@ void store(const core::Artefact& artefact, const fs::path& path) {
 void import_peft(const ImportArguments& arguments) {
   if (!arguments.base.empty()) {  // with the model at hand, shapes and names of its modules are checked as well
     const auto model = models::Decoder::from_directory(arguments.base, std::nullopt);
-    algorithms::adapters::LoraAdapter::load(arguments.directory, model.slots(), std::nullopt, at::kCPU);
+    algorithms::adapters::Adapter::load(arguments.directory, model, std::nullopt, at::kCPU);
   }
   store(*algorithms::adapters::import_adapter(arguments.directory), arguments.out);
 }

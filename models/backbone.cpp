@@ -60,7 +60,7 @@ void Backbone::attach(const std::string& path, std::shared_ptr<SlotFunction> fun
 void Backbone::detach(const std::string& path) { functions_[slot_index(path)] = nullptr; }
 
 at::Tensor Backbone::apply(size_t slot, const at::Tensor& x) const {
-  return functions_[slot] ? functions_[slot]->forward(x, bases_[slot]) : bases_[slot].forward(x);
+  return functions_[slot] ? functions_[slot]->forward(x, bases_[slot], pass_) : bases_[slot].forward(x);
 }
 
 Weights Backbone::frozen_weights(at::Device device) const {

@@ -32,6 +32,9 @@ class Backbone {
   /// nullptr when empty.
   std::shared_ptr<SlotFunction> attached(const std::string& path) const { return functions_[slot_index(path)]; }
 
+  /// The pass that forward passes are in; an evaluation unless a PassScope says otherwise.
+  const Pass& pass() const { return pass_; }
+
   /// Makes every weight a trainable leaf of its own (base pre-training, joint training) and returns them by name.
   /// Leaves of a bfloat16 model are float32 masters, cast at use. Functions the model made itself (a mixture's) are
   /// rebuilt over the leaves.
@@ -64,6 +67,7 @@ class Backbone {
   Weights weights_plus(const NamedTensors& deltas) const;
 
  private:
+  friend class PassScope;
   size_t slot_index(const std::string& path) const;
 
   std::map<std::string, at::Tensor> weights_;
@@ -72,6 +76,22 @@ class Backbone {
   std::vector<SlotBase> bases_;
   std::vector<std::shared_ptr<SlotFunction>> functions_;
   std::map<std::string, size_t> index_;
+  Pass pass_;
+};
+
+/// Forward passes of a backbone know this pass until the end of the scope.
+class PassScope {
+ public:
+  PassScope(Backbone& backbone, const Pass& pass) : backbone_(backbone), before_(backbone.pass_) {
+    backbone.pass_ = pass;
+  }
+  ~PassScope() { backbone_.pass_ = before_; }
+  PassScope(const PassScope&) = delete;
+  PassScope& operator=(const PassScope&) = delete;
+
+ private:
+  Backbone& backbone_;
+  Pass before_;
 };
 
 }  // namespace moraine::models

@@ -56,10 +56,11 @@ Decoder::Decoder(DecoderConfig config, Weights weights) : Backbone(std::move(wei
   refer_to_weights();
 }
 
-void Decoder::add_slots() {
-  const int64_t d = config_.hidden_size, h = config_.intermediate_size;
-  const int64_t q = config_.num_heads * config_.head_dim, kv = config_.num_kv_heads * config_.head_dim;
-  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+std::vector<Slot> decoder_slots(const DecoderConfig& config) {
+  const int64_t d = config.hidden_size, h = config.intermediate_size;
+  const int64_t q = config.num_heads * config.head_dim, kv = config.num_kv_heads * config.head_dim;
+  std::vector<Slot> slots;
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     const std::string path = layer_path(layer);
     const Slot all[kLayerSlots] = {{path + ".self_attn.q_proj", SlotKind::kLinear, d, q},
                                    {path + ".self_attn.k_proj", SlotKind::kLinear, d, kv},
@@ -69,10 +70,17 @@ void Decoder::add_slots() {
                                    {path + ".mlp.gate_proj", SlotKind::kLinear, d, h},
                                    {path + ".mlp.up_proj", SlotKind::kLinear, d, h},
                                    {path + ".mlp.down_proj", SlotKind::kLinear, h, d}};
-    blocks_.emplace_back().first_slot = slots().size();
-    for (size_t i = 0; i < (config_.is_mixture() ? kMixtureLayerSlots : kLayerSlots); ++i) add_slot(all[i]);
+    slots.insert(slots.end(), all, all + (config.is_mixture() ? kMixtureLayerSlots : kLayerSlots));
   }
-  add_slot({"lm_head", SlotKind::kLinear, d, config_.vocab_size});
+  slots.push_back({"lm_head", SlotKind::kLinear, d, config.vocab_size});
+  return slots;
+}
+
+void Decoder::add_slots() {
+  const size_t of_layer = config_.is_mixture() ? kMixtureLayerSlots : kLayerSlots;
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer)
+    blocks_.emplace_back().first_slot = of_layer * static_cast<size_t>(layer);
+  for (Slot& slot : decoder_slots(config_)) add_slot(std::move(slot));
 }
 
 void Decoder::refer_to_weights() {

@@ -16,6 +16,9 @@
 
 namespace moraine::models {
 
+/// The slots of a decoder, from shapes alone.
+std::vector<Slot> decoder_slots(const DecoderConfig& config);
+
 /// A causal language model.
 ///
 /// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A

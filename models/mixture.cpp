@@ -203,7 +203,7 @@ MixtureFfn::Routing MixtureFfn::route(const at::Tensor& x) {
   return routing;
 }
 
-at::Tensor MixtureFfn::forward(const at::Tensor& x, const SlotBase& base) {
+at::Tensor MixtureFfn::forward(const at::Tensor& x, const SlotBase& base, const Pass&) {
   MORAINE_CHECK(base.gate.defined(), "a mixture sits on an FFN slot");
   if (base.gate_bias.defined() || base.up_bias.defined() || base.down_bias.defined()) {
     throw core::UserError("models: mixtures on FFNs with biases are not supported", "use a base with mlp_bias = false");

@@ -59,7 +59,7 @@ class MixtureFfn : public SlotFunction {
   };
   MixtureFfn(std::vector<at::Tensor> router, at::Tensor bias, std::vector<FfnExpert> experts, Options options);
 
-  at::Tensor forward(const at::Tensor& x, const SlotBase& base) override;
+  at::Tensor forward(const at::Tensor& x, const SlotBase& base, const Pass& pass = {}) override;
   /// Those that require gradients: "router.<first row>", "bias", "experts.<e>.{gate,up,down}_proj[_a|_b].weight".
   NamedTensors parameters() const override;
 

@@ -32,14 +32,23 @@ struct SlotBase {
   at::Tensor forward(const at::Tensor& x) const;
 };
 
+/// What one forward pass knows, the same for all slots (Backbone::pass()). Whatever is drawn in it is pure in (seed,
+/// step, first example, slot path), so a resumed run draws the same.
+struct Pass {
+  bool training = false;  // dropout and sampled ranks are on
+  int64_t step = 0;       // optimiser step
+  int64_t first = 0;      // position of the first example in the step's batch
+  uint64_t seed = 0;
+};
+
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;  // sorted by name
 
-/// What replaces a slot's function while attached. forward() sees the slot's input [..., in] and the frozen base and
-/// returns [..., out]. Differentiable through ATen's autograd.
+/// What replaces a slot's function while attached. forward() sees the slot's input [..., in], the frozen base and the
+/// pass, and returns [..., out]. Differentiable through ATen's autograd.
 class SlotFunction {
  public:
   virtual ~SlotFunction() = default;
-  virtual at::Tensor forward(const at::Tensor& x, const SlotBase& base) = 0;
+  virtual at::Tensor forward(const at::Tensor& x, const SlotBase& base, const Pass& pass) = 0;
   /// Trainable tensors under names relative to the slot ("lora_A.weight").
   virtual NamedTensors parameters() const = 0;
 };

@@ -1,4 +1,5 @@
 #include "algorithms/adapters/peft_files.h"
+#include "algorithms/adapters/lora.h"
 
 #include <map>
 
@@ -56,8 +57,8 @@ std::vector<models::Slot> slots_of(const std::map<std::string, Pair>& pairs, std
 }
 
 /// The patterns of an imported adapter in the order of its file, which its "peft", a sorted object, has lost.
-LoraConfig patterns_as_read(const core::Json& meta) {
-  LoraConfig config;
+AdapterConfig patterns_as_read(const core::Json& meta) {
+  AdapterConfig config;
   const core::Json lora = meta.value("lora", core::Json::object());
   const auto of_peft = [&](const char* key, const core::Json& pattern) {
     return meta.at("peft").value(key, core::Json::object()).contains(pattern.at("module").get<std::string>());
@@ -71,7 +72,7 @@ LoraConfig patterns_as_read(const core::Json& meta) {
 
 }  // namespace
 
-void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const LoraConfig& config,
+void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const AdapterConfig& config,
                           std::vector<core::TensorView> factors, const std::string& base_model) {
   if (!base_model.empty())  // a directory by a name that holds wherever the adapter is read
     peft["base_model_name_or_path"] = std::filesystem::is_directory(base_model)
@@ -124,15 +125,15 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
   if (as_read) {
     write_peft_directory(directory, meta.at("peft"), patterns_as_read(meta), std::move(factors), base_model);
   } else {
-    write_peft_directory(directory, peft_config(lora_schema().from_json(meta.at("lora"))), {}, std::move(factors),
-                         base_model);
+    write_peft_directory(directory, lora_peft_config(adapter_schema().from_json(meta.at("lora"))), {},
+                         std::move(factors), base_model);
   }
 }
 
 core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   const std::filesystem::path config_path = directory / "adapter_config.json";
   const core::OrderedJson peft = core::read_ordered_json(config_path);
-  LoraConfig config = lora_config_from_peft(peft, config_path.string());
+  AdapterConfig config = config_from_peft(peft, config_path.string());
   const core::Safetensors file = core::open_checked(directory / kTensors);
   std::vector<std::string> problems;
   const auto pairs = pairs_of(file, problems);
@@ -140,8 +141,7 @@ core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   if (problems.empty()) {
     if (names_no_target(config)) config.target_modules = modules_with_factors(file);
     std::map<std::string, int64_t> selected;
-    for (const LoraTarget& target : lora_targets(config, slots, Matching::kAnyName))
-      selected[target.slot.path] = target.rank;
+    for (const Target& target : targets_of(config, slots, Matching::kAnyName)) selected[target.slot.path] = target.rank;
     for (const auto& [path, pair] : pairs) {
       const auto target = selected.find(path);
       if (target == selected.end()) {
@@ -160,7 +160,7 @@ core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   }
   std::vector<core::TensorView> factors = file.tensors();
   for (core::TensorView& factor : factors) factor.name.erase(0, kPrefix.size());
-  return core::Artefact::create("adapter", {{"lora", lora_schema().to_json(config)}, {"peft", core::Json(peft)}},
+  return core::Artefact::create("adapter", {{"lora", adapter_schema().to_json(config)}, {"peft", core::Json(peft)}},
                                 factors);
 }
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 #include "core/artefact.h"
 #include "core/json.h"
 #include "core/safetensors.h"
@@ -15,21 +15,21 @@ namespace moraine::algorithms::adapters {
 /// they are tried) and adapter_model.safetensors (metadata format "pt"), with SHA256SUMS. `peft` holds the fields.
 /// `factors` are named "<slot path>.lora_A.weight" and ".lora_B.weight", as in artefacts of kind "adapter". A non-empty
 /// `base_model` is entered as base_model_name_or_path, a directory by its absolute path. Throws IoError.
-void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const LoraConfig& config,
+void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const AdapterConfig& config,
                           std::vector<core::TensorView> factors, const std::string& base_model);
 
 /// The module paths that have factors in an adapter_model.safetensors.
 std::vector<std::string> modules_with_factors(const core::Safetensors& file);
 
 /// An artefact that is a LoRA (kinds "adapter" and "update", docs/formats.md) as a PEFT directory: its metadata hold
-/// adapter_config.json under "peft", or a LoraConfig under "lora". A server optimiser's moments are left behind. Throws
-/// UserError on metadata with neither, and on tensors other than pairs A and B, such as a change of the base.
+/// adapter_config.json under "peft", or a AdapterConfig under "lora". A server optimiser's moments are left behind.
+/// Throws UserError on metadata with neither, and on tensors other than pairs A and B, such as a change of the base.
 void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
                     const std::string& base_model);
 
 /// A PEFT directory as an artefact of kind "adapter"; export_adapter() writes it back with the same tensor bytes and
 /// the same configuration, unknown fields included. Checked without the base model: peft_type and options
-/// (lora_config_from_peft), that every tensor is a factor of a pair, that the configuration selects every module that
+/// (config_from_peft), that every tensor is a factor of a pair, that the configuration selects every module that
 /// has factors, and their ranks. Throws one UserError that lists every tensor that does not fit.
 core::ArtefactPtr import_adapter(const std::filesystem::path& directory);
 

@@ -202,7 +202,7 @@ const core::Schema<ContinualConfig>& continual_schema() {
         .doc("Methods compared in this run, on the same streams and backbone")
         .object("train", &C::train, train_schema())
         .doc("Training on one task; joint training takes as many steps per task it sees")
-        .object("lora", &C::lora, adapters::lora_schema())
+        .object("lora", &C::lora, adapters::adapter_schema())
         .doc("Adapter of the seq_lora methods")
         .optional_object("lora_train", &C::lora_train, train_schema())
         .doc("Training of the seq_lora methods on one task; absent = train")

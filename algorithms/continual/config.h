@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
 #include "core/config.h"
@@ -58,7 +58,7 @@ struct ContinualConfig : RunConfig {
   std::vector<int64_t> seeds;          // of initial values and data order; empty = the run's seed
   std::vector<std::string> methods = {"finetune", "joint", "seq_lora", "simplecil"};
   TrainConfig train;                      // of one task; joint training takes `steps` per task it sees
-  adapters::LoraConfig lora;              // seq_lora
+  adapters::AdapterConfig lora;           // seq_lora
   std::optional<TrainConfig> lora_train;  // of one task of seq_lora; absent = train
   EvaluationConfig evaluation;
   std::vector<std::string> metrics;  // empty = the canonical ones that the cells give

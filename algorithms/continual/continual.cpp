@@ -5,7 +5,7 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/file.h"
@@ -133,7 +133,7 @@ void Continual::open_inputs() {
   attempt("lora", [&] {
     for (const auto& name : config_.methods)
       if (find_learner(name).kind() == "train_lora")
-        (void)adapters::lora_targets(config_.lora, probe(config_.model).slots());
+        (void)adapters::targets_of(config_.lora, probe(config_.model).slots());
   });
   if (!streams_.empty())
     for (size_t i = 0; i < config_.metrics.size(); ++i) {

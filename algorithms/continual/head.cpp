@@ -100,8 +100,7 @@ TrainConfig scaled_training(const TrainConfig& train, const core::Json& spec) {
 }
 
 core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
-                                 const TrainConfig& own, models::NamedTensors parameters, Head head,
-                                 const std::function<at::Tensor(const at::Tensor&)>& features,
+                                 const TrainConfig& own, models::NamedTensors parameters, Head head, models::Vit& vit,
                                  const std::function<models::NamedTensors()>& state) {
   const TrainConfig train = scaled_training(train_config(unit.spec.at("train"), own), unit.spec);
   const auto logits = unit.spec.at("logits").get<std::vector<int64_t>>();
@@ -128,7 +127,8 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
     for (int64_t& label : targets) label = target_of.at(label);
     const at::Tensor expected = at::from_blob(targets.data(), {count}, at::kLong)
                                     .to(site.images->device(), /*non_blocking=*/false, /*copy=*/true);
-    const at::Tensor scores = at::linear(features(site.images->batch("train", batch)), weight, bias);
+    const models::PassScope scope(vit, {.training = true, .step = step, .first = first, .seed = seed});
+    const at::Tensor scores = at::linear(vit.features(site.images->batch("train", batch)), weight, bias);
     return TrainJob::MicroLoss{at::cross_entropy_loss(scores, expected, {}, at::Reduction::Sum), count};
   };
   const TrainOutcome outcome = site.context.train(std::move(job));

@@ -34,13 +34,12 @@ struct Head {
 /// function, so a step's batch needs no state.
 std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, int64_t first, int64_t count);
 
-/// Trains `parameters` and the head rows of spec.logits by cross entropy over these logits on the training images of
-/// spec.tasks. The batch of a step is a pure function of (seed, step); labels outside spec.logits do not occur.
-/// Returns the artefact of kind `kind`: what state() names, the head of every class seen, and the curve. `own` says how
-/// often this worker saves and logs; how to train stands in the unit.
+/// Trains `parameters`, which `vit` uses, and the head rows of spec.logits by cross entropy over these logits on the
+/// training images of spec.tasks. The batch of a step is a pure function of (seed, step); labels outside spec.logits do
+/// not occur. Returns the artefact of kind `kind`: what state() names, the head of every class seen, and the curve.
+/// `own` says how often this worker saves and logs; how to train stands in the unit.
 core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
-                                 const TrainConfig& own, models::NamedTensors parameters, Head head,
-                                 const std::function<at::Tensor(const at::Tensor&)>& features,
+                                 const TrainConfig& own, models::NamedTensors parameters, Head head, models::Vit& vit,
                                  const std::function<models::NamedTensors()>& state);
 
 /// spec of such a unit: tasks to train on, logits, seeds and training.

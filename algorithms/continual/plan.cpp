@@ -61,7 +61,8 @@ Unit Continual::evaluation_unit(const Track& track, int64_t after, const std::ve
                      {"ahead", config_.evaluation.ahead},
                      {"batch_size", config_.evaluation.batch_size}};
   if (!track.learner->accumulates()) spec["head_seed"] = head_seed(track.seed);
-  if (track.learner->kind() == "train_lora" && !initial) spec["lora"] = adapters::lora_schema().to_json(config_.lora);
+  if (track.learner->kind() == "train_lora" && !initial)
+    spec["lora"] = adapters::adapter_schema().to_json(config_.lora);
   return make_unit("evaluate",
                    fmt::format("test/{}/{}", track.name(), initial ? "before" : fmt::format("after{}", after)),
                    std::move(spec), state, evaluation_cost(track, after), stages);

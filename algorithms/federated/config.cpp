@@ -190,7 +190,7 @@ const core::Schema<FederatedConfig>& federated_schema() {
         .field("rounds", &C::rounds)
         .min(1)
         .doc("Aggregations")
-        .object("lora", &C::lora, adapters::lora_schema())
+        .object("lora", &C::lora, adapters::adapter_schema())
         .doc("The adapter; its scale alpha / rank holds for clients of any rank")
         .object("train", &C::train, train_schema())
         .doc("Training of one client in one round; optimiser state starts anew every round")

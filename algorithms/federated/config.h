@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
 #include "core/config.h"
@@ -64,7 +64,7 @@ struct FederatedConfig : RunConfig {
   std::string tokenizer = "bytes-v1";
   ClientsConfig clients;
   int64_t rounds = 5;
-  adapters::LoraConfig lora;
+  adapters::AdapterConfig lora;
   TrainConfig train;  // of one client in one round
   ServerConfig server;
   PruningConfig pruning;

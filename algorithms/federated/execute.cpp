@@ -7,7 +7,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/matmul.h>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/evaluate.h"
 #include "algorithms/federated/client_data.h"
 #include "algorithms/federated/factors.h"
@@ -104,8 +104,8 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, const UpdateSpec& sp
 
   models::Decoder model = global_model(unit.inputs, spec.base, train.dtype, context);
   const uint64_t adapter_seed = core::derive_seed(seed, fmt::format("adapter/{}/{}", spec.client, spec.round));
-  const auto adapter = adapters::LoraAdapter::create(at_rank(spec.adapter.lora, spec.rank), model.slots(), adapter_seed,
-                                                     context.device());
+  const auto adapter =
+      adapters::Adapter::create(at_rank(spec.adapter.lora, spec.rank), model.slots(), adapter_seed, context.device());
   if (!federation_->starts_fresh()) {
     const Factors start = unit.inputs.empty()
                               ? first_factors(spec.adapter, model.slots())
@@ -128,6 +128,8 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, const UpdateSpec& sp
     std::vector<int64_t> rows = data.rows((offset + step) * train.batch_size + first, count);
     const at::Tensor batch = at::from_blob(rows.data(), {count, seq_len + 1}, at::kLong)
                                  .to(context.device(), /*non_blocking=*/false, /*copy=*/true);
+    const models::PassScope scope(model,
+                                  {.training = true, .step = offset + step, .first = first, .seed = adapter_seed});
     auto loss = model.loss(batch);
     if (const at::Tensor penalty = federation_->penalty(factors, pruning); penalty.defined())
       loss.sum = loss.sum + penalty * static_cast<double>(loss.count);
@@ -151,7 +153,7 @@ core::ArtefactPtr Federated::contribution(const UpdateSpec& spec, int64_t sequen
                 {"samples", sequences},
                 {"rank", rank},
                 {"base", spec.base},
-                {"lora", adapters::lora_schema().to_json(at_rank(spec.adapter.lora, rank))},
+                {"lora", adapters::adapter_schema().to_json(at_rank(spec.adapter.lora, rank))},
                 {"curve", curve_json(outcome)}},
                {sent});
 }
@@ -219,7 +221,7 @@ core::ArtefactPtr Federated::aggregate(const Unit& unit, WorkerContext& context)
                 {"rank", spec.adapter.rank},
                 {"base", spec.base},
                 {"refused", refused},
-                {"lora", adapters::lora_schema().to_json(at_rank(spec.adapter.lora, spec.adapter.rank))},
+                {"lora", adapters::adapter_schema().to_json(at_rank(spec.adapter.lora, spec.adapter.rank))},
                 {"weights", weights}},
                {next.factors, next.base_change, next.server});
 }
@@ -232,7 +234,7 @@ core::ArtefactPtr Federated::broadcast(const Unit& unit, WorkerContext& context)
                {{"round", state->meta().at("round")},
                 {"rank", spec.rank},
                 {"base", state->meta().at("base")},
-                {"lora", adapters::lora_schema().to_json(at_rank(spec.lora, spec.rank))}},
+                {"lora", adapters::adapter_schema().to_json(at_rank(spec.lora, spec.rank))}},
                {factors});
 }
 
@@ -246,7 +248,7 @@ core::ArtefactPtr Federated::evaluate_unit(const Unit& unit, WorkerContext& cont
     if (!read_factors(state, ".lora_").empty()) {
       const auto rank = state->meta().at("rank").get<int64_t>();
       const auto adapter =
-          adapters::LoraAdapter::create(at_rank(spec.adapter->lora, rank), model.slots(), 0, context.device());
+          adapters::Adapter::create(at_rank(spec.adapter->lora, rank), model.slots(), 0, context.device());
       set_factors(adapter, factors_after(state, *spec.adapter, model.slots()));
       adapter.attach(model);
     }

@@ -8,7 +8,7 @@
 
 namespace moraine::algorithms::federated {
 
-Factors live(const adapters::LoraAdapter& adapter) {
+Factors live(const adapters::Adapter& adapter) {
   const models::NamedTensors parameters = adapter.parameters();
   return {parameters.begin(), parameters.end()};
 }
@@ -27,9 +27,8 @@ Factors read_adapter(const core::ArtefactPtr& state) {
 }
 
 Factors first_factors(const GlobalAdapter& global, std::span<const models::Slot> slots) {
-  return live(adapters::LoraAdapter::create(at_rank(global.lora, global.rank), slots,
-                                            core::derive_seed(static_cast<uint64_t>(global.seed), "adapter"),
-                                            at::kCPU));
+  return live(adapters::Adapter::create(at_rank(global.lora, global.rank), slots,
+                                        core::derive_seed(static_cast<uint64_t>(global.seed), "adapter"), at::kCPU));
 }
 
 Factors factors_after(const core::ArtefactPtr& state, const GlobalAdapter& global,
@@ -40,7 +39,7 @@ Factors factors_after(const core::ArtefactPtr& state, const GlobalAdapter& globa
   return factors;
 }
 
-void set_factors(const adapters::LoraAdapter& adapter, const Factors& factors) {
+void set_factors(const adapters::Adapter& adapter, const Factors& factors) {
   const at::NoGradGuard no_grad;
   for (const auto& [name, parameter] : adapter.parameters()) {
     const auto found = factors.find(name);

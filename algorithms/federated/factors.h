@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/federated/federation.h"
 #include "algorithms/federated/units.h"
 #include "core/artefact.h"
@@ -13,7 +13,7 @@
 namespace moraine::algorithms::federated {
 
 /// An adapter's own tensors, not copies.
-Factors live(const adapters::LoraAdapter& adapter);
+Factors live(const adapters::Adapter& adapter);
 
 /// The tensors of an artefact whose names contain `part`, over its bytes.
 Factors read_factors(const core::ArtefactPtr& artefact, std::string_view part);
@@ -28,7 +28,7 @@ Factors first_factors(const GlobalAdapter& global, std::span<const models::Slot>
 Factors factors_after(const core::ArtefactPtr& state, const GlobalAdapter& global, std::span<const models::Slot> slots);
 
 /// Replaces an adapter's values. Throws InternalError unless both have the same names and shapes.
-void set_factors(const adapters::LoraAdapter& adapter, const Factors& factors);
+void set_factors(const adapters::Adapter& adapter, const Factors& factors);
 
 /// "lora_A.weight" or "lora_B.weight" of a factor's name.
 std::string factor_of(const std::string& name);

@@ -6,7 +6,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/federated/factors.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
@@ -89,7 +89,7 @@ void Federated::open_inputs() {
     model_id_ = model_identity(config_.model.path, architecture_);
     // The adapter's targets and ranks are checked against the model once, here, before anything is planned.
     const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-    (void)adapters::lora_targets(at_rank(config_.lora, server_rank()), base.slots());
+    (void)adapters::targets_of(at_rank(config_.lora, server_rank()), base.slots());
   }
   problems.throw_if_any(config_.name);
 }
@@ -98,7 +98,7 @@ void Federated::write_adapter(const RunState& state, const std::string& id, cons
   const at::NoGradGuard no_grad;
   const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
   const GlobalAdapter global{config_.lora, server_rank(), config_.seed};
-  const auto adapter = adapters::LoraAdapter::create(at_rank(config_.lora, server_rank()), base.slots(), 0, at::kCPU);
+  const auto adapter = adapters::Adapter::create(at_rank(config_.lora, server_rank()), base.slots(), 0, at::kCPU);
   Factors factors = first_factors(global, base.slots());
   for (const auto& view : state.artefact(id)->file().tensors())
     if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
@@ -189,7 +189,7 @@ double Federated::ranks_sent_per_turn() const {
 
 ParameterTable Federated::parameters() const {
   const auto model = models::Decoder::from_config(architecture_, 0, at::kFloat);
-  const auto targets = adapters::lora_targets(config_.lora, model.slots());
+  const auto targets = adapters::targets_of(config_.lora, model.slots());
   const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
   ParameterTable table;
   table.columns = {"rank", "adapter parameters", "% of the model", "up per client and round, numbers",
@@ -242,6 +242,9 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
   if (!federation->prunes() && pruning_schema().to_json(config.pruning) != pruning_schema().to_json({}))
     problems.add(origin("pruning"), "pruning", fmt::format("ranks do not shrink in {}", name),
                  "use hetlora, or leave pruning out");
+  if (config.lora.type != "lora" || adapters::starts_from_base(config.lora))
+    problems.add(origin("lora"), "lora.type", "rounds are of pairs A and B that start apart from the base",
+                 "type: lora with init: kaiming or gaussian");
   if (!config.lora.rank_pattern.empty() || !config.lora.alpha_pattern.empty())
     problems.add(origin("lora"), "lora.rank_pattern", "ranks per module are not federated",
                  "one lora.rank, and clients.ranks for clients of different ranks");

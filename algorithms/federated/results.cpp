@@ -5,7 +5,7 @@
 #include <map>
 #include <set>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/evaluate.h"
 #include "algorithms/federated/factors.h"
 #include "algorithms/federated/federated.h"
@@ -39,10 +39,10 @@ void expect(const Unit& unit, const core::Json& meta, const char* key, const T& 
 
 // Names and shapes of the factors that a client of `rank` sends.
 std::map<std::string, std::vector<int64_t>> expected_factors(const Federation& federation,
-                                                             const adapters::LoraConfig& lora, int64_t rank,
+                                                             const adapters::AdapterConfig& lora, int64_t rank,
                                                              std::span<const models::Slot> slots) {
   std::map<std::string, std::vector<int64_t>> shapes;
-  for (const auto& target : adapters::lora_targets(at_rank(lora, rank), slots)) {
+  for (const auto& target : adapters::targets_of(at_rank(lora, rank), slots)) {
     if (federation.trains("lora_A.weight")) shapes[target.slot.path + ".lora_A.weight"] = {rank, target.slot.in};
     if (federation.trains("lora_B.weight")) shapes[target.slot.path + ".lora_B.weight"] = {target.slot.out, rank};
   }

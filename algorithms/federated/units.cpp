@@ -9,7 +9,7 @@ namespace {
 const core::Schema<GlobalAdapter>& adapter_schema() {
   using C = GlobalAdapter;
   static const auto schema = core::Schema<C>()
-                                 .object("lora", &C::lora, adapters::lora_schema())
+                                 .object("lora", &C::lora, adapters::adapter_schema())
                                  .field("rank", &C::rank)
                                  .field("seed", &C::seed);
   return schema;
@@ -90,7 +90,7 @@ const core::Schema<BroadcastSpec>& broadcast_schema() {
                                  .max(C::kVersion)
                                  .field("rank", &C::rank)
                                  .min(1)
-                                 .object("lora", &C::lora, adapters::lora_schema());
+                                 .object("lora", &C::lora, adapters::adapter_schema());
   return schema;
 }
 
@@ -113,13 +113,13 @@ const core::Schema<EvaluateSpec>& evaluate_schema() {
   return schema;
 }
 
-double scale_of(const adapters::LoraConfig& lora) {
+double scale_of(const adapters::AdapterConfig& lora) {
   const auto rank = static_cast<double>(lora.rank);
   return lora.alpha / (lora.use_rslora ? std::sqrt(rank) : rank);
 }
 
-adapters::LoraConfig at_rank(const adapters::LoraConfig& lora, int64_t rank) {
-  adapters::LoraConfig other = lora;
+adapters::AdapterConfig at_rank(const adapters::AdapterConfig& lora, int64_t rank) {
+  adapters::AdapterConfig other = lora;
   other.rank = rank;
   other.alpha = scale_of(lora) * (lora.use_rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
   return other;

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 #include "algorithms/federated/config.h"
 #include "algorithms/language_model.h"
 #include "core/config.h"
@@ -20,8 +20,8 @@ namespace moraine::algorithms::federated {
 
 /// What a state leaves to the seed: the global adapter's first values, and those that are never sent.
 struct GlobalAdapter {
-  adapters::LoraConfig lora = {};  // the recipe's; other ranks keep its scale: at_rank()
-  int64_t rank = 1;                // of the server's factors: the largest of the clients'
+  adapters::AdapterConfig lora = {};  // the recipe's; other ranks keep its scale: at_rank()
+  int64_t rank = 1;                   // of the server's factors: the largest of the clients'
   int64_t seed = 0;
 };
 
@@ -84,7 +84,7 @@ struct BroadcastSpec {
   static constexpr int64_t kVersion = 2;
   int64_t version = kVersion;
   int64_t rank = 1;
-  adapters::LoraConfig lora = {};  // the recipe's
+  adapters::AdapterConfig lora = {};  // the recipe's
 };
 const core::Schema<BroadcastSpec>& broadcast_schema();
 
@@ -105,8 +105,8 @@ const core::Schema<EvaluateSpec>& evaluate_schema();
 
 /// `lora` at another rank: alpha follows, so that the scale is the same for all clients (inferred: FLoRA's code takes
 /// alpha_k = 2 r_k; papers with one alpha for all would weigh clients by 1 / r_k).
-adapters::LoraConfig at_rank(const adapters::LoraConfig& lora, int64_t rank);
+adapters::AdapterConfig at_rank(const adapters::AdapterConfig& lora, int64_t rank);
 /// s of y = W0 x + s B A x.
-double scale_of(const adapters::LoraConfig& lora);
+double scale_of(const adapters::AdapterConfig& lora);
 
 }  // namespace moraine::algorithms::federated

@@ -362,7 +362,7 @@ namespace {
 class DenseFfn : public models::SlotFunction {
  public:
   explicit DenseFfn(models::FfnExpert ffn) : ffn_(std::move(ffn)) {}
-  at::Tensor forward(const at::Tensor& x, const models::SlotBase&) override {
+  at::Tensor forward(const at::Tensor& x, const models::SlotBase&, const models::Pass&) override {
     return models::swiglu(x, ffn_.gate.to(x.scalar_type()), ffn_.up.to(x.scalar_type()), ffn_.down.to(x.scalar_type()));
   }
   models::NamedTensors parameters() const override { return {}; }

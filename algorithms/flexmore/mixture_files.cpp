@@ -9,7 +9,8 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/stack.h>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
+#include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/peft_files.h"
 #include "core/checksums.h"
 #include "core/error.h"
@@ -259,7 +260,7 @@ void write_flexolmo_directory(const MixtureModel& model, const fs::path& directo
 
 void write_peft_expert(const Expert& expert, const fs::path& directory, const std::string& base_model) {
   require_low_rank(expert);
-  adapters::LoraConfig config;
+  adapters::AdapterConfig config;
   config.rank = expert.rank();
   config.alpha = static_cast<double>(config.rank);
   config.target_modules.clear();
@@ -272,7 +273,7 @@ void write_peft_expert(const Expert& expert, const fs::path& directory, const st
       factors.emplace_back(slot + ".lora_B.weight", (expert.layers[l].*p.delta).b);
     }
   }
-  core::Json peft = adapters::peft_config(config);
+  core::Json peft = adapters::lora_peft_config(config);
   peft["task_type"] = "CAUSAL_LM";
   std::vector<at::Tensor> keep;
   adapters::write_peft_directory(directory, std::move(peft), {}, models::views_of(factors, keep), base_model);

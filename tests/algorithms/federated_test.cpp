@@ -12,7 +12,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/federated/federation.h"
 #include "algorithms/federated/partition.h"
 #include "algorithms/federated/units.h"

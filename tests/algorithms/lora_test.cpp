@@ -1,4 +1,5 @@
 #include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 
 #include <algorithm>
 #include <cmath>
@@ -99,10 +100,10 @@ std::vector<Slot> decoder_slots(int64_t layers, int64_t d, int64_t kv, int64_t h
 }
 
 int64_t count(const std::vector<Slot>& slots, int64_t rank, std::vector<std::string> modules) {
-  LoraConfig config;
+  AdapterConfig config;
   config.rank = rank;
   config.target_modules = std::move(modules);
-  return lora_parameters(lora_targets(config, slots));
+  return lora_parameters(targets_of(config, slots));
 }
 
 TEST(LoraCounts, EqualThePublishedNumbersOfRealModels) {
@@ -126,8 +127,7 @@ TEST(LoraTargets, SelectWhatPeftSelectsWithItsRanksAndScales) {
     core::Json json = golden_case.at("config");
     json["peft_type"] = "LORA";
     std::map<std::string, std::pair<int64_t, double>> actual, expected;
-    for (const LoraTarget& target :
-         lora_targets(lora_config_from_peft(json, "golden"), base.slots(), Matching::kAnyName))
+    for (const Target& target : targets_of(config_from_peft(json, "golden"), base.slots(), Matching::kAnyName))
       actual[target.slot.path] = {target.rank, target.scale};
     for (const auto& [path, module] : golden_case.at("modules").items())
       expected[path] = {module.at("rank"), module.at("scale")};
@@ -135,9 +135,9 @@ TEST(LoraTargets, SelectWhatPeftSelectsWithItsRanksAndScales) {
   }
 }
 
-void expect_user_error(const LoraConfig& config, const std::string& text) {
+void expect_user_error(const AdapterConfig& config, const std::string& text) {
   try {
-    lora_targets(config, decoder_slots(2, 16, 8, 24));
+    targets_of(config, decoder_slots(2, 16, 8, 24));
     FAIL() << "expected: " << text;
   } catch (const core::UserError& error) {
     EXPECT_THAT(error.what(), HasSubstr(text));
@@ -146,13 +146,13 @@ void expect_user_error(const LoraConfig& config, const std::string& text) {
 }
 
 TEST(LoraTargets, NameThatMatchesNoSlotIsAnErrorThatListsTheSlots) {
-  LoraConfig config;
+  AdapterConfig config;
   config.target_modules = {"q_proj", "qproj"};
   expect_user_error(config, "target_modules matches no slot: 'qproj'");
   config.target_modules = {"proj"};  // not a whole segment
   expect_user_error(config, "matches no slot: 'proj'");
   try {
-    lora_targets(config, decoder_slots(2, 16, 8, 24));
+    targets_of(config, decoder_slots(2, 16, 8, 24));
   } catch (const core::UserError& error) {
     EXPECT_THAT(error.hint(),
                 AllOf(HasSubstr("down_proj"), HasSubstr("q_proj"), HasSubstr("model.layers.0.self_attn.q_proj")));
@@ -177,11 +177,11 @@ TEST(LoraTargets, NameThatMatchesNoSlotIsAnErrorThatListsTheSlots) {
 
 TEST(LoraTargets, RankOutsideTheSlotsSidesIsAnError) {
   for (int64_t rank : {0, -4, 9}) {  // k_proj and v_proj are 8 x 16
-    LoraConfig config;
+    AdapterConfig config;
     config.rank = rank;
     expect_user_error(config, "rank " + std::to_string(rank) + " does not fit model.layers.0.self_attn.");
   }
-  LoraConfig config;
+  AdapterConfig config;
   config.rank_pattern = {{"o_proj", 17}};
   expect_user_error(config, "rank 17 does not fit model.layers.0.self_attn.o_proj (16 x 16)");
 }
@@ -191,8 +191,8 @@ std::map<std::string, std::pair<int64_t, double>> selected(const std::string& fi
   const auto json =
       core::parse_ordered_json(R"({"peft_type": "LORA", "r": 4, "lora_alpha": 8, )" + fields + "}", "file");
   std::map<std::string, std::pair<int64_t, double>> out;
-  for (const LoraTarget& target :
-       lora_targets(lora_config_from_peft(json, "file"), decoder_slots(2, 16, 8, 24), Matching::kAnyName))
+  for (const Target& target :
+       targets_of(config_from_peft(json, "file"), decoder_slots(2, 16, 8, 24), Matching::kAnyName))
     out[target.slot.path.substr(13)] = {target.rank, target.alpha};
   return out;
 }
@@ -231,42 +231,42 @@ TEST(LoraTargets, FieldsOfTwoTypesAreReadAsPeftReadsThem) {
   EXPECT_THROW(names(R"("target_modules": "(?<=a)q_proj")"), core::UserError);
 }
 
-TEST(LoraLinear, TheTypeFactorsAreStoredInDoesNotDecideHowTheyAreApplied) {
+TEST(LoraSlot, TheTypeFactorsAreStoredInDoesNotDecideHowTheyAreApplied) {
   // 300 * 300 is beyond float16, and 2^-18 is a subnormal there.
   const at::Tensor x = at::full({2, 3}, 9e4, at::kFloat), weight = at::ones({4, 3}, at::kFloat);
   const at::Tensor a = at::full({2, 3}, std::ldexp(1.0, -18), at::kFloat), b = at::full({4, 2}, 0.5, at::kFloat);
   models::SlotBase base;
   base.weight = weight;
-  const at::Tensor expected = LoraLinear(a, b, 2).forward(x, base);
+  const at::Tensor expected = LoraSlot(a, b, {.scale = 2}).forward(x, base);
   for (const at::ScalarType stored : {at::kHalf, at::kBFloat16}) {
-    LoraLinear narrow(a.to(stored), b.to(stored), 2);
+    LoraSlot narrow(a.to(stored), b.to(stored), {.scale = 2});
     EXPECT_TRUE(at::equal(narrow.forward(x, base), expected)) << c10::toString(stored);
     EXPECT_EQ(narrow.delta().scalar_type(), at::kFloat) << c10::toString(stored);
-    EXPECT_TRUE(at::equal(narrow.delta(), LoraLinear(a, b, 2).delta())) << c10::toString(stored);
+    EXPECT_TRUE(at::equal(*narrow.delta({}), *LoraSlot(a, b, {.scale = 2}).delta({}))) << c10::toString(stored);
   }
   base.weight = weight.to(at::kDouble);
-  EXPECT_TRUE(at::equal(LoraLinear(a, b, 2).forward(x.to(at::kDouble), base),
-                        LoraLinear(a.to(at::kDouble), b.to(at::kDouble), 2).forward(x.to(at::kDouble), base)));
+  EXPECT_TRUE(at::equal(LoraSlot(a, b, {.scale = 2}).forward(x.to(at::kDouble), base),
+                        LoraSlot(a.to(at::kDouble), b.to(at::kDouble), {.scale = 2}).forward(x.to(at::kDouble), base)));
 }
 
 TEST(LoraScale, IsAlphaOverRankOrOverItsSquareRoot) {
-  LoraConfig config;
+  AdapterConfig config;
   config.rank = 4;
   config.alpha = 6;
-  EXPECT_EQ(lora_targets(config, decoder_slots(1, 16, 8, 24))[0].scale, 1.5);
+  EXPECT_EQ(targets_of(config, decoder_slots(1, 16, 8, 24))[0].scale, 1.5);
   config.use_rslora = true;
-  EXPECT_EQ(lora_targets(config, decoder_slots(1, 16, 8, 24))[0].scale, 3);
+  EXPECT_EQ(targets_of(config, decoder_slots(1, 16, 8, 24))[0].scale, 3);
 }
 
-TEST(LoraAdapter, FreshAdapterChangesNoBitAndDetachRestoresTheBase) {
+TEST(Adapter, FreshAdapterChangesNoBitAndDetachRestoresTheBase) {
   const at::Tensor tokens = golden_tensor("tokens");
   for (at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     models::Decoder model = golden_base(dtype);
     const at::Tensor before = model.forward(tokens);
     for (const char* init : {"kaiming", "gaussian"}) {
-      LoraConfig config;
+      AdapterConfig config;
       config.init = init;
-      const LoraAdapter adapter = LoraAdapter::create(config, model.slots(), 1, at::kCPU);
+      const Adapter adapter = Adapter::create(config, model.slots(), 1, at::kCPU);
       adapter.attach(model);
       EXPECT_TRUE(at::equal(model.forward(tokens), before)) << init;
       adapter.detach(model);
@@ -275,9 +275,9 @@ TEST(LoraAdapter, FreshAdapterChangesNoBitAndDetachRestoresTheBase) {
   }
 }
 
-TEST(LoraAdapter, AtTheStartOnlyBReceivesGradient) {
+TEST(Adapter, AtTheStartOnlyBReceivesGradient) {
   models::Decoder model = golden_base();
-  const LoraAdapter adapter = LoraAdapter::create({}, model.slots(), 1, at::kCPU);
+  const Adapter adapter = Adapter::create({}, model.slots(), 1, at::kCPU);
   adapter.attach(model);
   model.loss(golden_tensor("tokens")).sum.backward();
   for (const auto& [name, tensor] : adapter.parameters()) {
@@ -287,14 +287,14 @@ TEST(LoraAdapter, AtTheStartOnlyBReceivesGradient) {
   for (const auto& [name, weight] : model.weights()) EXPECT_FALSE(weight.grad().defined()) << name;
 }
 
-TEST(LoraAdapter, StartValuesHaveThePromisedRangeAndDependOnSeedAndPathAlone) {
+TEST(Adapter, StartValuesHaveThePromisedRangeAndDependOnSeedAndPathAlone) {
   const std::vector<Slot> slots = decoder_slots(1, 256, 256, 512);
   const auto a_of = [&](const std::string& init, uint64_t seed, std::vector<std::string> modules) {
-    LoraConfig config;
+    AdapterConfig config;
     config.rank = 16;
     config.init = init;
     config.target_modules = std::move(modules);
-    return LoraAdapter::create(config, slots, seed, at::kCPU).parameters()[0].second.detach();
+    return Adapter::create(config, slots, seed, at::kCPU).parameters()[0].second.detach();
   };
   const at::Tensor uniform = a_of("kaiming", 1, {"k_proj"}), normal = a_of("gaussian", 1, {"k_proj"});
   EXPECT_LE(uniform.abs().max().item<double>(), 1.0 / 16);                     // 1 / sqrt(256)
@@ -305,13 +305,13 @@ TEST(LoraAdapter, StartValuesHaveThePromisedRangeAndDependOnSeedAndPathAlone) {
   EXPECT_FALSE(at::equal(uniform, a_of("kaiming", 1, {"q_proj"})));
 }
 
-TEST(LoraAdapter, DeltaAddedToTheWeightEqualsTheAttachedForward) {
+TEST(Adapter, DeltaAddedToTheWeightEqualsTheAttachedForward) {
   models::Decoder model = golden_base();
-  const LoraAdapter adapter = LoraAdapter::load(kGolden / "lora_plain", model.slots(), std::nullopt, at::kCPU);
+  const Adapter adapter = Adapter::load(kGolden / "lora_plain", model, std::nullopt, at::kCPU);
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> merged;
   std::vector<core::TensorView> views = below(golden(), "base/");
-  for (const auto& [name, delta] : adapter.deltas()) {
+  for (const auto& [name, delta] : adapter.deltas(model)) {
     for (core::TensorView& view : views) {
       if (view.name != name) continue;
       merged.push_back(models::borrow(view).add(delta));
@@ -330,7 +330,7 @@ TEST(LoraAgainstPeft, LogitsLossAndGradientsAreEqual) {
   for (const std::string name : {"lora_plain", "lora_rs"}) {
     SCOPED_TRACE(name);
     models::Decoder model = golden_base();
-    const LoraAdapter adapter = LoraAdapter::load(kGolden / name, model.slots(), std::nullopt, at::kCPU);
+    const Adapter adapter = Adapter::load(kGolden / name, model, std::nullopt, at::kCPU);
     adapter.attach(model);
     expect_close(model.forward(tokens.narrow(1, 0, tokens.size(1) - 1)).detach(), golden_tensor(name + "/logits"),
                  "logits");
@@ -350,7 +350,7 @@ TEST(LoraAgainstPeft, LogitsLossAndGradientsAreEqual) {
 TEST_F(LoraFiles, DirectoryWrittenByPeftRoundTripsByteForByte) {
   for (const std::string name : {"lora_plain", "lora_rs"}) {
     SCOPED_TRACE(name);
-    LoraAdapter::load(kGolden / name, golden_base().slots(), std::nullopt, at::kCPU).save(directory_);
+    Adapter::load(kGolden / name, golden_base(), std::nullopt, at::kCPU).save(directory_);
     EXPECT_EQ(core::read_text(directory_ / "adapter_config.json"),
               core::read_text(kGolden / name / "adapter_config.json"));
     const auto before = core::Safetensors::open(kGolden / name / "adapter_model.safetensors");
@@ -368,7 +368,7 @@ TEST_F(LoraFiles, DirectoryWrittenByPeftRoundTripsByteForByte) {
 
 TEST_F(LoraFiles, OwnAdapterIsReadBackWithItsConfigurationAndBits) {
   const models::Decoder model = golden_base();
-  LoraConfig config;
+  AdapterConfig config;
   config.rank = 4;
   config.alpha = 2.5;
   config.target_modules = {"q_proj", "up_proj"};
@@ -376,9 +376,9 @@ TEST_F(LoraFiles, OwnAdapterIsReadBackWithItsConfigurationAndBits) {
   config.alpha_pattern = {{"q_proj", 3}};
   config.layers_to_transform = {1};
   config.use_rslora = true;
-  const LoraAdapter adapter = LoraAdapter::create(config, model.slots(), 5, at::kCPU);
+  const Adapter adapter = Adapter::create(config, model.slots(), 5, at::kCPU);
   adapter.save(directory_, "some/base");
-  const LoraAdapter again = LoraAdapter::load(directory_, model.slots(), std::nullopt, at::kCPU);
+  const Adapter again = Adapter::load(directory_, model, std::nullopt, at::kCPU);
   core::Json written = core::read_json(directory_ / "adapter_config.json");
   EXPECT_EQ(written.at("base_model_name_or_path"), "some/base");
   const core::Json of_peft = core::read_json(kGolden / "lora_plain/adapter_config.json");
@@ -397,9 +397,9 @@ TEST_F(LoraFiles, OwnAdapterIsReadBackWithItsConfigurationAndBits) {
 
 TEST_F(LoraFiles, WithoutTargetModulesTheTensorsSayWhatIsMeant) {
   const auto load = [&](const std::filesystem::path& directory) {
-    return LoraAdapter::load(directory, golden_base().slots(), std::nullopt, at::kCPU);
+    return Adapter::load(directory, golden_base(), std::nullopt, at::kCPU);
   };
-  const LoraAdapter named = load(kGolden / "lora_plain"), unnamed = load(edited({{"target_modules", nullptr}}));
+  const Adapter named = load(kGolden / "lora_plain"), unnamed = load(edited({{"target_modules", nullptr}}));
   ASSERT_EQ(named.targets().size(), unnamed.targets().size());
   for (size_t i = 0; i < named.targets().size(); ++i) {
     EXPECT_EQ(unnamed.targets()[i].slot.path, named.targets()[i].slot.path);
@@ -408,16 +408,16 @@ TEST_F(LoraFiles, WithoutTargetModulesTheTensorsSayWhatIsMeant) {
 }
 
 TEST_F(LoraFiles, DamagedFactorsAreRefused) {
-  LoraAdapter::load(kGolden / "lora_plain", golden_base().slots(), std::nullopt, at::kCPU).save(directory_);
+  Adapter::load(kGolden / "lora_plain", golden_base(), std::nullopt, at::kCPU).save(directory_);
   std::string bytes = core::read_text(directory_ / "adapter_model.safetensors");
   bytes.back() ^= 1;
   core::write_atomically(directory_ / "adapter_model.safetensors", bytes);
-  EXPECT_THROW(LoraAdapter::load(directory_, golden_base().slots(), std::nullopt, at::kCPU), core::UserError);
+  EXPECT_THROW(Adapter::load(directory_, golden_base(), std::nullopt, at::kCPU), core::UserError);
 }
 
 TEST_F(LoraFiles, UnknownFieldsSurviveARoundTrip) {
   const auto directory = edited({{"field_of_the_future", {{"x", 1}}}});
-  LoraAdapter::load(directory, golden_base().slots(), std::nullopt, at::kCPU).save(directory);
+  Adapter::load(directory, golden_base(), std::nullopt, at::kCPU).save(directory);
   EXPECT_EQ(core::read_json(directory / "adapter_config.json").at("field_of_the_future"), (core::Json{{"x", 1}}));
 }
 
@@ -433,7 +433,7 @@ TEST_F(LoraFiles, WhatWouldComputeSomethingElseIsRefused) {
            {{{"target_modules", {"nothing"}}}, "match no slot"}}) {
     SCOPED_TRACE(changes.dump());
     try {
-      LoraAdapter::load(edited(changes), golden_base().slots(), std::nullopt, at::kCPU);
+      Adapter::load(edited(changes), golden_base(), std::nullopt, at::kCPU);
       FAIL() << "was accepted";
     } catch (const core::UserError& error) {
       EXPECT_THAT(error.what(), HasSubstr(text));
@@ -444,8 +444,8 @@ TEST_F(LoraFiles, WhatWouldComputeSomethingElseIsRefused) {
 
 TEST_F(LoraFiles, TensorsThatDoNotFitAreAllNamed) {
   try {
-    LoraAdapter::load(edited({{"target_modules", {"q_proj", "k_proj", "mlp.up_proj", "v_proj"}}, {"r", 3}}),
-                      golden_base().slots(), std::nullopt, at::kCPU);
+    Adapter::load(edited({{"target_modules", {"q_proj", "k_proj", "mlp.up_proj", "v_proj"}}, {"r", 3}}), golden_base(),
+                  std::nullopt, at::kCPU);
     FAIL() << "was accepted";
   } catch (const core::UserError& error) {
     EXPECT_THAT(error.what(), AllOf(HasSubstr("missing base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"),

@@ -6,7 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/adapters/peft_files.h"
 #include "core/error.h"
 #include "core/file.h"
@@ -126,7 +126,7 @@ TEST(MixtureFiles, AnExpertAsLoraIsTheDenseModelWithItsFfn) {
   models::NamedTensors weights(model.base_weights.begin(), model.base_weights.end());
   std::vector<at::Tensor> keep;
   auto with_lora = models::Decoder::from_tensors(model.base, models::views_of(weights, keep), "base", std::nullopt);
-  const auto adapter = adapters::LoraAdapter::load(directory.path(), with_lora.slots(), std::nullopt, at::kCPU);
+  const auto adapter = adapters::Adapter::load(directory.path(), with_lora, std::nullopt, at::kCPU);
   adapter.attach(with_lora);
   for (auto& [name, weight] : weights)
     for (size_t l = 0; l < low.layers.size(); ++l) {

@@ -3,7 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/ordered_json.h"
@@ -59,7 +59,7 @@ TEST(PeftFiles, PatternsKeepTheOrderInWhichPeftTriesThem) {
 // As a method writes it: factors by slot path, the configuration of its recipe.
 TEST(PeftFiles, AnAdapterOfARunBecomesAPeftDirectory) {
   const TemporaryDirectory directory;
-  LoraConfig config;
+  AdapterConfig config;
   config.rank = 2;
   config.alpha = 5;
   config.target_modules = {"q_proj"};
@@ -67,7 +67,7 @@ TEST(PeftFiles, AnAdapterOfARunBecomesAPeftDirectory) {
   const models::NamedTensors factors = {{"model.layers.0.self_attn.q_proj.lora_A.weight", random_tensor({2, 6}, 1)},
                                         {"model.layers.0.self_attn.q_proj.lora_B.weight", random_tensor({4, 2}, 2)}};
   const auto adapter =
-      core::Artefact::create("adapter", {{"lora", lora_schema().to_json(config)}}, models::views_of(factors, keep));
+      core::Artefact::create("adapter", {{"lora", adapter_schema().to_json(config)}}, models::views_of(factors, keep));
   export_adapter(*adapter, directory.path(), "base");
   const auto json = core::read_json(directory / "adapter_config.json");
   EXPECT_EQ(json["lora_alpha"], 5);
@@ -113,7 +113,7 @@ TEST(PeftFiles, WhatIsNoPlainLoraIsRefused) {
 }
 
 TEST(PeftFiles, ArtefactsThatAreMoreOrLessThanALoraAreRefused) {
-  const core::Json meta = {{"lora", lora_schema().to_json({})}};
+  const core::Json meta = {{"lora", adapter_schema().to_json({})}};
   const auto complaint = [&](const models::NamedTensors& tensors) {
     std::vector<at::Tensor> keep;
     const TemporaryDirectory directory;

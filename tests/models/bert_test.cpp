@@ -127,7 +127,7 @@ TEST(Bert, PaddingDoesNotMatter) {
 class Added final : public SlotFunction {
  public:
   explicit Added(at::Tensor delta) : delta_(std::move(delta)) {}
-  at::Tensor forward(const at::Tensor& x, const SlotBase& base) override {
+  at::Tensor forward(const at::Tensor& x, const SlotBase& base, const Pass&) override {
     return base.forward(x) + at::matmul(x, delta_.t());
   }
   NamedTensors parameters() const override { return {}; }

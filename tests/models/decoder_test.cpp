@@ -22,7 +22,9 @@ using testing::HasSubstr;
 class Scaled : public SlotFunction {
  public:
   explicit Scaled(at::Tensor factor) : factor_(std::move(factor)) {}
-  at::Tensor forward(const at::Tensor& x, const SlotBase& base) override { return base.forward(x) * factor_; }
+  at::Tensor forward(const at::Tensor& x, const SlotBase& base, const Pass&) override {
+    return base.forward(x) * factor_;
+  }
   NamedTensors parameters() const override { return {{"factor", factor_}}; }
 
  private:
@@ -103,7 +105,7 @@ TEST_P(EveryFamily, TrainingASlotLeavesTheFrozenWeightsWithoutGradients) {
 TEST_P(EveryFamily, FfnInputsAreWhatTheFfnSlotSees) {
   class Recorder : public SlotFunction {
    public:
-    at::Tensor forward(const at::Tensor& x, const SlotBase& base) override {
+    at::Tensor forward(const at::Tensor& x, const SlotBase& base, const Pass&) override {
       seen = x;
       return base.forward(x);
     }

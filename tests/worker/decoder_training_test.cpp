@@ -3,7 +3,7 @@
 #include <ATen/ops/equal.h>
 #include <gtest/gtest.h>
 
-#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/adapter.h"
 #include "core/error.h"
 #include "models/decoder.h"
 #include "tests/worker/tiny_job.h"
@@ -66,9 +66,9 @@ TEST_P(DecoderTraining, LoraLearnsInFloat32OnAFrozenBaseAndResumesWithTheSameBit
   std::map<std::string, at::Tensor> before;
   for (const auto& [name, weight] : base.weights()) before[name] = weight.clone();
   const auto attached = [&](models::Decoder& model) {
-    algorithms::adapters::LoraConfig config;
+    algorithms::adapters::AdapterConfig config;
     config.use_rslora = true;
-    auto adapter = algorithms::adapters::LoraAdapter::create(config, model.slots(), 2, at::kCPU);
+    auto adapter = algorithms::adapters::Adapter::create(config, model.slots(), 2, at::kCPU);
     adapter.attach(model);
     return adapter;
   };

@@ -51,10 +51,8 @@ core::ArtefactPtr Finetune::execute(const Unit& unit, const LearnerSite& site) c
     head = Head::read(*before, site.context.device());
   }
   models::NamedTensors weights = vit.make_trainable();
-  return train_head_and(
-      kind(), unit, site, site.config.train, weights, std::move(head),
-      [&](const at::Tensor& images) { return vit.features(images); },
-      [&] { return models::NamedTensors(vit.weights().begin(), vit.weights().end()); });
+  return train_head_and(kind(), unit, site, site.config.train, weights, std::move(head), vit,
+                        [&] { return models::NamedTensors(vit.weights().begin(), vit.weights().end()); });
 }
 
 std::unique_ptr<Classifier> Finetune::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed,

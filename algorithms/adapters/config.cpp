@@ -1,4 +1,4 @@
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
 
 #include <algorithm>
 #include <charconv>
@@ -9,6 +9,7 @@
 
 #include <fmt/ranges.h>
 
+#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/adapters/python_regex.h"
 #include "core/error.h"
 
@@ -53,7 +54,7 @@ bool any_names(const std::vector<std::string>& modules, const std::string& path)
   return std::ranges::any_of(modules, [&](const std::string& module) { return names(module, path); });
 }
 
-bool all_linear(const LoraConfig& config) {
+bool all_linear(const AdapterConfig& config) {
   return config.target_modules.size() == 1 && config.target_modules[0] == "all-linear";
 }
 
@@ -72,7 +73,7 @@ bool in_layers(const std::string& path, const std::vector<int64_t>& layers) {
   return false;
 }
 
-bool selects(const LoraConfig& config, const std::string& path) {
+bool selects(const AdapterConfig& config, const std::string& path) {
   if (any_names(config.exclude_modules, path)) return false;
   if (!config.exclude_regex.empty() && python_full_match(config.exclude_regex, path)) return false;
   if (!config.target_regex.empty()) return python_full_match(config.target_regex, path);
@@ -103,7 +104,7 @@ std::string describe(std::span<const models::Slot> slots) {
 }
 
 /// Every name and pattern of the configuration has to match a linear slot: one that does not is a spelling mistake.
-void check_names(const LoraConfig& config, std::span<const models::Slot> slots) {
+void check_names(const AdapterConfig& config, std::span<const models::Slot> slots) {
   const auto require = [&](const std::string& what, const std::string& name, auto match) {
     const auto hit = [&](const models::Slot& slot) {
       return slot.kind == models::SlotKind::kLinear && match(slot.path, name);
@@ -124,15 +125,53 @@ void check_names(const LoraConfig& config, std::span<const models::Slot> slots) 
   for (const auto& [module, alpha] : config.alpha_pattern) require("alpha_pattern", module, matches_end);
 }
 
+std::vector<std::string> names_of_types() {
+  std::vector<std::string> names;
+  for (const Parametrisation* type : parametrisations()) names.push_back(type->name());
+  return names;
+}
+
+std::string type_name(const core::Json& value) {
+  return value.is_number_integer() ? "a whole number" : value.is_number() ? "a number" : value.type_name();
+}
+
+/// Options that the type does not have or that have another type, and what the type itself minds.
+std::optional<std::string> type_problem(const AdapterConfig& config) {
+  const Parametrisation& type = parametrisation(config.type);
+  const core::Json known = type.options();
+  if (!config.options.is_object()) return "options must be a map of keys";
+  for (const auto& [key, value] : config.options.items()) {
+    const auto option = known.find(key);
+    if (option == known.end()) {
+      std::vector<std::string> names;
+      for (const auto& [name, unused] : known.items()) names.push_back(name);
+      return fmt::format("options.{}: type {} has no such option{}", key, config.type,
+                         names.empty() ? "" : fmt::format(" (valid: {})", fmt::join(names, ", ")));
+    }
+    const bool fits = option->is_number_float() ? value.is_number() : type_name(value) == type_name(*option);
+    if (!fits) return fmt::format("options.{}: must be {}, found {}", key, type_name(*option), value.dump());
+  }
+  if (!type.traits().uses_rank) {
+    const AdapterConfig plain;
+    if (config.rank != plain.rank || config.alpha != plain.alpha || config.init != plain.init || config.use_rslora ||
+        !config.rank_pattern.empty() || !config.alpha_pattern.empty())
+      return fmt::format("type {} has no rank: leave rank, alpha, their patterns, init and use_rslora out",
+                         config.type);
+  }
+  return type.problem(config);
+}
+
 }  // namespace
 
-const core::Schema<LoraConfig>& lora_schema() {
-  using C = LoraConfig;
+const core::Schema<AdapterConfig>& adapter_schema() {
+  using C = AdapterConfig;
   static const core::Schema<C> schema = [] {
     core::Schema<C> s;
-    s.field("rank", &C::rank).min(1).doc("Rank of A and B; memory and compute grow linearly.");
+    s.field("type", &C::type).choices(names_of_types()).joined_later().doc("Parametrisation of the change.");
+    s.field("options", &C::options).joined_later().doc("Options of the type alone, as a map; docs/adapters.md.");
+    s.field("rank", &C::rank).min(1).doc("Rank of the change; memory and compute grow linearly.");
     s.field("alpha", &C::alpha).above(0).max(kLargestAlpha).doc("The update is scaled by alpha / rank.");
-    s.field("dropout", &C::dropout).min(0).max(0).doc("Dropout on the adapter's input; only 0 is implemented.");
+    s.field("dropout", &C::dropout).min(0).max(0.999).doc("Share of the adapter's inputs that training zeroes.");
     s.field("target_modules", &C::target_modules)
         .doc("Modules by whole path or last segments; all-linear = every linear but lm_head.");
     s.field("target_regex", &C::target_regex).doc("Regular expression for whole paths; replaces target_modules.");
@@ -147,36 +186,41 @@ const core::Schema<LoraConfig>& lora_schema() {
     s.field("layers_to_transform", &C::layers_to_transform).min(0).doc("Layer numbers; empty = all.");
     s.list("rank_pattern", &C::rank_pattern, rank_schema()).doc("Other ranks for some modules.");
     s.list("alpha_pattern", &C::alpha_pattern, alpha_schema()).doc("Other alphas for some modules.");
-    s.field("init", &C::init).choices({"gaussian", "kaiming"}).doc("Start values of A; B starts at 0.");
+    s.field("init", &C::init)
+        .choices({"gaussian", "kaiming", "olora", "pissa"})
+        .doc("Start values: of A at random, with B = 0, or of both from the frozen weight, which stays as it is.");
     s.field("use_rslora", &C::use_rslora).doc("Scale by alpha / sqrt(rank), which keeps high ranks learning.");
     s.check([](const C& c) -> std::optional<std::string> {
       if (c.layers_to_transform.empty() || (c.target_regex.empty() && !all_linear(c))) return std::nullopt;
       return "layers_to_transform needs target_modules that are named one by one";
     });
+    s.check(type_problem);
     return s;
   }();
   return schema;
 }
 
-std::vector<LoraTarget> lora_targets(const LoraConfig& given, std::span<const models::Slot> slots, Matching matching) {
-  LoraConfig config = given;
+std::vector<Target> targets_of(const AdapterConfig& given, std::span<const models::Slot> slots, Matching matching) {
+  AdapterConfig config = given;
   if (matching == Matching::kEveryName) {
     check_names(config, slots);
     std::ranges::stable_sort(config.rank_pattern, {}, &ModuleRank::module);
     std::ranges::stable_sort(config.alpha_pattern, {}, &ModuleAlpha::module);
   }
-  std::vector<LoraTarget> targets;
+  const bool uses_rank = parametrisation(config.type).traits().uses_rank;
+  std::vector<Target> targets;
   for (const models::Slot& slot : slots) {
     if (slot.kind != models::SlotKind::kLinear || !selects(config, slot.path)) continue;
-    LoraTarget target{.slot = slot,
-                      .rank = value_at(slot.path, config.rank_pattern, &ModuleRank::rank, config.rank),
-                      .alpha = value_at(slot.path, config.alpha_pattern, &ModuleAlpha::alpha, config.alpha)};
-    if (target.rank < 1 || target.rank > std::min(slot.in, slot.out)) {
+    Target target{.slot = slot,
+                  .rank = value_at(slot.path, config.rank_pattern, &ModuleRank::rank, config.rank),
+                  .alpha = value_at(slot.path, config.alpha_pattern, &ModuleAlpha::alpha, config.alpha)};
+    if (!uses_rank) target.rank = 0;
+    if (uses_rank && (target.rank < 1 || target.rank > std::min(slot.in, slot.out))) {
       throw core::UserError(fmt::format("algorithms/adapters: rank {} does not fit {} ({} x {})", target.rank,
                                         slot.path, slot.out, slot.in),
                             fmt::format("choose a rank from 1 to {}", std::min(slot.in, slot.out)));
     }
-    const auto rank = static_cast<double>(target.rank);
+    const auto rank = static_cast<double>(std::max<int64_t>(1, target.rank));
     target.scale = target.alpha / (config.use_rslora ? std::sqrt(rank) : rank);
     targets.push_back(std::move(target));
   }
@@ -185,9 +229,9 @@ std::vector<LoraTarget> lora_targets(const LoraConfig& given, std::span<const mo
   return targets;
 }
 
-int64_t lora_parameters(std::span<const LoraTarget> targets) {
+int64_t lora_parameters(std::span<const Target> targets) {
   int64_t count = 0;
-  for (const LoraTarget& target : targets) count += target.rank * (target.slot.in + target.slot.out);
+  for (const Target& target : targets) count += target.rank * (target.slot.in + target.slot.out);
   return count;
 }
 

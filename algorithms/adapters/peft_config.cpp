@@ -5,7 +5,8 @@
 #include <limits>
 #include <set>
 
-#include "algorithms/adapters/lora_config.h"
+#include "algorithms/adapters/config.h"
+#include "algorithms/adapters/lora.h"
 #include "core/error.h"
 #include "core/log.h"
 
@@ -33,7 +34,7 @@ const std::set<std::string>& understood_fields() {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora"])")
+    "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"])")
                                                   .get<std::set<std::string>>();
   return fields;
 }
@@ -75,7 +76,7 @@ void read_modules(const core::Json& value, std::vector<std::string>& list, std::
 }
 
 /// Targets may also be the words all-linear, in any case.
-void read_targets(const core::Json& value, LoraConfig& config) {
+void read_targets(const core::Json& value, AdapterConfig& config) {
   config.target_modules.clear();
   read_modules(value, config.target_modules, config.target_regex);
   std::string lower = config.target_regex;
@@ -117,24 +118,28 @@ core::Json number(double value) {
 
 }  // namespace
 
-core::Json peft_config(const LoraConfig& config) {
+core::Json lora_peft_config(const AdapterConfig& config) {
   core::Json json = peft_defaults();
-  json["r"] = config.rank;
-  json["lora_alpha"] = number(config.alpha);
+  // One that started from the base is written as the plain LoRA of twice the rank, at the same scale.
+  const int64_t times = starts_from_base(config) ? 2 : 1;
+  const double alpha_times = starts_from_base(config) ? (config.use_rslora ? std::sqrt(2.0) : 2.0) : 1.0;
+  json["r"] = times * config.rank;
+  json["lora_alpha"] = number(alpha_times * config.alpha);
+  json["lora_dropout"] = config.dropout;
   json["target_modules"] = config.target_modules;
   if (config.target_modules == std::vector<std::string>{"all-linear"}) json["target_modules"] = "all-linear";
   if (!config.target_regex.empty()) json["target_modules"] = config.target_regex;
   if (!config.exclude_modules.empty()) json["exclude_modules"] = config.exclude_modules;
   if (!config.exclude_regex.empty()) json["exclude_modules"] = config.exclude_regex;
   if (!config.layers_to_transform.empty()) json["layers_to_transform"] = config.layers_to_transform;
-  for (const auto& [module, rank] : config.rank_pattern) json["rank_pattern"][module] = rank;
-  for (const auto& [module, alpha] : config.alpha_pattern) json["alpha_pattern"][module] = number(alpha);
+  for (const auto& [module, rank] : config.rank_pattern) json["rank_pattern"][module] = times * rank;
+  for (const auto& [module, alpha] : config.alpha_pattern) json["alpha_pattern"][module] = number(alpha_times * alpha);
   if (config.init == "gaussian") json["init_lora_weights"] = "gaussian";
   json["use_rslora"] = config.use_rslora;
   return json;
 }
 
-LoraConfig lora_config_from_peft(const core::OrderedJson& ordered, const std::string& origin) {
+AdapterConfig config_from_peft(const core::OrderedJson& ordered, const std::string& origin) {
   const core::Json json = ordered;
   if (!json.is_object() || json.value("peft_type", core::Json()) != "LORA") {
     throw core::UserError(fmt::format("algorithms/adapters: {}: peft_type is {}, not \"LORA\"", origin,
@@ -143,7 +148,7 @@ LoraConfig lora_config_from_peft(const core::OrderedJson& ordered, const std::st
   }
   check_fields(json, origin);
   try {
-    LoraConfig config;
+    AdapterConfig config;
     core::Json values = peft_defaults();
     values.update(json);
     check_init(values.at("init_lora_weights"), origin);
@@ -160,9 +165,8 @@ LoraConfig lora_config_from_peft(const core::OrderedJson& ordered, const std::st
     if (const auto alphas = ordered.find("alpha_pattern"); alphas != ordered.end() && !alphas->is_null())
       for (const auto& [module, alpha] : alphas->get_ref<const core::OrderedJson::object_t&>())
         config.alpha_pattern.push_back({module, factor(alpha)});
-    if (values.at("lora_dropout").get<double>() != 0)
-      core::log::warn("dropout of an adapter is not applied when it is trained further: file={} lora_dropout={}",
-                      origin, values.at("lora_dropout").dump());
+    config.dropout = values.at("lora_dropout").get<double>();
+    if (values.at("use_dora") == true) config.type = "dora";
     return config;
   } catch (const core::Json::exception& error) {
     throw core::UserError(fmt::format("algorithms/adapters: {}: a field has the wrong type: {}", origin, error.what()),

@@ -1,0 +1,198 @@
+#include "algorithms/adapters/adapter.h"
+
+#include <algorithm>
+#include <set>
+
+#include <ATen/core/grad_mode.h>
+#include <fmt/ranges.h>
+
+#include "algorithms/adapters/peft_files.h"
+#include "core/error.h"
+#include "core/safetensors.h"
+#include "models/tensor_io.h"
+
+namespace moraine::algorithms::adapters {
+namespace {
+
+constexpr const char* kPrefix = "base_model.model.";
+
+void sort_by_name(models::NamedTensors& tensors) {
+  std::ranges::sort(tensors, {}, &std::pair<std::string, at::Tensor>::first);
+}
+
+/// Compares names and shapes of a file with what the adapter has; reports all differences at once.
+void check_tensors(const core::Safetensors& file, const models::NamedTensors& wanted, const std::string& prefix) {
+  std::vector<std::string> problems;
+  std::set<std::string> expected;
+  for (const auto& [plain, tensor] : wanted) {
+    const std::string name = prefix + plain;
+    expected.insert(name);
+    const core::TensorView* view = file.find(name);
+    if (view == nullptr) {
+      problems.push_back("missing " + name);
+    } else if (view->shape != tensor.sizes().vec()) {
+      problems.push_back(fmt::format("{} is [{}], expected [{}]", name, fmt::join(view->shape, ", "),
+                                     fmt::join(tensor.sizes().vec(), ", ")));
+    }
+  }
+  for (const core::TensorView& view : file.tensors()) {
+    if (!expected.contains(view.name)) problems.push_back("left over " + view.name);
+  }
+  if (problems.empty()) return;
+  throw core::UserError(fmt::format("algorithms/adapters: {} does not fit its configuration and this model:\n  {}",
+                                    file.origin(), fmt::join(problems, "\n  ")),
+                        "use the base model the adapter was trained on, and the configuration it was saved with");
+}
+
+/// Fills an adapter's tensors from a file, in the file's type or `dtype`; leaves stay leaves.
+void read_tensors(const core::Safetensors& file, const models::NamedTensors& tensors, const std::string& prefix,
+                  std::optional<at::ScalarType> dtype) {
+  const at::NoGradGuard no_grad;
+  for (auto [name, tensor] : tensors) {
+    const at::Tensor stored = models::copy_of(*file.find(prefix + name));
+    if (!stored.is_floating_point())
+      throw core::UserError(
+          fmt::format("algorithms/adapters: {}: {} is not of a floating-point type", file.origin(), prefix + name),
+          "save the adapter in float32, bfloat16 or float16");
+    tensor.set_data(stored.to(tensor.device(), dtype.value_or(stored.scalar_type())));
+  }
+}
+
+}  // namespace
+
+Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, const models::Backbone* model,
+                      uint64_t seed, at::Device device, bool fresh) {
+  const Parametrisation& type = parametrisation(config.type);
+  MORAINE_CHECK(model != nullptr || !(type.traits().reads_base || starts_from_base(config)),
+                "an adapter of type {} needs the base's weights", config.type);
+  Adapter adapter;
+  adapter.config_ = config;
+  adapter.targets_ = std::move(targets);
+  const auto shared = [&](const std::string& name, const std::function<at::Tensor()>& make_one) {
+    const auto known = adapter.shared_.find(name);
+    return known != adapter.shared_.end() ? known->second : adapter.shared_.emplace(name, make_one()).first->second;
+  };
+  for (const Target& target : adapter.targets_)
+    adapter.functions_.push_back(type.make({.target = target,
+                                            .config = adapter.config_,
+                                            .base = model ? &model->base(target.slot.path) : nullptr,
+                                            .seed = seed,
+                                            .device = device,
+                                            .fresh = fresh,
+                                            .shared = shared}));
+  return adapter;
+}
+
+Adapter Adapter::create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device) {
+  return make(config, targets_of(config, model.slots()), &model, seed, device, /*fresh=*/true);
+}
+
+Adapter Adapter::create(const AdapterConfig& config, std::span<const models::Slot> slots, uint64_t seed,
+                        at::Device device) {
+  return make(config, targets_of(config, slots), nullptr, seed, device, /*fresh=*/true);
+}
+
+Adapter Adapter::from_artefact(const core::Artefact& artefact, const models::Backbone& model, at::Device device) {
+  const auto stored = artefact.meta().find("adapter");
+  if (artefact.kind() != "adapter" || stored == artefact.meta().end())
+    throw core::UserError(
+        fmt::format("algorithms/adapters: {} (kind '{}') holds no adapter", artefact.file().origin(), artefact.kind()));
+  const AdapterConfig config = adapter_schema().from_json(*stored, artefact.file().origin());
+  Adapter adapter =
+      make(config, targets_of(config, model.slots()), &model, artefact.meta().value("seed", uint64_t{0}), device,
+           /*fresh=*/false);
+  models::NamedTensors all = adapter.parameters();
+  for (auto& entry : adapter.state()) all.push_back(std::move(entry));
+  check_tensors(artefact.file(), all, "");
+  read_tensors(artefact.file(), all, "", std::nullopt);
+  return adapter;
+}
+
+Adapter Adapter::load(const std::filesystem::path& directory, const models::Backbone& model,
+                      std::optional<at::ScalarType> dtype, at::Device device) {
+  const std::filesystem::path config_path = directory / "adapter_config.json",
+                              tensors_path = directory / "adapter_model.safetensors";
+  const core::OrderedJson peft = core::read_ordered_json(config_path);
+  const AdapterConfig read = config_from_peft(peft, config_path.string());
+  const core::Safetensors file = core::open_checked(tensors_path);
+  AdapterConfig config = read;
+  if (names_no_target(config)) config.target_modules = modules_with_factors(file);
+  Adapter adapter =
+      make(config, targets_of(config, model.slots(), Matching::kAnyName), &model, 0, device, /*fresh=*/false);
+  adapter.peft_ = peft;
+  adapter.config_ = read;
+  const models::NamedTensors parameters = adapter.parameters();
+  check_tensors(file, parameters, kPrefix);
+  read_tensors(file, parameters, kPrefix, dtype);
+  return adapter;
+}
+
+void Adapter::save(const std::filesystem::path& directory, const std::string& base_model) const {
+  models::NamedTensors tensors;
+  for (const auto& [name, tensor] : named(&SlotAdapter::peft_tensors))
+    tensors.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
+  std::vector<at::Tensor> keep;
+  const core::Json peft = peft_.is_null() ? parametrisation(config_.type).peft_config(config_) : peft_;
+  // Patterns of a recipe are tried in alphabetical order, those of a file in the file's.
+  write_peft_directory(directory, peft, peft_.is_null() ? AdapterConfig{} : config_, models::views_of(tensors, keep),
+                       base_model);
+}
+
+core::ArtefactPtr Adapter::to_artefact(core::Json meta, uint64_t seed) const {
+  models::NamedTensors tensors = parameters();
+  for (auto& entry : state()) tensors.push_back(std::move(entry));
+  sort_by_name(tensors);
+  for (auto& [name, tensor] : tensors) tensor = tensor.detach().to(at::kCPU).contiguous();
+  std::vector<at::Tensor> keep;
+  meta["seed"] = seed;
+  meta["adapter"] = adapter_schema().to_json(config_);
+  return core::Artefact::create("adapter", std::move(meta), models::views_of(tensors, keep));
+}
+
+void Adapter::attach(models::Backbone& model) const {
+  for (size_t i = 0; i < targets_.size(); ++i) model.attach(targets_[i].slot.path, functions_[i]);
+}
+
+void Adapter::detach(models::Backbone& model) const {
+  for (const Target& target : targets_) model.detach(target.slot.path);
+}
+
+models::NamedTensors Adapter::named(models::NamedTensors (SlotAdapter::*of)() const) const {
+  models::NamedTensors all;
+  for (size_t i = 0; i < targets_.size(); ++i)
+    for (const auto& [name, tensor] : (functions_[i].get()->*of)())
+      all.emplace_back(targets_[i].slot.path + "." + name, tensor);
+  sort_by_name(all);
+  return all;
+}
+
+models::NamedTensors Adapter::parameters() const {
+  models::NamedTensors all;
+  for (size_t i = 0; i < targets_.size(); ++i)
+    for (const auto& [name, tensor] : functions_[i]->parameters())
+      all.emplace_back(targets_[i].slot.path + "." + name, tensor);
+  for (const auto& [name, tensor] : shared_)
+    if (tensor.requires_grad()) all.emplace_back("shared." + name, tensor);
+  sort_by_name(all);
+  return all;
+}
+
+models::NamedTensors Adapter::state() const { return named(&SlotAdapter::state); }
+
+models::NamedTensors Adapter::deltas(const models::Backbone& model) const {
+  models::NamedTensors all;
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    const std::string& path = targets_[i].slot.path;
+    const auto change = functions_[i]->delta(model.base(path));
+    if (!change)
+      throw core::UserError(
+          fmt::format("algorithms/adapters: an adapter of type {} is no change of weights", config_.type),
+          "use it beside its base model; it cannot be merged into one");
+    all.emplace_back(path + ".weight", *change);
+    if (const at::Tensor bias = functions_[i]->bias_delta(); bias.defined()) all.emplace_back(path + ".bias", bias);
+  }
+  sort_by_name(all);
+  return all;
+}
+
+}  // namespace moraine::algorithms::adapters

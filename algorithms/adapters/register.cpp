@@ -1,0 +1,26 @@
+#include <algorithm>
+
+#include "algorithms/adapters/dora.h"
+#include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/parametrisation.h"
+#include "core/error.h"
+#include "core/registry.h"
+
+namespace moraine::algorithms::adapters {
+
+const std::vector<const Parametrisation*>& parametrisations() {
+  static const std::vector<const Parametrisation*> all = {&dora(), &lora()};
+  return all;
+}
+
+const Parametrisation& parametrisation(const std::string& name) {
+  std::vector<std::string> known;
+  for (const Parametrisation* candidate : parametrisations()) {
+    if (candidate->name() == name) return *candidate;
+    known.push_back(candidate->name());
+  }
+  throw core::UserError(fmt::format("algorithms/adapters: no type of adapter '{}'", name),
+                        core::name_hint(name, known));
+}
+
+}  // namespace moraine::algorithms::adapters
