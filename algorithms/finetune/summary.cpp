@@ -95,6 +95,7 @@ void Finetune::summarize_scores(const Stages& stages, const RunState& state, Jso
                            {"columns", columns},
                            {"rows", rows},
                            {"highlight", true},
+                           {"best_in", "column"},
                            {"notes", notes}});
   if (!best.empty() && stages.complete)
     out["headline"] = fmt::format("{} fits best: {:.3f} bits per byte in the mean over tasks, the base has {:.3f}.",
