@@ -144,16 +144,17 @@ domains:
 )");
   EXPECT_THAT(
       lines_,
-      ElementsAre("r.yaml: 8 problems",
-                  "r.yaml:1:1: nmae: unknown key (did you mean 'name'? Valid: domains, extra, name, train)",
-                  "r.yaml:3:3: train.stpes: unknown key (did you mean 'steps'? Valid: cap, learning_rate, ranks, "
-                  "schedule, shuffle, steps)",
-                  "r.yaml:4:18: train.learning_rate: must be above 0, found 0.0",
-                  "r.yaml:6:20: train.schedule.kind: 'cosin' is not one of the choices (did you mean 'cosine'? Valid: "
-                  "cosine, linear)",
-                  "r.yaml:6:40: train.schedule.final_ratio: must be at most 1, found 1.5",
-                  "r.yaml:8:3: domains.0.name: is required", "r.yaml:8:9: domains.0.rank: must be at least 1, found 0",
-                  "r.yaml:9:3: domains.1: must be a map of keys, found 'german'"));
+      ElementsAre(
+          "r.yaml: 8 problems",
+          "r.yaml:1:1: nmae: unknown key (did you mean 'name'? Valid: domains, extra, name, train)",
+          "r.yaml:3:3: train.stpes: unknown key (did you mean 'steps'? Valid: cap, learning_rate, modules, ranks, "
+          "schedule, shuffle, steps)",
+          "r.yaml:4:18: train.learning_rate: must be above 0, found 0.0",
+          "r.yaml:6:20: train.schedule.kind: 'cosin' is not one of the choices (did you mean 'cosine'? Valid: "
+          "cosine, linear)",
+          "r.yaml:6:40: train.schedule.final_ratio: must be at most 1, found 1.5",
+          "r.yaml:8:3: domains.0.name: is required", "r.yaml:8:9: domains.0.rank: must be at least 1, found 0",
+          "r.yaml:9:3: domains.1: must be a map of keys, found 'german'"));
 }
 
 TEST_F(ConfigTest, CrossFieldRulesNameTheirObject) {
