@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,13 @@ core::Json train_identity(const TrainConfig& config);
 /// `identity` was written by another version.
 TrainConfig train_config(const core::Json& identity, const TrainConfig& own);
 
+/// Parameters that move otherwise than TrainConfig says.
+struct ParameterGroup {
+  std::vector<std::string> names;      // of TrainJob::parameters
+  double lr_factor = 1;                // times the learning rate of the step
+  std::optional<double> weight_decay;  // instead of TrainConfig's
+};
+
 /// One training job as a method sees it: which tensors, which loss. The worker owns the loop.
 struct TrainJob {
   TrainConfig config;
@@ -51,7 +59,14 @@ struct TrainJob {
     int64_t count = 0;
   };
   std::function<MicroLoss(int64_t step, int64_t first_sequence, int64_t num_sequences)> loss;
-  int64_t tokens_per_sequence = 0;  // for tokens/s
+  int64_t tokens_per_sequence = 0;          // for tokens/s
+  std::vector<ParameterGroup> groups = {};  // a parameter stands in one at most
+  /// float32 tensors that move without gradients, by the hooks: checkpointed and handed to a group's members like
+  /// parameters.
+  models::NamedTensors state = {};
+  /// Called at every member before the first micro-batch of a step and after the step's update, `step` from 0. What
+  /// they draw comes from derive_seed and the step, so that a resumed run keeps its bits.
+  std::function<void(int64_t step)> before_step = nullptr, after_update = nullptr;
 };
 
 /// Steps between the points of TrainOutcome::curve. Not log_every: curves are stored in artefacts, which do not depend

@@ -93,6 +93,51 @@ core::Json timing(const algorithms::Plan& plan, const coordinator::RunRecord& ru
   return out;
 }
 
+// What training cost, by the second part of the units' labels ("train/<adapter>/..."), as their workers measured it.
+std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
+  struct Cost {
+    int64_t units = 0, tokens = 0, peak = 0;
+    double seconds = 0;
+  };
+  std::map<std::string, const coordinator::UnitRecord*> records;
+  for (const auto& unit : run.units) records[unit.unit] = &unit;
+  std::vector<std::string> order;
+  std::map<std::string, Cost> costs;
+  for (const std::string& id : plan.finished_ids) {
+    const auto it = records.find(id);
+    const core::Json stats = it == records.end() ? core::Json() : it->second->stats;
+    if (!stats.is_object() || stats.value("trained_tokens", int64_t{0}) <= 0) continue;
+    std::string name = it->second->label.substr(it->second->label.find('/') + 1);
+    name = name.substr(0, name.find('/'));
+    if (!costs.contains(name)) order.push_back(name);
+    Cost& cost = costs[name];
+    ++cost.units;
+    cost.tokens += stats.value("trained_tokens", int64_t{0});
+    cost.seconds += stats.value("train_seconds", 0.0);
+    cost.peak = std::max(cost.peak, stats.value("peak_rss_bytes", int64_t{0}));
+  }
+  if (costs.empty()) return std::nullopt;
+  core::Json rows = core::Json::array();
+  for (const std::string& name : order) {
+    const Cost& cost = costs[name];
+    rows.push_back({{"training", name},
+                    {"units", cost.units},
+                    {"seconds", cost.seconds},
+                    {"speed", static_cast<double>(cost.tokens) / std::max(1e-9, cost.seconds)},
+                    {"peak", static_cast<double>(cost.peak) / (1 << 20)}});
+  }
+  return core::Json{
+      {"title", "What training cost"},
+      {"columns",
+       {{{"key", "training"}, {"label", "training"}},
+        {{"key", "units"}, {"label", "units"}},
+        {{"key", "seconds"}, {"label", "seconds"}, {"digits", 1}},
+        {{"key", "speed"}, {"label", "sequences or tokens per second"}, {"digits", 0}},
+        {{"key", "peak"}, {"label", "most memory of the process, MiB"}, {"digits", 0}}}},
+      {"rows", rows},
+      {"notes", {"as the workers measured it, resumed parts excluded; memory: of the whole process until then"}}};
+}
+
 }  // namespace
 
 void write_plan_file(const algorithms::ParsedRecipe& recipe, const std::filesystem::path& run_directory) {
@@ -139,6 +184,7 @@ core::Json from_stored(const coordinator::RunRecord& run, const std::function<co
 core::Json summarize(const algorithms::Method& method, const coordinator::RunRecord& run) {
   core::Json summary = method.summary(*run.state);
   const algorithms::Plan plan = method.plan(*run.state);
+  if (const auto costs = training_costs(plan, run)) summary["tables"].push_back(*costs);
   summary["format"] = 1;
   summary["name"] = run.recipe.at("name");
   summary["method"] = run.recipe.at("method");

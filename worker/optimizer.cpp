@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numbers>
 
 #include <ATen/core/grad_mode.h>
@@ -45,13 +46,13 @@ double scale_and_clip_gradients(std::span<const at::Tensor> parameters, double s
   return norm;
 }
 
-Optimizer::Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters)
+Optimizer::Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters,
+                     const std::vector<algorithms::ParameterGroup>& groups)
     : adamw_(config.optimizer == "adamw"),
       beta1_(config.beta1),
       beta2_(config.beta2),
       epsilon_(config.epsilon),
-      momentum_(config.momentum),
-      weight_decay_(config.weight_decay) {
+      momentum_(config.momentum) {
   for (const auto& [name, tensor] : parameters) {
     MORAINE_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_leaf() && tensor.requires_grad(),
                   "a trained tensor must be a float32 leaf that requires a gradient: {}", name);
@@ -63,12 +64,31 @@ Optimizer::Optimizer(const algorithms::TrainConfig& config, const models::NamedT
       steps_.push_back(at::zeros(at::IntArrayRef{}, tensor.options()));
     }
   }
+  std::map<std::string, size_t> left;
+  for (size_t i = 0; i < names_.size(); ++i) left[names_[i]] = i;
+  for (const auto& group : groups) {
+    Group& own = groups_.emplace_back(group.lr_factor, group.weight_decay.value_or(config.weight_decay));
+    for (const std::string& name : group.names) {
+      const auto found = left.find(name);
+      MORAINE_CHECK(found != left.end(), "a group of parameters names '{}', which is not there or in another group",
+                    name);
+      own.members.push_back(found->second);
+      left.erase(found);
+    }
+  }
+  Group& others = groups_.emplace_back(1.0, config.weight_decay);
+  for (size_t i = 0; i < names_.size(); ++i)
+    if (left.contains(names_[i])) others.members.push_back(i);
 }
 
 void Optimizer::step(double learning_rate) {
   const at::NoGradGuard no_grad;
+  for (const Group& group : groups_) step(group, learning_rate * group.lr_factor);
+}
+
+void Optimizer::step(const Group& group, double learning_rate) {
   std::vector<at::Tensor> parameters, gradients, first, second, steps;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
+  for (const size_t i : group.members) {
     if (!parameters_[i].grad().defined()) continue;
     parameters.push_back(parameters_[i]);
     gradients.push_back(parameters_[i].grad());
@@ -82,10 +102,10 @@ void Optimizer::step(double learning_rate) {
   if (adamw_) {
     at::_foreach_add_(steps, 1);
     at::_fused_adamw_(parameters, gradients, first, second, /*max_exp_avg_sqs=*/{}, steps, learning_rate, beta1_,
-                      beta2_, weight_decay_, epsilon_, /*amsgrad=*/false, /*maximize=*/false);
+                      beta2_, group.weight_decay, epsilon_, /*amsgrad=*/false, /*maximize=*/false);
   } else {
     // Never "the first step": a buffer that starts at zero takes over the first gradient as it is when dampening is 0.
-    at::_fused_sgd_(parameters, gradients, first, weight_decay_, momentum_, learning_rate, /*dampening=*/0,
+    at::_fused_sgd_(parameters, gradients, first, group.weight_decay, momentum_, learning_rate, /*dampening=*/0,
                     /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false);
   }
   for (const at::Tensor& parameter : parameters) parameter.mutable_grad().reset();

@@ -26,12 +26,14 @@ double scale_and_clip_gradients(std::span<const at::Tensor> parameters, double s
 
 /// AdamW (decoupled weight decay, bias correction: the update of torch.optim.AdamW) or SGD with momentum
 /// (torch.optim.SGD, dampening 0, decay added to the gradient) on float32 leaves, in one fused pass over all of them.
-/// Weight decay applies to every parameter. A parameter without a gradient is not updated and its state does not move.
-/// Deterministic for a given thread count. Not thread-safe.
+/// Weight decay applies to every parameter unless its group says otherwise. A parameter without a gradient is not
+/// updated and its state does not move. Deterministic for a given thread count. Not thread-safe.
 class Optimizer {
  public:
-  /// Throws InternalError if a parameter is not a float32 leaf that requires a gradient.
-  Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters);
+  /// Throws InternalError if a parameter is not a float32 leaf that requires a gradient, or a group names one that is
+  /// not there or stands in two.
+  Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters,
+            const std::vector<algorithms::ParameterGroup>& groups = {});
 
   /// One update at `learning_rate` from the gradients the leaves hold; then forgets the gradients.
   void step(double learning_rate);
@@ -41,10 +43,17 @@ class Optimizer {
   models::NamedTensors state() const;
 
  private:
+  struct Group {
+    double lr_factor = 1, weight_decay = 0;
+    std::vector<size_t> members;  // by index
+  };
+  void step(const Group& group, double learning_rate);
+
   std::vector<std::string> names_;
   std::vector<at::Tensor> parameters_;
   bool adamw_;
-  double beta1_, beta2_, epsilon_, momentum_, weight_decay_;
+  double beta1_, beta2_, epsilon_, momentum_;
+  std::vector<Group> groups_;                       // the last one holds who stands in none
   std::vector<at::Tensor> first_, second_, steps_;  // SGD: first_ is the momentum buffer, the others stay empty
 };
 

@@ -67,9 +67,10 @@ class Loop {
       : job_(job),
         site_(site),
         group_(*site.group),
-        optimizer_(job.config, job.parameters),
+        optimizer_(job.config, job.parameters, job.groups),
         exchange_(group_, optimizer_.parameters(), site.exchange) {
     for (const auto& [name, tensor] : job.parameters) checkpointed_.emplace_back("parameter/" + name, tensor);
+    for (const auto& [name, tensor] : job.state) checkpointed_.emplace_back("kept/" + name, tensor);
     for (const auto& [name, tensor] : optimizer_.state()) checkpointed_.emplace_back("state/" + name, tensor);
   }
 
@@ -116,7 +117,7 @@ class Loop {
     loop = core::Json::parse(first, first + shared.size());
     const at::NoGradGuard no_grad;
     for (const auto& [name, tensor] : checkpointed_) {
-      if (loop.is_null() && !name.starts_with("parameter/")) continue;
+      if (loop.is_null() && name.starts_with("state/")) continue;
       const at::Tensor mine = tensor.detach().to(at::kCPU).contiguous();
       const core::Bytes bytes = from_leader(group_.index() == 0 ? bytes_of_tensor(mine) : core::Bytes());
       if (group_.index() == 0) continue;
@@ -168,6 +169,7 @@ class Loop {
 
   /// Returns whether the loop is to stop.
   bool one_step() {
+    if (job_.before_step) job_.before_step(state_.step);
     const StepTotals totals = accumulate();
     if (!std::isfinite(totals.loss_sum)) fail("loss", totals.loss_sum);
     if (totals.targets == 0) {
@@ -181,6 +183,7 @@ class Loop {
                                                  job_.config.clip_norm);
     if (!std::isfinite(norm)) fail("gradient norm", norm);
     optimizer_.step(rate);
+    if (job_.after_update) job_.after_update(state_.step);
     ++state_.step;
     const auto due = [&](int64_t every) { return state_.step % every == 0 || state_.step == job_.config.steps; };
     if (due(algorithms::kCurveEvery)) state_.curve.emplace_back(state_.step, state_.kept.take_mean());

@@ -58,6 +58,13 @@ void read_tensors(const core::Safetensors& file, const models::NamedTensors& ten
   }
 }
 
+/// Patterns of a recipe in the order they are tried in, so that what is written down says it.
+AdapterConfig in_order(AdapterConfig config) {
+  std::ranges::stable_sort(config.rank_pattern, {}, &ModuleRank::module);
+  std::ranges::stable_sort(config.alpha_pattern, {}, &ModuleAlpha::module);
+  return config;
+}
+
 }  // namespace
 
 Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, const models::Backbone* model,
@@ -84,12 +91,12 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
 }
 
 Adapter Adapter::create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device) {
-  return make(config, targets_of(config, model.slots()), &model, seed, device, /*fresh=*/true);
+  return make(in_order(config), targets_of(config, model.slots()), &model, seed, device, /*fresh=*/true);
 }
 
 Adapter Adapter::create(const AdapterConfig& config, std::span<const models::Slot> slots, uint64_t seed,
                         at::Device device) {
-  return make(config, targets_of(config, slots), nullptr, seed, device, /*fresh=*/true);
+  return make(in_order(config), targets_of(config, slots), nullptr, seed, device, /*fresh=*/true);
 }
 
 Adapter Adapter::from_artefact(const core::Artefact& artefact, const models::Backbone& model, at::Device device) {
@@ -98,9 +105,9 @@ Adapter Adapter::from_artefact(const core::Artefact& artefact, const models::Bac
     throw core::UserError(
         fmt::format("algorithms/adapters: {} (kind '{}') holds no adapter", artefact.file().origin(), artefact.kind()));
   const AdapterConfig config = adapter_schema().from_json(*stored, artefact.file().origin());
-  Adapter adapter =
-      make(config, targets_of(config, model.slots()), &model, artefact.meta().value("seed", uint64_t{0}), device,
-           /*fresh=*/false);
+  Adapter adapter = make(config, targets_of(config, model.slots(), Matching::kAnyName), &model,
+                         artefact.meta().value("seed", uint64_t{0}), device,
+                         /*fresh=*/false);
   models::NamedTensors all = adapter.parameters();
   for (auto& entry : adapter.state()) all.push_back(std::move(entry));
   check_tensors(artefact.file(), all, "");
@@ -113,14 +120,12 @@ Adapter Adapter::load(const std::filesystem::path& directory, const models::Back
   const std::filesystem::path config_path = directory / "adapter_config.json",
                               tensors_path = directory / "adapter_model.safetensors";
   const core::OrderedJson peft = core::read_ordered_json(config_path);
-  const AdapterConfig read = config_from_peft(peft, config_path.string());
   const core::Safetensors file = core::open_checked(tensors_path);
-  AdapterConfig config = read;
+  AdapterConfig config = config_from_peft(peft, config_path.string());
   if (names_no_target(config)) config.target_modules = modules_with_factors(file);
   Adapter adapter =
       make(config, targets_of(config, model.slots(), Matching::kAnyName), &model, 0, device, /*fresh=*/false);
   adapter.peft_ = peft;
-  adapter.config_ = read;
   const models::NamedTensors parameters = adapter.parameters();
   check_tensors(file, parameters, kPrefix);
   read_tensors(file, parameters, kPrefix, dtype);
@@ -175,6 +180,14 @@ models::NamedTensors Adapter::parameters() const {
     if (tensor.requires_grad()) all.emplace_back("shared." + name, tensor);
   sort_by_name(all);
   return all;
+}
+
+std::vector<ParameterGroup> Adapter::groups() const {
+  if (config_.lr_ratio == 1) return {};
+  ParameterGroup faster{{}, config_.lr_ratio, std::nullopt};
+  for (const auto& [name, tensor] : parameters())
+    if (tensor.dim() == 1 || name.find("lora_B") != std::string::npos) faster.names.push_back(name);
+  return {faster};
 }
 
 models::NamedTensors Adapter::state() const { return named(&SlotAdapter::state); }

@@ -10,6 +10,7 @@
 
 #include "algorithms/adapters/config.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/worker_context.h"
 #include "core/artefact.h"
 #include "models/backbone.h"
 
@@ -52,6 +53,8 @@ class Adapter {
   const SlotAdapter& function(size_t target) const { return *functions_[target]; }
   /// "<slot path>.<name>", and "shared.<name>" of what all slots share; sorted by name.
   models::NamedTensors parameters() const;
+  /// Those that learn at AdapterConfig::lr_ratio times the rate; none when it is 1.
+  std::vector<ParameterGroup> groups() const;
   /// What is kept and not trained, named alike.
   models::NamedTensors state() const;
   /// Dense change of every selected weight (and bias), under the weight's name, sorted. Throws UserError when the map

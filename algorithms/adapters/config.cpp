@@ -189,6 +189,10 @@ const core::Schema<AdapterConfig>& adapter_schema() {
     s.field("init", &C::init)
         .choices({"gaussian", "kaiming", "olora", "pissa"})
         .doc("Start values: of A at random, with B = 0, or of both from the frozen weight, which stays as it is.");
+    s.field("lr_ratio", &C::lr_ratio)
+        .above(0)
+        .joined_later()
+        .doc("lora_B and one-dimensional tensors learn at this multiple of the learning rate (LoRA+; 16 is usual).");
     s.field("use_rslora", &C::use_rslora).doc("Scale by alpha / sqrt(rank), which keeps high ranks learning.");
     s.check([](const C& c) -> std::optional<std::string> {
       if (c.layers_to_transform.empty() || (c.target_regex.empty() && !all_linear(c))) return std::nullopt;

@@ -40,6 +40,7 @@ struct AdapterConfig {
   std::vector<ModuleAlpha> alpha_pattern;
   // A: kaiming U(+-1/sqrt(in)) | gaussian N(0, 1/r), B is 0; pissa | olora: both from the frozen weight
   std::string init = "kaiming";
+  double lr_ratio = 1;      // B and vectors learn at this multiple of the rate (LoRA+, arXiv 2402.12354)
   bool use_rslora = false;  // scale alpha / sqrt(r) instead of alpha / r
 };
 const core::Schema<AdapterConfig>& adapter_schema();

@@ -54,6 +54,7 @@ struct Traits {
   bool reads_base = false;      // start values need the frozen weight, whatever `init` says
   bool uses_rank = true;        // rank, rank_pattern, alpha and init mean something
   bool nested_ranks = false;    // its first r' ranks are an adapter of rank r'
+  bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
   bool needs_examples = false;  // start values need a gradient of the loss: SlotInit::gradient
 };
 

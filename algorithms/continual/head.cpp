@@ -101,7 +101,8 @@ TrainConfig scaled_training(const TrainConfig& train, const core::Json& spec) {
 
 core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
                                  const TrainConfig& own, models::NamedTensors parameters, Head head, models::Vit& vit,
-                                 const std::function<models::NamedTensors()>& state) {
+                                 const std::function<models::NamedTensors()>& state,
+                                 std::vector<ParameterGroup> groups) {
   const TrainConfig train = scaled_training(train_config(unit.spec.at("train"), own), unit.spec);
   const auto logits = unit.spec.at("logits").get<std::vector<int64_t>>();
   const auto seed = unit.spec.at("seed").get<uint64_t>();
@@ -120,7 +121,7 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
   parameters.emplace_back("head.weight", weight);
   std::sort(parameters.begin(), parameters.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
 
-  TrainJob job{train, std::move(parameters), nullptr, /*tokens_per_sequence=*/1};
+  TrainJob job{train, std::move(parameters), nullptr, /*tokens_per_sequence=*/1, std::move(groups)};
   job.loss = [&, batch_size = train.batch_size](int64_t step, int64_t first, int64_t count) {
     const auto batch = batch_of(rows, seed, step * batch_size + first, count);
     std::vector<int64_t> targets = site.images->labels("train", batch);

@@ -40,7 +40,8 @@ std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, i
 /// `own` says how often this worker saves and logs; how to train stands in the unit.
 core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
                                  const TrainConfig& own, models::NamedTensors parameters, Head head, models::Vit& vit,
-                                 const std::function<models::NamedTensors()>& state);
+                                 const std::function<models::NamedTensors()>& state,
+                                 std::vector<ParameterGroup> groups = {});
 
 /// spec of such a unit: tasks to train on, logits, seeds and training.
 core::Json training_spec(const TrainConfig& train, const StreamFacts& stream, int64_t first_task, int64_t last_task,

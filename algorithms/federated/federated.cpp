@@ -242,6 +242,9 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
   if (!federation->prunes() && pruning_schema().to_json(config.pruning) != pruning_schema().to_json({}))
     problems.add(origin("pruning"), "pruning", fmt::format("ranks do not shrink in {}", name),
                  "use hetlora, or leave pruning out");
+  if (config.lora.lr_ratio != 1)
+    problems.add(origin("lora"), "lora.lr_ratio", "clients of a federation train all factors at one rate",
+                 "leave it out");
   if (config.lora.type != "lora" || adapters::starts_from_base(config.lora))
     problems.add(origin("lora"), "lora.type", "rounds are of pairs A and B that start apart from the base",
                  "type: lora with init: kaiming or gaussian");

@@ -34,15 +34,26 @@ const core::Schema<TaskConfig>& task_schema() {
 
 const core::Schema<EntryConfig>& entry_schema() {
   using C = EntryConfig;
-  static const auto schema = core::Schema<C>()
-                                 .field("name", &C::name)
-                                 .required()
-                                 .doc("Name of this way to fit the model, in tables and files")
-                                 .optional_object("adapter", &C::adapter, adapters::adapter_schema())
-                                 .doc("What is trained beside the frozen model; left out: all its weights")
-                                 .field("learning_rate", &C::learning_rate)
-                                 .above(0)
-                                 .doc("Instead of train.learning_rate");
+  static const auto schema =
+      core::Schema<C>()
+          .field("name", &C::name)
+          .required()
+          .doc("Name of this way to fit the model, in tables and files")
+          .optional_object("adapter", &C::adapter, adapters::adapter_schema())
+          .doc("What is trained beside the frozen model; left out, without `start`: all its weights")
+          .field("start", &C::start)
+          .path()
+          .doc("PEFT directory of an adapter to train further, instead of a fresh one")
+          .field("learning_rate", &C::learning_rate)
+          .above(0)
+          .doc("Instead of train.learning_rate")
+          .check([](const C& c) -> Violation {
+            if (!c.adapter || c.start.empty()) return std::nullopt;
+            return fmt::format(
+                "'{}': adapter or start: an adapter that is trained further "
+                "keeps its configuration",
+                c.name);
+          });
   return schema;
 }
 

@@ -25,7 +25,8 @@ struct TaskConfig {
 /// One way to fit the model.
 struct EntryConfig {
   std::string name;
-  std::optional<adapters::AdapterConfig> adapter;  // none = all weights are trained
+  std::optional<adapters::AdapterConfig> adapter;  // neither this nor `start` = all weights are trained
+  std::string start;                               // PEFT directory: its adapter is trained further
   std::optional<double> learning_rate;             // instead of train.learning_rate
 };
 

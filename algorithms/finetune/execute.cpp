@@ -40,6 +40,14 @@ core::ArtefactPtr Finetune::execute(const Unit& unit, WorkerContext& context) co
   return evaluate_unit(unit, context);
 }
 
+std::filesystem::path Finetune::start_directory(const std::string& hash) const {
+  for (const auto& entry : config_.adapters)
+    if (const auto start = started_.find(entry.name); start != started_.end() && start->second.hash == hash)
+      return entry.start;
+  throw core::UserError("algorithms/finetune: this site has another adapter to start from than the coordinator",
+                        "every site needs the same files at adapters.<i>.start");
+}
+
 core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) const {
   const auto spec = core::from_spec(TrainSpec::schema(), unit.spec);
   const TrainConfig train = train_config(spec.train, config_.train);
@@ -48,9 +56,12 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
   TrainJob job{train, {}, nullptr, text->seq_len()};
   std::optional<adapters::Adapter> adapter;
   if (spec.adapter) {
-    adapter = adapters::Adapter::create(*spec.adapter, model, spec.adapter_seed, context.device());
+    adapter = spec.start.empty()
+                  ? adapters::Adapter::create(*spec.adapter, model, spec.adapter_seed, context.device())
+                  : adapters::Adapter::load(start_directory(spec.start), model, at::kFloat, context.device());
     adapter->attach(model);
     job.parameters = adapter->parameters();
+    job.groups = adapter->groups();
   } else {
     job.parameters = model.make_trainable();
   }
@@ -98,7 +109,7 @@ void Finetune::check_result(const Unit& unit, const core::Artefact& artefact) co
       refuse("was trained against another model or on another task");
     int64_t numbers = 0;
     for (const auto& tensor : artefact.file().tensors()) numbers += tensor.numel();
-    const int64_t planned = counts(spec.adapter).stored;
+    const int64_t planned = counts(spec.adapter, !spec.start.empty()).stored;
     if (numbers != planned) refuse(fmt::format("holds {} numbers, planned are {}", numbers, planned));
   } catch (const core::Json::exception& error) {
     refuse(fmt::format("is malformed: {}", error.what()));

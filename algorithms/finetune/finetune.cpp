@@ -3,9 +3,13 @@
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/adapters/adapter.h"
+#include "algorithms/adapters/peft_files.h"
 #include "algorithms/evaluate.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
+#include "core/file.h"
+#include "core/hash.h"
+#include "core/ordered_json.h"
 #include "core/registry.h"
 #include "data/model_tokenizer.h"
 #include "data/text_dataset.h"
@@ -28,10 +32,42 @@ Finetune::Finetune(FinetuneConfig config, const core::Json& inputs)
     : config_(std::move(config)),
       architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
       fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
-      model_id_(inputs.at("model").get<std::string>()) {}
+      model_id_(inputs.at("model").get<std::string>()) {
+  for (const auto& [name, start] : inputs.at("started").items())
+    started_[name] = {adapters::adapter_schema().from_json(start.at("adapter")), start.at("hash").get<std::string>()};
+}
 
 core::Json Finetune::inputs() const {
-  return {{"architecture", architecture_.to_json()}, {"fingerprints", fingerprints_}, {"model", model_id_}};
+  core::Json started = core::Json::object();
+  for (const auto& [name, start] : started_)
+    started[name] = {{"adapter", adapters::adapter_schema().to_json(start.config)}, {"hash", start.hash}};
+  return {{"architecture", architecture_.to_json()},
+          {"fingerprints", fingerprints_},
+          {"model", model_id_},
+          {"started", started}};
+}
+
+std::optional<adapters::AdapterConfig> Finetune::adapter_of(const EntryConfig& entry) const {
+  return entry.start.empty() ? entry.adapter : started_.at(entry.name).config;
+}
+
+void Finetune::open_starts(core::Problems& problems) {
+  for (size_t i = 0; i < config_.adapters.size(); ++i) {
+    const EntryConfig& entry = config_.adapters[i];
+    if (entry.start.empty()) continue;
+    const std::string key = fmt::format("adapters.{}.start", i);
+    try {
+      const std::filesystem::path directory = entry.start;
+      const auto config = directory / "adapter_config.json", tensors = directory / "adapter_model.safetensors";
+      Started start{adapters::config_from_peft(core::read_ordered_json(config), config.string()),
+                    core::sha256(core::read_text(config) + core::sha256(core::read_text(tensors)))};
+      const core::Safetensors file = core::open_checked(tensors);
+      if (adapters::names_no_target(start.config)) start.config.target_modules = adapters::modules_with_factors(file);
+      started_[entry.name] = std::move(start);
+    } catch (const core::UserError& error) {
+      problems.add(key, key, error.what(), error.hint());
+    }
+  }
 }
 
 void Finetune::check_adapters(core::Problems& problems) const {
@@ -40,7 +76,8 @@ void Finetune::check_adapters(core::Problems& problems) const {
     const EntryConfig& entry = config_.adapters[i];
     const std::string key = fmt::format("adapters.{}.adapter", i);
     try {
-      if (entry.adapter) (void)adapters::targets_of(*entry.adapter, slots);
+      const auto matching = entry.start.empty() ? adapters::Matching::kEveryName : adapters::Matching::kAnyName;
+      if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, slots, matching);
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
@@ -66,14 +103,16 @@ void Finetune::open_inputs() {
     problems.add("seq_len", "seq_len",
                  fmt::format("{} is more than the model's {} positions", config_.seq_len,
                              architecture_.max_position_embeddings));
-  check_adapters(problems);
+  open_starts(problems);
+  if (problems.empty()) check_adapters(problems);
   if (problems.empty()) model_id_ = model_identity(config_.model.path, architecture_);
   problems.throw_if_any(config_.name);
 }
 
-adapters::Counts Finetune::counts(const std::optional<adapters::AdapterConfig>& adapter) const {
+adapters::Counts Finetune::counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const {
   if (!adapter) return {architecture_.total_parameters(), architecture_.total_parameters()};
-  const auto targets = adapters::targets_of(*adapter, models::decoder_slots(architecture_));
+  const auto targets = adapters::targets_of(*adapter, models::decoder_slots(architecture_),
+                                            started ? adapters::Matching::kAnyName : adapters::Matching::kEveryName);
   return adapters::parametrisation(adapter->type).count(targets, *adapter);
 }
 
@@ -81,9 +120,10 @@ ParameterTable Finetune::parameters() const {
   ParameterTable table;
   table.columns = {"adapter", "type", "trained", "% of the model", "stored and sent"};
   for (const auto& entry : config_.adapters) {
-    const adapters::Counts numbers = counts(entry.adapter);
+    const auto adapter = adapter_of(entry);
+    const adapters::Counts numbers = counts(adapter, !entry.start.empty());
     table.rows.push_back(
-        {entry.name, entry.adapter ? entry.adapter->type : "all weights", numbers.trained,
+        {entry.name, adapter ? adapter->type : "all weights", numbers.trained,
          100.0 * static_cast<double>(numbers.trained) / static_cast<double>(architecture_.total_parameters()),
          numbers.stored});
   }
@@ -103,8 +143,8 @@ void Finetune::publish(const RunState& state, const std::filesystem::path& run_d
   PlanBuilder builder(state);
   std::optional<models::Decoder> base;
   for (const Result& result : walk(builder).results) {
-    if (!result.artefact || !result.entry->adapter) continue;
-    if (adapters::parametrisation(result.entry->adapter->type).peft_type().empty()) continue;
+    const auto adapter = adapter_of(*result.entry);
+    if (!result.artefact || !adapter || adapters::parametrisation(adapter->type).peft_type().empty()) continue;
     if (!base) base = models::Decoder::from_directory(config_.model.path, std::nullopt);
     adapters::Adapter::from_artefact(*state.artefact(*result.artefact), *base, at::kCPU)
         .save(run_directory / "adapters" / result.name(), config_.model.path);
@@ -136,7 +176,7 @@ void Finetune::export_as(const RunState& state, const ExportRequest& request) co
   const Result& result = find_result(stages, request.what);
   const core::ArtefactPtr artefact = state.artefact(*result.artefact);
   if (request.format == "peft") {
-    if (!result.entry->adapter)
+    if (!adapter_of(*result.entry))
       throw core::UserError(fmt::format("algorithms/finetune: {} trained all weights: it is no adapter", result.name()),
                             "--to hf writes the model");
     const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);

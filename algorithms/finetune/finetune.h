@@ -50,6 +50,11 @@ class Finetune final : public Method {
   ParameterTable parameters() const override;
 
  private:
+  /// An adapter that a recipe's entry starts from.
+  struct Started {
+    adapters::AdapterConfig config;
+    std::string hash;  // of its files
+  };
   /// One result: an adapter, a task and a seed.
   struct Result {
     const EntryConfig* entry = nullptr;
@@ -69,13 +74,17 @@ class Finetune final : public Method {
   Unit train_unit(const Result& result) const;
   Unit evaluation_unit(const std::string& label, const TaskConfig& task, std::vector<std::string> inputs) const;
   TextSpec text_spec(const TaskConfig& task, const std::string& split) const;
-  adapters::Counts counts(const std::optional<adapters::AdapterConfig>& adapter) const;
+  /// What is trained of an entry; nullopt = all weights.
+  std::optional<adapters::AdapterConfig> adapter_of(const EntryConfig& entry) const;
+  void open_starts(core::Problems& problems);
+  adapters::Counts counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const;
   void check_adapters(core::Problems& problems) const;
 
   core::ArtefactPtr train(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<models::Decoder> load_base(const std::string& base, const std::string& dtype,
                                              WorkerContext& context) const;
+  std::filesystem::path start_directory(const std::string& hash) const;
   std::shared_ptr<data::TextDataset> load_text(const TextSpec& spec, WorkerContext& context) const;
 
   // summary.cpp
@@ -92,6 +101,7 @@ class Finetune final : public Method {
   FinetuneConfig config_;
   models::DecoderConfig architecture_;
   std::map<std::string, std::string> fingerprints_;  // of the tasks' texts
+  std::map<std::string, Started> started_;           // by entry
   std::string model_id_;                             // "dir:<hash>"
 };
 

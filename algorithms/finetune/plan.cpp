@@ -16,18 +16,18 @@ Unit Finetune::train_unit(const Result& result) const {
   const auto seed = static_cast<uint64_t>(result.seed);
   TrainConfig train = config_.train;
   if (result.entry->learning_rate) train.learning_rate = *result.entry->learning_rate;
-  const TrainSpec spec{.type_version = result.entry->adapter
-                                           ? adapters::parametrisation(result.entry->adapter->type).result_version()
-                                           : 1,
+  const auto adapter = adapter_of(*result.entry);
+  const TrainSpec spec{.type_version = adapter ? adapters::parametrisation(adapter->type).result_version() : 1,
                        .compute = compute_identity(config_.workers),
                        .base = model_id_,
-                       .adapter = result.entry->adapter,
+                       .adapter = adapter,
+                       .start = result.entry->start.empty() ? "" : started_.at(result.entry->name).hash,
                        .data = text_spec(*result.task, "train"),
                        .adapter_seed = core::derive_seed(seed, "finetune/adapter"),
                        .data_seed = core::derive_seed(seed, "finetune/data/" + result.task->name),
                        .train = train_identity(train)};
   // Frozen weights take no gradients: 4 instead of 6 operations per parameter and token.
-  const double operations = result.entry->adapter ? 4 : 6;
+  const double operations = adapter ? 4 : 6;
   Unit unit{TrainSpec::kKind,
             "train/" + result.name(),
             core::to_spec(TrainSpec::schema(), spec),

@@ -62,9 +62,10 @@ void Finetune::summarize_scores(const Stages& stages, const RunState& state, Jso
   std::string best;
   double lowest = 0;
   for (const auto& entry : config_.adapters) {
-    const adapters::Counts numbers = counts(entry.adapter);
+    const auto adapter = adapter_of(entry);
+    const adapters::Counts numbers = counts(adapter, !entry.start.empty());
     Json row = {{"adapter", entry.name},
-                {"type", entry.adapter ? entry.adapter->type : "all weights"},
+                {"type", adapter ? adapter->type : "all weights"},
                 {"trained", numbers.trained},
                 {"stored", numbers.stored}};
     std::vector<double> means;

@@ -12,6 +12,8 @@ const core::Schema<TrainSpec>& TrainSpec::schema() {
                                  .field("compute", &C::compute)
                                  .field("base", &C::base)
                                  .optional_object("adapter", &C::adapter, adapters::adapter_schema())
+                                 .field("start", &C::start)
+                                 .joined_later()
                                  .object("data", &C::data, text_schema())
                                  .field("adapter_seed", &C::adapter_seed)
                                  .field("data_seed", &C::data_seed)

@@ -22,6 +22,7 @@ struct TrainSpec {
   core::Json compute = {};
   std::string base = {};
   std::optional<adapters::AdapterConfig> adapter = {};
+  std::string start = {};  // SHA-256 of the adapter to start from; "" = fresh
   TextSpec data = {};
   uint64_t adapter_seed = 0;  // start values
   uint64_t data_seed = 0;     // order of the data, and what is drawn in passes

@@ -92,6 +92,23 @@ def exports_are_what_was_scored(world: Finetuning) -> None:
         expect_in(done.stderr, *parts)
 
 
+def an_adapter_is_trained_further(world: Finetuning) -> None:
+    world.run("first", "seeds=[1]", "adapters=[{name: small, adapter: {rank: 2, alpha: 4, rank_pattern: [{module: up_proj, rank: 3}]}}]")
+    start = world.directory / "first/adapters/small/left/seed1"
+    more = ("seeds=[1]", f"adapters=[{{name: more, start: {start}}}]")
+    world.run("second", *more)
+    first, second = (world.table(run, "Bits per byte")[1]["task left"] for run in ("first", "second"))
+    assert second < first, (first, second)
+    config = json.loads((world.directory / "second/adapters/more/left/seed1/adapter_config.json").read_text())
+    assert config["r"] == 2 and config["rank_pattern"] == {"up_proj": 3}, config
+    weights = start / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    expect_in(world.run("third", *more, expect=2).stderr, "adapter_model.safetensors", "SHA256SUMS")
+    expect_in(world.run("third", "seeds=[1]", f"adapters=[{{name: more, start: {start}, adapter: {{rank: 2}}}}]", expect=2).stderr, "adapter or start")
+    expect_in(world.run("third", "seeds=[1]", "adapters=[{name: more, start: nowhere}]", expect=2).stderr, "adapters.0.start", "nowhere")
+
+
 def bad_recipes_are_refused(world: Finetuning) -> None:
     cases = {
         ("adapters=[]",): ("adapters must not be empty",),
@@ -111,7 +128,8 @@ def bad_recipes_are_refused(world: Finetuning) -> None:
 
 
 def main() -> None:
-    claims = {f.__name__: f for f in (workers_kills_and_seeds_decide_what_they_should, exports_are_what_was_scored, bad_recipes_are_refused)}
+    claims = {f.__name__: f for f in (workers_kills_and_seeds_decide_what_they_should, exports_are_what_was_scored,
+                                      an_adapter_is_trained_further, bad_recipes_are_refused)}
     with tempfile.TemporaryDirectory() as directory:
         claims[sys.argv[2]](Finetuning(Path(directory)))
     print("ok")

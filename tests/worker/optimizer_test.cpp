@@ -133,6 +133,32 @@ TEST(Optimizer, ParameterWithoutGradientKeepsItsValueAndItsState) {
   EXPECT_FALSE(parameters[1].second.grad().defined()) << "a step forgets the gradients it used";
 }
 
+TEST(Optimizer, AGroupMovesAsAnOptimizerOfItsOwnWould) {
+  for (const std::string name : {"adamw", "sgd"}) {
+    algorithms::TrainConfig config;
+    config.optimizer = name;
+    config.weight_decay = 0.1;
+    const models::NamedTensors together = make_parameters(), apart = make_parameters();
+    Optimizer grouped(config, together, {{{"p1"}, 16.0, 0.0}});
+    Optimizer first(config, {apart[0]});
+    config.weight_decay = 0;
+    Optimizer second(config, {apart[1]});
+    for (int64_t step = 0; step < 3; ++step) {
+      set_gradients(together, step);
+      set_gradients(apart, step);
+      grouped.step(1e-2);
+      first.step(1e-2);
+      second.step(16e-2);
+    }
+    EXPECT_EQ(testing::flat(together), testing::flat(apart)) << name;
+  }
+}
+
+TEST(Optimizer, AGroupOfUnknownOrTwiceNamedParametersIsRefused) {
+  EXPECT_THROW(Optimizer({}, make_parameters(), {{{"p9"}, 1.0, {}}}), core::InternalError);
+  EXPECT_THROW(Optimizer({}, make_parameters(), {{{"p0"}, 1.0, {}}, {{"p0"}, 2.0, {}}}), core::InternalError);
+}
+
 TEST(Optimizer, RefusesTensorsThatAreNotFloat32Leaves) {
   const algorithms::TrainConfig config;
   EXPECT_THROW(Optimizer(config, {{"half", at::zeros({2}, at::kBFloat16).set_requires_grad(true)}}),

@@ -6,9 +6,11 @@
 #include <optional>
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -99,6 +101,32 @@ TEST_F(Trainer, KilledAfterAPeriodicCheckpointResumesThereWithTheSameBits) {
   resumed.expect_same_bits(uninterrupted_);
   EXPECT_EQ(finish(tiny_job(kSteps), Recorder(checkpoint_).site).resumed_at, kSteps)
       << "the end is kept for later train() calls";
+}
+
+TEST_F(Trainer, HooksMoveStateThatAResumedRunFindsAgain) {
+  // A running sum of the first parameter, taken after every update, which the next step's hook adds to it.
+  const auto job_with_hooks = [] {
+    TrainJob job = tiny_job(kSteps);
+    const at::Tensor parameter = job.parameters.front().second, sum = at::zeros_like(parameter.detach());
+    job.state = {{"sum", sum}};
+    job.before_step = [=](int64_t step) {
+      const at::NoGradGuard no_grad;
+      at::Tensor(parameter).add_(sum, 1e-3 * static_cast<double>(step));
+    };
+    job.after_update = [=](int64_t) {
+      const at::NoGradGuard no_grad;
+      at::Tensor(sum).add_(parameter);
+    };
+    return job;
+  };
+  const Final whole = finish(job_with_hooks(), Recorder().site);
+  EXPECT_NE(whole.parameters, uninterrupted_.parameters);
+  Recorder first(checkpoint_);
+  first.stop_after = 5;
+  EXPECT_THROW(train(job_with_hooks(), first.site), core::StopRequested);
+  const Final resumed = finish(job_with_hooks(), Recorder(checkpoint_).site);
+  EXPECT_EQ(resumed.resumed_at, 5);
+  resumed.expect_same_bits(whole);
 }
 
 TEST_F(Trainer, CheckpointThatCannotBeTrustedIsIgnored) {

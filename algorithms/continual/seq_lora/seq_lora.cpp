@@ -74,8 +74,12 @@ core::ArtefactPtr SeqLora::execute(const Unit& unit, const LearnerSite& site) co
   adapter.attach(vit);
   models::NamedTensors factors;
   for (const auto& [name, tensor] : adapter.parameters()) factors.emplace_back(kPrefix + name, tensor);
-  return train_head_and(kind(), unit, site, site.config.lora_training(), factors, std::move(head), vit,
-                        [&] { return everything(adapter); });
+  auto groups = adapter.groups();
+  for (auto& group : groups)
+    for (auto& name : group.names) name.insert(0, kPrefix);
+  return train_head_and(
+      kind(), unit, site, site.config.lora_training(), factors, std::move(head), vit,
+      [&] { return everything(adapter); }, std::move(groups));
 }
 
 std::unique_ptr<Classifier> SeqLora::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed,
