@@ -3,13 +3,14 @@
 #include "algorithms/adapters/dora.h"
 #include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/vera.h"
 #include "core/error.h"
 #include "core/registry.h"
 
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &lora()};
+  static const std::vector<const Parametrisation*> all = {&dora(), &lora(), &vera()};
   return all;
 }
 
