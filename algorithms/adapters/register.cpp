@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "algorithms/adapters/dora.h"
+#include "algorithms/adapters/ia3.h"
 #include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/parametrisation.h"
 #include "algorithms/adapters/vera.h"
@@ -10,7 +11,7 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &lora(), &vera()};
+  static const std::vector<const Parametrisation*> all = {&dora(), &ia3(), &lora(), &vera()};
   return all;
 }
 
