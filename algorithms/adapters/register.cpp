@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "algorithms/adapters/bitfit.h"
 #include "algorithms/adapters/dora.h"
 #include "algorithms/adapters/ia3.h"
 #include "algorithms/adapters/lora.h"
@@ -11,7 +12,7 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &ia3(), &lora(), &vera()};
+  static const std::vector<const Parametrisation*> all = {&bitfit(), &dora(), &ia3(), &lora(), &vera()};
   return all;
 }
 
