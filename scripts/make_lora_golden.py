@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the golden files of tests/algorithms/lora_test.cpp with transformers and PEFT.
+"""Makes the golden files of tests/algorithms/lora_test.cpp and adapters_*_test.cpp with transformers and PEFT.
 
     pip install torch==2.11.0 transformers==4.57.6 peft==0.21.0 safetensors
-    PYTHONHASHSEED=0 scripts/make_lora_golden.py     # writes tests/algorithms/golden/lora_*; PEFT writes sets in hash order
+    PYTHONHASHSEED=0 scripts/make_lora_golden.py     # writes tests/algorithms/golden/; PEFT writes sets in hash order
 
 lora_golden.safetensors   a tiny Llama, tokens, and per adapter the logits, the summed loss and the gradients of A and B
 lora_plain/, lora_rs/     the adapters as PEFT writes them
+peft_golden.safetensors   the same of other types of adapters on the same model, with the dense changes of the weights
+dora/, ia3/, vera/        those adapters
 lora_matching.json        which modules PEFT selects for various configurations, with rank and scaling
 """
 import json
@@ -13,7 +15,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +29,11 @@ ADAPTERS = {
                              alpha_pattern={".*.up_proj": 3}, exclude_modules=["layers.0.mlp.up_proj"]),
     "lora_rs": LoraConfig(r=3, lora_alpha=4, use_rslora=True, init_lora_weights="gaussian",
                           target_modules=r".*\.1\..*_proj"),
+}
+OTHERS = {
+    "dora": LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": VeraConfig(r=20, projection_prng_key=5, d_initial=0.2, target_modules=["q_proj", "v_proj", "down_proj"]),
 }
 MATCHING = [
     {"target_modules": ["q_proj", "v_proj"]},
@@ -48,8 +55,9 @@ def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            if parameter.requires_grad:
+                around = 1 if "magnitude" in name or "ia3" in name else 0
+                parameter.copy_(around + torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 def run(name, config, base_state, tokens):
@@ -67,9 +75,15 @@ def run(name, config, base_state, tokens):
     tensors = {f"{name}/logits": logits.detach(), f"{name}/loss": loss.detach()}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = key.removeprefix("base_model.model.").replace(".default", "")
+            key = key.removeprefix("base_model.model.").replace(".default", "").replace("vector.weight", "vector")
             tensors[f"{name}/grad/{key}"] = parameter.grad
-    return tensors
+    return tensors, model
+
+
+def changes(name, model, base_state):
+    merged = model.merge_and_unload().state_dict()
+    return {f"{name}/delta/{key}": merged[key] - tensor for key, tensor in base_state.items()
+            if not torch.equal(merged[key], tensor)}
 
 
 def selected(fields, base_state):
@@ -91,9 +105,14 @@ def main():
     tokens = torch.randint(0, BASE.vocab_size, (2, 13))
     tensors = {f"base/{name}": tensor for name, tensor in state.items()} | {"tokens": tokens}
     for name, config in ADAPTERS.items():
-        tensors |= run(name, config, state, tokens)
+        tensors |= run(name, config, state, tokens)[0]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, GOLDEN / "lora_golden.safetensors",
               metadata={"config": base.config.to_json_string()})
+    tensors = {}
+    for name, config in OTHERS.items():
+        of_pass, model = run(name, config, state, tokens)
+        tensors |= of_pass | changes(name, model, state)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, GOLDEN / "peft_golden.safetensors")
     cases = [{"config": fields, "modules": selected(fields, state)} for fields in MATCHING]
     (GOLDEN / "lora_matching.json").write_text(json.dumps(cases, indent=1, sort_keys=True) + "\n")
 

@@ -14,18 +14,15 @@
 namespace moraine::algorithms::adapters {
 namespace {
 
-constexpr const char* kPrefix = "base_model.model.";
-
 void sort_by_name(models::NamedTensors& tensors) {
   std::ranges::sort(tensors, {}, &std::pair<std::string, at::Tensor>::first);
 }
 
 /// Compares names and shapes of a file with what the adapter has; reports all differences at once.
-void check_tensors(const core::Safetensors& file, const models::NamedTensors& wanted, const std::string& prefix) {
+void check_tensors(const core::Safetensors& file, const models::NamedTensors& wanted) {
   std::vector<std::string> problems;
   std::set<std::string> expected;
-  for (const auto& [plain, tensor] : wanted) {
-    const std::string name = prefix + plain;
+  for (const auto& [name, tensor] : wanted) {
     expected.insert(name);
     const core::TensorView* view = file.find(name);
     if (view == nullptr) {
@@ -45,14 +42,14 @@ void check_tensors(const core::Safetensors& file, const models::NamedTensors& wa
 }
 
 /// Fills an adapter's tensors from a file, in the file's type or `dtype`; leaves stay leaves.
-void read_tensors(const core::Safetensors& file, const models::NamedTensors& tensors, const std::string& prefix,
+void read_tensors(const core::Safetensors& file, const models::NamedTensors& tensors,
                   std::optional<at::ScalarType> dtype) {
   const at::NoGradGuard no_grad;
   for (auto [name, tensor] : tensors) {
-    const at::Tensor stored = models::copy_of(*file.find(prefix + name));
+    const at::Tensor stored = models::copy_of(*file.find(name));
     if (!stored.is_floating_point())
       throw core::UserError(
-          fmt::format("algorithms/adapters: {}: {} is not of a floating-point type", file.origin(), prefix + name),
+          fmt::format("algorithms/adapters: {}: {} is not of a floating-point type", file.origin(), name),
           "save the adapter in float32, bfloat16 or float16");
     tensor.set_data(stored.to(tensor.device(), dtype.value_or(stored.scalar_type())));
   }
@@ -81,6 +78,7 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
   };
   for (const Target& target : adapter.targets_)
     adapter.functions_.push_back(type.make({.target = target,
+                                            .targets = adapter.targets_,
                                             .config = adapter.config_,
                                             .base = model ? &model->base(target.slot.path) : nullptr,
                                             .seed = seed,
@@ -110,8 +108,8 @@ Adapter Adapter::from_artefact(const core::Artefact& artefact, const models::Bac
                          /*fresh=*/false);
   models::NamedTensors all = adapter.parameters();
   for (auto& entry : adapter.state()) all.push_back(std::move(entry));
-  check_tensors(artefact.file(), all, "");
-  read_tensors(artefact.file(), all, "", std::nullopt);
+  check_tensors(artefact.file(), all);
+  read_tensors(artefact.file(), all, std::nullopt);
   return adapter;
 }
 
@@ -126,16 +124,15 @@ Adapter Adapter::load(const std::filesystem::path& directory, const models::Back
   Adapter adapter =
       make(config, targets_of(config, model.slots(), Matching::kAnyName), &model, 0, device, /*fresh=*/false);
   adapter.peft_ = peft;
-  const models::NamedTensors parameters = adapter.parameters();
-  check_tensors(file, parameters, kPrefix);
-  read_tensors(file, parameters, kPrefix, dtype);
+  const models::NamedTensors tensors = adapter.in_peft_file(&SlotAdapter::parameters);
+  check_tensors(file, tensors);
+  read_tensors(file, tensors, dtype);
   return adapter;
 }
 
 void Adapter::save(const std::filesystem::path& directory, const std::string& base_model) const {
-  models::NamedTensors tensors;
-  for (const auto& [name, tensor] : named(&SlotAdapter::peft_tensors))
-    tensors.emplace_back(name, tensor.detach().to(at::kCPU).contiguous());
+  models::NamedTensors tensors = in_peft_file(&SlotAdapter::peft_tensors);
+  for (auto& [name, tensor] : tensors) tensor = tensor.detach().to(at::kCPU).contiguous();
   std::vector<at::Tensor> keep;
   const core::Json peft = peft_.is_null() ? parametrisation(config_.type).peft_config(config_) : peft_;
   // Patterns of a recipe are tried in alphabetical order, those of a file in the file's.
@@ -190,7 +187,22 @@ std::vector<ParameterGroup> Adapter::groups() const {
   return {faster};
 }
 
-models::NamedTensors Adapter::state() const { return named(&SlotAdapter::state); }
+models::NamedTensors Adapter::in_peft_file(models::NamedTensors (SlotAdapter::*of)() const) const {
+  models::NamedTensors all;
+  for (const auto& [name, tensor] : named(of)) all.emplace_back(peft_name(name), tensor);
+  for (const std::string& name : parametrisation(config_.type).kept_shared(config_))
+    all.emplace_back(peft_shared_name(name), shared_.at(name));
+  sort_by_name(all);
+  return all;
+}
+
+models::NamedTensors Adapter::state() const {
+  models::NamedTensors all = named(&SlotAdapter::state);
+  for (const std::string& name : parametrisation(config_.type).kept_shared(config_))
+    all.emplace_back("shared." + name, shared_.at(name));
+  sort_by_name(all);
+  return all;
+}
 
 models::NamedTensors Adapter::deltas(const models::Backbone& model) const {
   models::NamedTensors all;
@@ -202,7 +214,14 @@ models::NamedTensors Adapter::deltas(const models::Backbone& model) const {
           fmt::format("algorithms/adapters: an adapter of type {} is no change of weights", config_.type),
           "use it beside its base model; it cannot be merged into one");
     all.emplace_back(path + ".weight", *change);
-    if (const at::Tensor bias = functions_[i]->bias_delta(); bias.defined()) all.emplace_back(path + ".bias", bias);
+    const at::Tensor bias = functions_[i]->bias_delta(model.base(path));
+    if (!bias.defined()) continue;
+    if (!model.base(path).bias.defined())
+      throw core::UserError(
+          fmt::format("algorithms/adapters: the adapter changes the bias of {}, and this model has none there", path),
+          "use it beside its base model; to merge it, train it on modules that have biases (config.json: "
+          "attention_bias, mlp_bias)");
+    all.emplace_back(path + ".bias", bias);
   }
   sort_by_name(all);
   return all;

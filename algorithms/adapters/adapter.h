@@ -58,7 +58,7 @@ class Adapter {
   /// What is kept and not trained, named alike.
   models::NamedTensors state() const;
   /// Dense change of every selected weight (and bias), under the weight's name, sorted. Throws UserError when the map
-  /// is not a linear one.
+  /// is not a linear one, and when a bias changes that the model does not have.
   models::NamedTensors deltas(const models::Backbone& model) const;
 
  private:
@@ -66,6 +66,8 @@ class Adapter {
   static Adapter make(const AdapterConfig& config, std::vector<Target> targets, const models::Backbone* model,
                       uint64_t seed, at::Device device, bool fresh);
   models::NamedTensors named(models::NamedTensors (SlotAdapter::*of)() const) const;
+  /// By their names in a file in PEFT's form: of the slots, and what is kept of the shared ones.
+  models::NamedTensors in_peft_file(models::NamedTensors (SlotAdapter::*of)() const) const;
 
   AdapterConfig config_ = {};
   std::vector<Target> targets_;

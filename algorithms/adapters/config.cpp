@@ -211,15 +211,15 @@ std::vector<Target> targets_of(const AdapterConfig& given, std::span<const model
     std::ranges::stable_sort(config.rank_pattern, {}, &ModuleRank::module);
     std::ranges::stable_sort(config.alpha_pattern, {}, &ModuleAlpha::module);
   }
-  const bool uses_rank = parametrisation(config.type).traits().uses_rank;
+  const Traits traits = parametrisation(config.type).traits();
   std::vector<Target> targets;
   for (const models::Slot& slot : slots) {
     if (slot.kind != models::SlotKind::kLinear || !selects(config, slot.path)) continue;
     Target target{.slot = slot,
                   .rank = value_at(slot.path, config.rank_pattern, &ModuleRank::rank, config.rank),
                   .alpha = value_at(slot.path, config.alpha_pattern, &ModuleAlpha::alpha, config.alpha)};
-    if (!uses_rank) target.rank = 0;
-    if (uses_rank && (target.rank < 1 || target.rank > std::min(slot.in, slot.out))) {
+    if (!traits.uses_rank) target.rank = 0;
+    if (traits.uses_rank && (target.rank < 1 || (traits.rank_fits && target.rank > std::min(slot.in, slot.out)))) {
       throw core::UserError(fmt::format("algorithms/adapters: rank {} does not fit {} ({} x {})", target.rank,
                                         slot.path, slot.out, slot.in),
                             fmt::format("choose a rank from 1 to {}", std::min(slot.in, slot.out)));

@@ -66,7 +66,8 @@ struct Target {
 enum class Matching { kEveryName, kAnyName };
 
 /// The linear slots that `config` selects, in slot order. Works on shapes alone. Throws UserError if a name matches no
-/// slot (the slots are listed), a regular expression is malformed, or a rank is not in [1, min(in, out)] of its slot.
+/// slot (the slots are listed), a regular expression is malformed, or a rank is not in [1, min(in, out)] of its slot
+/// (Traits::rank_fits).
 std::vector<Target> targets_of(const AdapterConfig& config, std::span<const models::Slot> slots,
                                Matching matching = Matching::kEveryName);
 
@@ -74,7 +75,7 @@ std::vector<Target> targets_of(const AdapterConfig& config, std::span<const mode
 int64_t lora_parameters(std::span<const Target> targets);
 
 /// Reads adapter_config.json, whose patterns keep their order. An unknown peft_type and options that would change the
-/// result and are not implemented here (DoRA, biases, initialisations that change the base, ...) are UserErrors;
+/// result and are not implemented here (biases, initialisations that change the base, ...) are UserErrors;
 /// unknown fields are named in a warning. A target_modules of null leaves both ways to name targets empty: the tensors
 /// say which modules are meant.
 AdapterConfig config_from_peft(const core::OrderedJson& json, const std::string& origin);

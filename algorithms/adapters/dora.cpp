@@ -75,10 +75,9 @@ class Dora final : public Parametrisation {
                                       LoraSlot::Options{init.target.scale, init.config.dropout, init.target.slot.path});
   }
   std::string peft_type() const override { return "LORA"; }
-  core::Json peft_config(const AdapterConfig& config) const override {
-    core::Json json = lora_peft_config(config);
-    json["use_dora"] = true;
-    return json;
+  core::Json peft_config(const AdapterConfig& config) const override { return lora_peft_config(config); }
+  AdapterConfig config_from_peft(const core::OrderedJson& json, const std::string& origin) const override {
+    return lora_config_from_peft(json, origin);
   }
 };
 

@@ -53,6 +53,9 @@ class Lora final : public Parametrisation {
   }
   std::string peft_type() const override { return "LORA"; }
   core::Json peft_config(const AdapterConfig& config) const override { return lora_peft_config(config); }
+  AdapterConfig config_from_peft(const core::OrderedJson& json, const std::string& origin) const override {
+    return lora_config_from_peft(json, origin);
+  }
 };
 
 }  // namespace

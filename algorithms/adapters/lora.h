@@ -46,8 +46,9 @@ struct LoraFactors {
 };
 LoraFactors first_factors(const SlotInit& init);
 
-/// adapter_config.json's fields of a LoRA.
+/// adapter_config.json's fields of a LoRA or DoRA.
 core::Json lora_peft_config(const AdapterConfig& config);
+AdapterConfig lora_config_from_peft(const core::OrderedJson& json, const std::string& origin);
 
 /// LoRA, rsLoRA, PiSSA and OLoRA.
 const Parametrisation& lora();

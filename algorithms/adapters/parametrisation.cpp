@@ -1,8 +1,11 @@
 #include "algorithms/adapters/parametrisation.h"
 
+#include <set>
+
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
+#include <fmt/ranges.h>
 
 #include "core/error.h"
 #include "core/hash.h"
@@ -12,6 +15,22 @@ namespace moraine::algorithms::adapters {
 core::Json Parametrisation::peft_config(const AdapterConfig&) const {
   throw core::UserError(fmt::format("algorithms/adapters: PEFT knows no adapter of type {}", name()),
                         "export the merged model instead");
+}
+
+AdapterConfig Parametrisation::config_from_peft(const core::OrderedJson&, const std::string& origin) const {
+  throw core::InternalError(fmt::format("{}: type {} has a peft_type and reads no file of it", origin, name()));
+}
+
+AdapterConfig config_from_peft(const core::OrderedJson& json, const std::string& origin) {
+  const core::Json given = json.is_object() ? core::Json(json).value("peft_type", core::Json()) : core::Json();
+  std::set<std::string> known;
+  for (const Parametrisation* type : parametrisations()) {
+    if (type->peft_type().empty()) continue;
+    if (given == type->peft_type()) return type->config_from_peft(json, origin);
+    known.insert(type->peft_type());
+  }
+  throw core::UserError(fmt::format("algorithms/adapters: {}: peft_type is {}", origin, given.dump()),
+                        fmt::format("types that can be read: {}", fmt::join(known, ", ")));
 }
 
 core::Json option_of(const AdapterConfig& config, const char* name) {

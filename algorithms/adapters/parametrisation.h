@@ -12,6 +12,7 @@
 
 #include "algorithms/adapters/config.h"
 #include "core/json.h"
+#include "core/ordered_json.h"
 #include "models/slot.h"
 
 namespace moraine::algorithms::adapters {
@@ -37,7 +38,7 @@ class SlotAdapter : public models::SlotFunction {
   /// The same as factors, when it is a product of such.
   virtual std::optional<Factored> factored(const models::SlotBase&) const { return std::nullopt; }
   /// The change of the bias, [out]; undefined when it has none.
-  virtual at::Tensor bias_delta() const { return {}; }
+  virtual at::Tensor bias_delta(const models::SlotBase&) const { return {}; }
   /// What the adapter's file in PEFT's form holds of this slot.
   virtual models::NamedTensors peft_tensors() const { return parameters(); }
 };
@@ -53,6 +54,7 @@ struct Traits {
   bool zero_at_init = true;     // a fresh adapter changes no bit of the base's output
   bool reads_base = false;      // start values need the frozen weight, whatever `init` says
   bool uses_rank = true;        // rank, rank_pattern, alpha and init mean something
+  bool rank_fits = true;        // a rank is at most min(in, out) of its slot
   bool nested_ranks = false;    // its first r' ranks are an adapter of rank r'
   bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
   bool needs_examples = false;  // start values need a gradient of the loss: SlotInit::gradient
@@ -61,6 +63,7 @@ struct Traits {
 /// What a slot's adapter is made of.
 struct SlotInit {
   const Target& target;
+  std::span<const Target> targets = {};  // all of the adapter
   const AdapterConfig& config;
   const models::SlotBase* base = nullptr;  // nullptr when neither Traits::reads_base nor starts_from_base()
   uint64_t seed = 0;
@@ -88,6 +91,8 @@ class Parametrisation {
   virtual core::Json options() const { return core::Json::object(); }
   /// What is wrong with a configuration beyond the types of its fields.
   virtual std::optional<std::string> problem(const AdapterConfig&) const { return std::nullopt; }
+  /// Tensors of SlotInit::shared that are frozen and stored all the same: state of the adapter.
+  virtual std::vector<std::string> kept_shared(const AdapterConfig&) const { return {}; }
   virtual Counts count(std::span<const Target> targets, const AdapterConfig& config) const = 0;
   /// Trained tensors are float32 leaves that require gradients, and depend on seed and slot path alone.
   virtual std::shared_ptr<SlotAdapter> make(const SlotInit& init) const = 0;
@@ -95,6 +100,9 @@ class Parametrisation {
   virtual std::string peft_type() const { return ""; }
   /// adapter_config.json's fields, of a type PEFT knows.
   virtual core::Json peft_config(const AdapterConfig& config) const;
+  /// Those fields as they are in a file `origin`. Types of one peft_type() read the same files: the first one is asked,
+  /// and the file says which of them it is.
+  virtual AdapterConfig config_from_peft(const core::OrderedJson& json, const std::string& origin) const;
 };
 
 /// All parametrisations, sorted by name. One line each in register.cpp.

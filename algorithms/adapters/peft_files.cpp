@@ -73,7 +73,7 @@ AdapterConfig patterns_as_read(const core::Json& meta) {
 }  // namespace
 
 void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const AdapterConfig& config,
-                          std::vector<core::TensorView> factors, const std::string& base_model) {
+                          const std::vector<core::TensorView>& tensors, const std::string& base_model) {
   if (!base_model.empty())  // a directory by a name that holds wherever the adapter is read
     peft["base_model_name_or_path"] = std::filesystem::is_directory(base_model)
                                           ? std::filesystem::absolute(base_model).lexically_normal().string()
@@ -86,13 +86,16 @@ void write_peft_directory(const std::filesystem::path& directory, core::Json pef
   };
   reorder("rank_pattern", config.rank_pattern);
   reorder("alpha_pattern", config.alpha_pattern);
-  for (core::TensorView& factor : factors) factor.name.insert(0, kPrefix);
   std::filesystem::remove(directory / core::kChecksumsFile);  // of an earlier adapter
-  const auto bytes = core::serialize_safetensors(factors, {{"format", "pt"}});
+  const auto bytes = core::serialize_safetensors(tensors, {{"format", "pt"}});
   core::write_atomically(directory / kTensors, bytes);
   core::write_atomically(directory / "adapter_config.json", ordered.dump(2, ' ', /*ensure_ascii=*/true));
   core::write_checksums(directory, {{kTensors, core::sha256(bytes)}});
 }
+
+std::string peft_name(const std::string& name) { return std::string(kPrefix) + name; }
+
+std::string peft_shared_name(const std::string& name) { return "base_model." + name; }
 
 std::vector<std::string> modules_with_factors(const core::Safetensors& file) {
   std::vector<std::string> modules, problems;
@@ -118,15 +121,16 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
       refuse(fmt::format("is more than a LoRA adapter: it holds '{}'", tensor.name));
     ++halves[tensor.name.substr(0, tensor.name.size() - kA.size())];
     factors.push_back(tensor);
+    factors.back().name = peft_name(tensor.name);
   }
   if (factors.empty()) refuse("is no LoRA adapter: it holds no factors");
   for (const auto& [path, count] : halves)
     if (count != 2) refuse(fmt::format("has only one of lora_A and lora_B of {}", path));
   if (as_read) {
-    write_peft_directory(directory, meta.at("peft"), patterns_as_read(meta), std::move(factors), base_model);
+    write_peft_directory(directory, meta.at("peft"), patterns_as_read(meta), factors, base_model);
   } else {
-    write_peft_directory(directory, lora_peft_config(adapter_schema().from_json(meta.at("lora"))), {},
-                         std::move(factors), base_model);
+    write_peft_directory(directory, lora_peft_config(adapter_schema().from_json(meta.at("lora"))), {}, factors,
+                         base_model);
   }
 }
 
@@ -134,6 +138,9 @@ core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   const std::filesystem::path config_path = directory / "adapter_config.json";
   const core::OrderedJson peft = core::read_ordered_json(config_path);
   AdapterConfig config = config_from_peft(peft, config_path.string());
+  if (config.type != "lora")
+    throw core::UserError(fmt::format("algorithms/adapters: {} is of type {}", config_path.string(), config.type),
+                          "only plain LoRA and rsLoRA become artefacts of pairs A and B; use the directory as it is");
   const core::Safetensors file = core::open_checked(directory / kTensors);
   std::vector<std::string> problems;
   const auto pairs = pairs_of(file, problems);

@@ -13,10 +13,14 @@ namespace moraine::algorithms::adapters {
 
 /// Writes a PEFT directory: adapter_config.json (sorted keys, indent 2; patterns in the order of `config`, in which
 /// they are tried) and adapter_model.safetensors (metadata format "pt"), with SHA256SUMS. `peft` holds the fields.
-/// `factors` are named "<slot path>.lora_A.weight" and ".lora_B.weight", as in artefacts of kind "adapter". A non-empty
-/// `base_model` is entered as base_model_name_or_path, a directory by its absolute path. Throws IoError.
+/// Tensors are named as in the file. A non-empty `base_model` is entered as base_model_name_or_path, a directory by its
+/// absolute path. Throws IoError.
 void write_peft_directory(const std::filesystem::path& directory, core::Json peft, const AdapterConfig& config,
-                          std::vector<core::TensorView> factors, const std::string& base_model);
+                          const std::vector<core::TensorView>& tensors, const std::string& base_model);
+
+/// The file's name of "<slot path>.lora_A.weight" and its like, and of what all slots share.
+std::string peft_name(const std::string& name);
+std::string peft_shared_name(const std::string& name);
 
 /// The module paths that have factors in an adapter_model.safetensors.
 std::vector<std::string> modules_with_factors(const core::Safetensors& file);

@@ -1,15 +1,19 @@
 #include <algorithm>
 
+#include "algorithms/adapters/bitfit.h"
 #include "algorithms/adapters/dora.h"
+#include "algorithms/adapters/ia3.h"
 #include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/lora_xs.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/vera.h"
 #include "core/error.h"
 #include "core/registry.h"
 
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &lora()};
+  static const std::vector<const Parametrisation*> all = {&bitfit(), &dora(), &ia3(), &lora(), &lora_xs(), &vera()};
   return all;
 }
 

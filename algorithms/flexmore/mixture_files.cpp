@@ -269,8 +269,8 @@ void write_peft_expert(const Expert& expert, const fs::path& directory, const st
     config.target_modules.emplace_back(p.name);
     for (size_t l = 0; l < expert.layers.size(); ++l) {
       const std::string slot = fmt::format("{}.{}", ffn_slot(l), p.name);
-      factors.emplace_back(slot + ".lora_A.weight", (expert.layers[l].*p.delta).a);
-      factors.emplace_back(slot + ".lora_B.weight", (expert.layers[l].*p.delta).b);
+      factors.emplace_back(adapters::peft_name(slot + ".lora_A.weight"), (expert.layers[l].*p.delta).a);
+      factors.emplace_back(adapters::peft_name(slot + ".lora_B.weight"), (expert.layers[l].*p.delta).b);
     }
   }
   core::Json peft = adapters::lora_peft_config(config);

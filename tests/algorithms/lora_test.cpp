@@ -22,17 +22,17 @@
 #include "core/ordered_json.h"
 #include "models/decoder.h"
 #include "models/tensor_io.h"
+#include "tests/algorithms/adapter_cases.h"
 #include "tests/temporary_directory.h"
 
 namespace moraine::algorithms::adapters {
 namespace {
 
 using models::Slot;
-using models::SlotKind;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-const std::filesystem::path kGolden = std::filesystem::path(MORAINE_SOURCE_DIR) / "tests/algorithms/golden";
+const std::filesystem::path kGolden = golden_directory();
 
 class LoraFiles : public ::testing::Test {
  protected:
@@ -48,56 +48,6 @@ class LoraFiles : public ::testing::Test {
   TemporaryDirectory temporary_;
   const std::filesystem::path& directory_ = temporary_.path();
 };
-
-/// The golden file's tensors below a prefix, without it.
-std::vector<core::TensorView> below(const core::Safetensors& file, const std::string& prefix) {
-  std::vector<core::TensorView> views;
-  for (core::TensorView view : file.tensors()) {
-    if (!view.name.starts_with(prefix)) continue;
-    view.name = view.name.substr(prefix.size());
-    views.push_back(view);
-  }
-  return views;
-}
-
-const core::Safetensors& golden() {
-  static const core::Safetensors file = core::Safetensors::open(kGolden / "lora_golden.safetensors");
-  return file;
-}
-
-models::Decoder golden_base(std::optional<at::ScalarType> dtype = std::nullopt) {
-  const auto config =
-      models::DecoderConfig::from_json(core::parse_json(golden().metadata().at("config"), "golden"), "golden");
-  return models::Decoder::from_tensors(config, below(golden(), "base/"), "golden", dtype);
-}
-
-at::Tensor golden_tensor(const std::string& name) {
-  const core::TensorView* view = golden().find(name);
-  MORAINE_CHECK(view != nullptr, "no golden tensor: {}", name);
-  return models::copy_of(*view);
-}
-
-void expect_close(const at::Tensor& actual, const at::Tensor& expected, const std::string& what) {
-  ASSERT_EQ(actual.sizes(), expected.sizes()) << what;
-  // float32 on both sides; only the order of sums inside the matrix products differs.
-  EXPECT_LE(actual.sub(expected).abs().max().item<double>(), 1e-5 * expected.abs().max().item<double>()) << what;
-}
-
-/// Linear slots of a decoder by shapes alone.
-std::vector<Slot> decoder_slots(int64_t layers, int64_t d, int64_t kv, int64_t h) {
-  std::vector<Slot> slots;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const std::string at = "model.layers." + std::to_string(layer);
-    for (const auto& [name, in, out] :
-         {std::tuple("q_proj", d, d), {"k_proj", d, kv}, {"v_proj", d, kv}, {"o_proj", d, d}})
-      slots.push_back({at + ".self_attn." + name, SlotKind::kLinear, in, out});
-    for (const auto& [name, in, out] : {std::tuple("gate_proj", d, h), {"up_proj", d, h}, {"down_proj", h, d}})
-      slots.push_back({at + ".mlp." + name, SlotKind::kLinear, in, out});
-    slots.push_back({at + ".mlp", SlotKind::kFfn, d, d, h});
-  }
-  slots.push_back({"lm_head", SlotKind::kLinear, d, 32000});
-  return slots;
-}
 
 int64_t count(const std::vector<Slot>& slots, int64_t rank, std::vector<std::string> modules) {
   AdapterConfig config;
@@ -423,9 +373,9 @@ TEST_F(LoraFiles, UnknownFieldsSurviveARoundTrip) {
 
 TEST_F(LoraFiles, WhatWouldComputeSomethingElseIsRefused) {
   for (const auto& [changes, text] : std::vector<std::pair<core::Json, std::string>>{
-           {{{"peft_type", "VERA"}}, "peft_type is \"VERA\""},
+           {{{"peft_type", "VERO"}}, "peft_type is \"VERO\""},
            {{{"peft_type", nullptr}}, "peft_type is null"},
-           {{{"use_dora", true}}, "lora_magnitude_vector"},
+           {{{"use_dora", true}}, "missing base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector"},
            {{{"bias", "all"}}, "option not implemented: bias"},
            {{{"modules_to_save", {"lm_head"}}}, "option not implemented: modules_to_save"},
            {{{"init_lora_weights", "pissa"}}, "changes the base weights"},

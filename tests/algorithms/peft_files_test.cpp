@@ -93,15 +93,15 @@ TEST(PeftFiles, WhatIsNoPlainLoraIsRefused) {
     return models::thrown<core::UserError>([&] { import_adapter(directory.path()); });
   };
   EXPECT_EQ(complaint(core::Json::object()), "");
-  EXPECT_THAT(complaint({{"peft_type", "IA3"}}),
-              AllOf(HasSubstr("peft_type is \"IA3\""), HasSubstr("adapter_config.json")));
+  EXPECT_THAT(complaint({{"peft_type", "LOHA"}}),
+              AllOf(HasSubstr("peft_type is \"LOHA\""), HasSubstr("adapter_config.json")));
   EXPECT_THAT(complaint({{"target_modules", {"nonsense"}}, {"rank_pattern", core::Json::object()}}),
               AllOf(HasSubstr("match no slot"), HasSubstr("q_proj")));
   EXPECT_THAT(complaint({{"target_modules", {"q_proj", "down_proj"}}}),
               HasSubstr("v_proj has factors, but target_modules does not select it"));
   EXPECT_THAT(complaint({{"rank_pattern", core::Json::object()}}),
               AllOf(HasSubstr("rank 5"), HasSubstr("the configuration says 4")));
-  EXPECT_THAT(complaint({{"use_dora", true}}), HasSubstr("use_dora"));
+  EXPECT_THAT(complaint({{"use_dora", true}}), HasSubstr("is of type dora"));
   const std::string path = "base_model.model.model.layers.0.self_attn.q_proj.";
   EXPECT_THAT(complaint(core::Json::object(), {{path + "lora_A.weight", random_tensor({4, 16}, 1)}}),
               HasSubstr("only one of lora_A and lora_B"));
