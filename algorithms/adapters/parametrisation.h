@@ -53,7 +53,7 @@ struct Traits {
   bool zero_at_init = true;     // a fresh adapter changes no bit of the base's output
   bool reads_base = false;      // start values need the frozen weight, whatever `init` says
   bool uses_rank = true;        // rank, rank_pattern, alpha and init mean something
-  bool nested_ranks = false;    // its first r' ranks are an adapter of rank r'
+  bool nested_ranks = false;    // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool needs_examples = false;  // start values need a gradient of the loss: SlotInit::gradient
 };
 

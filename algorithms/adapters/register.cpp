@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "algorithms/adapters/dora.h"
+#include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/parametrisation.h"
 #include "core/error.h"
@@ -9,7 +10,7 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &lora()};
+  static const std::vector<const Parametrisation*> all = {&dora(), &dylora(), &lora()};
   return all;
 }
 
