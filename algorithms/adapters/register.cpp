@@ -3,6 +3,7 @@
 #include "algorithms/adapters/dora.h"
 #include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/matryoshka.h"
 #include "algorithms/adapters/parametrisation.h"
 #include "core/error.h"
 #include "core/registry.h"
@@ -10,7 +11,7 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &dylora(), &lora()};
+  static const std::vector<const Parametrisation*> all = {&dora(), &dylora(), &lora(), &matryoshka()};
   return all;
 }
 
