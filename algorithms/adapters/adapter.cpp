@@ -50,11 +50,11 @@ void read_tensors(const core::Safetensors& file, const models::NamedTensors& ten
   const at::NoGradGuard no_grad;
   for (auto [name, tensor] : tensors) {
     const at::Tensor stored = models::copy_of(*file.find(prefix + name));
-    if (!stored.is_floating_point())
-      throw core::UserError(
-          fmt::format("algorithms/adapters: {}: {} is not of a floating-point type", file.origin(), prefix + name),
-          "save the adapter in float32, bfloat16 or float16");
-    tensor.set_data(stored.to(tensor.device(), dtype.value_or(stored.scalar_type())));
+    if (stored.is_floating_point() != tensor.is_floating_point())
+      throw core::UserError(fmt::format("algorithms/adapters: {}: {} is of a wrong type", file.origin(), prefix + name),
+                            "save the adapter in float32, bfloat16 or float16");
+    const bool is_index = !tensor.is_floating_point();
+    tensor.set_data(stored.to(tensor.device(), is_index ? tensor.scalar_type() : dtype.value_or(stored.scalar_type())));
   }
 }
 

@@ -92,6 +92,8 @@ class Parametrisation {
   virtual std::shared_ptr<SlotAdapter> make(const SlotInit& init) const = 0;
   /// PEFT's name for it, "" when PEFT does not know it; then parameters have PEFT's names.
   virtual std::string peft_type() const { return ""; }
+  /// Whether PEFT knows this configuration of it.
+  virtual bool in_peft(const AdapterConfig&) const { return !peft_type().empty(); }
   /// adapter_config.json's fields, of a type PEFT knows.
   virtual core::Json peft_config(const AdapterConfig& config) const;
 };

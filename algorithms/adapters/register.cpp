@@ -5,13 +5,14 @@
 #include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/matryoshka.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/shira.h"
 #include "core/error.h"
 #include "core/registry.h"
 
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &dylora(), &lora(), &matryoshka()};
+  static const std::vector<const Parametrisation*> all = {&dora(), &dylora(), &lora(), &matryoshka(), &shira()};
   return all;
 }
 

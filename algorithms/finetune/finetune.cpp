@@ -104,7 +104,7 @@ void Finetune::publish(const RunState& state, const std::filesystem::path& run_d
   std::optional<models::Decoder> base;
   for (const Result& result : walk(builder).results) {
     if (!result.artefact || !result.entry->adapter) continue;
-    if (adapters::parametrisation(result.entry->adapter->type).peft_type().empty()) continue;
+    if (!adapters::parametrisation(result.entry->adapter->type).in_peft(*result.entry->adapter)) continue;
     if (!base) base = models::Decoder::from_directory(config_.model.path, std::nullopt);
     adapters::Adapter::from_artefact(*state.artefact(*result.artefact), *base, at::kCPU)
         .save(run_directory / "adapters" / result.name(), config_.model.path);
