@@ -4,6 +4,7 @@
 #include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/matryoshka.h"
+#include "algorithms/adapters/nola.h"
 #include "algorithms/adapters/parametrisation.h"
 #include "algorithms/adapters/shira.h"
 #include "core/error.h"
@@ -12,7 +13,8 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(), &dylora(), &lora(), &matryoshka(), &shira()};
+  static const std::vector<const Parametrisation*> all = {&dora(),       &dylora(), &lora(),
+                                                          &matryoshka(), &nola(),   &shira()};
   return all;
 }
 
