@@ -47,11 +47,11 @@ void read_tensors(const core::Safetensors& file, const models::NamedTensors& ten
   const at::NoGradGuard no_grad;
   for (auto [name, tensor] : tensors) {
     const at::Tensor stored = models::copy_of(*file.find(name));
-    if (!stored.is_floating_point())
-      throw core::UserError(
-          fmt::format("algorithms/adapters: {}: {} is not of a floating-point type", file.origin(), name),
-          "save the adapter in float32, bfloat16 or float16");
-    tensor.set_data(stored.to(tensor.device(), dtype.value_or(stored.scalar_type())));
+    if (stored.is_floating_point() != tensor.is_floating_point())
+      throw core::UserError(fmt::format("algorithms/adapters: {}: {} is of a wrong type", file.origin(), name),
+                            "save the adapter in float32, bfloat16 or float16");
+    const bool is_index = !tensor.is_floating_point();
+    tensor.set_data(stored.to(tensor.device(), is_index ? tensor.scalar_type() : dtype.value_or(stored.scalar_type())));
   }
 }
 
@@ -149,6 +149,28 @@ core::ArtefactPtr Adapter::to_artefact(core::Json meta, uint64_t seed) const {
   meta["seed"] = seed;
   meta["adapter"] = adapter_schema().to_json(config_);
   return core::Artefact::create("adapter", std::move(meta), models::views_of(tensors, keep));
+}
+
+Adapter Adapter::truncated(int64_t rank, const models::Backbone& model) const {
+  if (!parametrisation(config_.type).traits().nested_ranks)
+    throw core::UserError(fmt::format("algorithms/adapters: an adapter of type {} has one rank", config_.type),
+                          "train a nested one to use it at lower ranks: dylora or matryoshka");
+  if (rank < 1 || rank > config_.rank)
+    throw core::UserError(fmt::format("algorithms/adapters: no rank {} in an adapter of rank {}", rank, config_.rank),
+                          fmt::format("choose one from 1 to {}", config_.rank));
+  AdapterConfig config = config_;
+  config.type = "lora";
+  config.options = core::Json::object();
+  config.rank = rank;
+  Adapter cut = make(config, targets_of(config, model.slots()), nullptr, 0, model.device(), /*fresh=*/false);
+  const at::NoGradGuard no_grad;
+  const models::NamedTensors whole = parameters();
+  models::NamedTensors parts = cut.parameters();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const int64_t ranks_at = parts[i].first.ends_with("lora_A.weight") ? 0 : 1;
+    parts[i].second.set_data(whole[i].second.detach().narrow(ranks_at, 0, rank).clone());
+  }
+  return cut;
 }
 
 void Adapter::attach(models::Backbone& model) const {

@@ -48,6 +48,10 @@ class Adapter {
   /// Restores the frozen functions.
   void detach(models::Backbone& model) const;
 
+  /// The first `rank` ranks as a plain LoRA, in copies. UserError for a type without Traits::nested_ranks, and for a
+  /// rank it has not.
+  Adapter truncated(int64_t rank, const models::Backbone& model) const;
+
   const AdapterConfig& config() const { return config_; }
   const std::vector<Target>& targets() const { return targets_; }
   const SlotAdapter& function(size_t target) const { return *functions_[target]; }

@@ -204,6 +204,11 @@ const core::Schema<AdapterConfig>& adapter_schema() {
   return schema;
 }
 
+double scale_of(double alpha, int64_t rank, bool use_rslora) {
+  const auto r = static_cast<double>(rank);
+  return alpha / (use_rslora ? std::sqrt(r) : r);
+}
+
 std::vector<Target> targets_of(const AdapterConfig& given, std::span<const models::Slot> slots, Matching matching) {
   AdapterConfig config = given;
   if (matching == Matching::kEveryName) {
@@ -224,8 +229,7 @@ std::vector<Target> targets_of(const AdapterConfig& given, std::span<const model
                                         slot.path, slot.out, slot.in),
                             fmt::format("choose a rank from 1 to {}", std::min(slot.in, slot.out)));
     }
-    const auto rank = static_cast<double>(std::max<int64_t>(1, target.rank));
-    target.scale = target.alpha / (config.use_rslora ? std::sqrt(rank) : rank);
+    target.scale = scale_of(target.alpha, std::max<int64_t>(1, target.rank), config.use_rslora);
     targets.push_back(std::move(target));
   }
   if (targets.empty())

@@ -60,6 +60,9 @@ struct Target {
   double alpha = 0, scale = 0;  // y += scale * x A^T B^T
 };
 
+/// What an update of that rank is multiplied by: alpha / rank, or alpha / sqrt(rank).
+double scale_of(double alpha, int64_t rank, bool use_rslora);
+
 /// kEveryName, for recipes: a target, an exclusion or a pattern that matches no linear slot is an error, and patterns
 /// are tried in alphabetical order, which is the order PEFT writes them in. kAnyName, for files, whose tensors say what
 /// is meant: PEFT's own rules, one target must match, and patterns are tried in the order of the file.

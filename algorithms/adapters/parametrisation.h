@@ -55,7 +55,7 @@ struct Traits {
   bool reads_base = false;      // start values need the frozen weight, whatever `init` says
   bool uses_rank = true;        // rank, rank_pattern, alpha and init mean something
   bool rank_fits = true;        // a rank is at most min(in, out) of its slot
-  bool nested_ranks = false;    // its first r' ranks are an adapter of rank r'
+  bool nested_ranks = false;    // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
   bool needs_examples = false;  // start values need a gradient of the loss: SlotInit::gradient
 };
@@ -98,6 +98,8 @@ class Parametrisation {
   virtual std::shared_ptr<SlotAdapter> make(const SlotInit& init) const = 0;
   /// PEFT's name for it, "" when PEFT does not know it; then parameters have PEFT's names.
   virtual std::string peft_type() const { return ""; }
+  /// Whether PEFT knows this configuration of it.
+  virtual bool in_peft(const AdapterConfig&) const { return !peft_type().empty(); }
   /// adapter_config.json's fields, of a type PEFT knows.
   virtual core::Json peft_config(const AdapterConfig& config) const;
   /// Those fields as they are in a file `origin`. Types of one peft_type() read the same files: the first one is asked,

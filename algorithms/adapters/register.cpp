@@ -2,10 +2,14 @@
 
 #include "algorithms/adapters/bitfit.h"
 #include "algorithms/adapters/dora.h"
+#include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/ia3.h"
 #include "algorithms/adapters/lora.h"
 #include "algorithms/adapters/lora_xs.h"
+#include "algorithms/adapters/matryoshka.h"
+#include "algorithms/adapters/nola.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/shira.h"
 #include "algorithms/adapters/vera.h"
 #include "core/error.h"
 #include "core/registry.h"
@@ -13,7 +17,8 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&bitfit(), &dora(), &ia3(), &lora(), &lora_xs(), &vera()};
+  static const std::vector<const Parametrisation*> all = {&bitfit(),  &dora(),       &dylora(), &ia3(),   &lora(),
+                                                          &lora_xs(), &matryoshka(), &nola(),   &shira(), &vera()};
   return all;
 }
 

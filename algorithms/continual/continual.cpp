@@ -132,8 +132,13 @@ void Continual::open_inputs() {
     });
   attempt("lora", [&] {
     for (const auto& name : config_.methods)
-      if (find_learner(name).kind() == "train_lora")
+      if (find_learner(name).kind() == "train_lora") {
         (void)adapters::targets_of(config_.lora, probe(config_.model).slots());
+        if (adapters::parametrisation(config_.lora.type).traits().from_seed)
+          throw core::UserError(fmt::format("{} keeps no part of an adapter that only a seed regenerates: type {}",
+                                            name, config_.lora.type),
+                                "choose another lora.type");
+      }
   });
   if (!streams_.empty())
     for (size_t i = 0; i < config_.metrics.size(); ++i) {

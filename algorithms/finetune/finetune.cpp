@@ -144,7 +144,7 @@ void Finetune::publish(const RunState& state, const std::filesystem::path& run_d
   std::optional<models::Decoder> base;
   for (const Result& result : walk(builder).results) {
     const auto adapter = adapter_of(*result.entry);
-    if (!result.artefact || !adapter || adapters::parametrisation(adapter->type).peft_type().empty()) continue;
+    if (!result.artefact || !adapter || !adapters::parametrisation(adapter->type).in_peft(*adapter)) continue;
     if (!base) base = models::Decoder::from_directory(config_.model.path, std::nullopt);
     adapters::Adapter::from_artefact(*state.artefact(*result.artefact), *base, at::kCPU)
         .save(run_directory / "adapters" / result.name(), config_.model.path);
