@@ -5,7 +5,7 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include "algorithms/adapters/config.h"
+#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/file.h"
