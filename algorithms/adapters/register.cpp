@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "algorithms/adapters/compacter.h"
 #include "algorithms/adapters/dora.h"
 #include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/lora.h"
@@ -13,8 +14,8 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&dora(),       &dylora(), &lora(),
-                                                          &matryoshka(), &nola(),   &shira()};
+  static const std::vector<const Parametrisation*> all = {&compacter(),  &dora(), &dylora(), &lora(),
+                                                          &matryoshka(), &nola(), &shira()};
   return all;
 }
 
