@@ -47,8 +47,7 @@ models::Decoder load_model(const EvalArguments& arguments) {
   const auto dtype = arguments.dtype == "bfloat16"  ? at::kBFloat16
                      : arguments.dtype == "float64" ? at::kDouble
                                                     : at::kFloat;
-  const auto config = models::DecoderConfig::from_json(core::read_json(directory / "config.json"),
-                                                       (directory / "config.json").string());
+  const auto config = models::DecoderConfig::from_directory(directory);
   if (config.is_mixture())
     return flexmore::assemble(flexmore::keep_experts(flexmore::read_mixture_directory(directory), arguments.experts),
                               dtype);

@@ -9,6 +9,7 @@
 #include <fmt/ranges.h>
 
 #include "core/error.h"
+#include "core/file.h"
 #include "core/registry.h"
 #include "models/config_keys.h"
 
@@ -156,6 +157,11 @@ void add_expert(NamedShapes& list, const std::string& path, const DecoderConfig&
 }
 
 }  // namespace
+
+DecoderConfig DecoderConfig::from_directory(const std::filesystem::path& directory) {
+  const auto file = directory / "config.json";
+  return from_json(core::read_json(file), file.string());
+}
 
 DecoderConfig DecoderConfig::from_json(const Json& json, const std::string& origin) {
   DecoderConfig c;

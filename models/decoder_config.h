@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <utility>
 #include <vector>
@@ -44,6 +45,8 @@ struct DecoderConfig {
   /// Throws one UserError naming `origin` and every key that is missing, of the wrong type, out of range or not
   /// implemented (yarn, clip_qkv, ...). Keys that no forward pass depends on are skipped.
   static DecoderConfig from_json(const core::Json& json, const std::string& origin);
+  /// from_json of a model directory's config.json.
+  static DecoderConfig from_directory(const std::filesystem::path& directory);
   /// A config.json that `transformers` reads (FlexMoRE: that from_json reads).
   core::Json to_json() const;
   /// What is wrong with the numbers ("top_k 3 exceeds ..."), empty when they can be built.

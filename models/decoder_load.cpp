@@ -19,8 +19,7 @@ Decoder Decoder::from_config(const DecoderConfig& config, uint64_t seed, at::Sca
 }
 
 Decoder Decoder::from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype) {
-  const std::filesystem::path config_path = directory / "config.json";
-  const DecoderConfig config = DecoderConfig::from_json(core::read_json(config_path), config_path.string());
+  const DecoderConfig config = DecoderConfig::from_directory(directory);
   const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
   return from_tensors(config, files->tensors(), directory.string(), dtype, files);
 }

@@ -116,7 +116,7 @@ class Ia3 final : public Parametrisation {
       const core::Json& modules = values.at(kNames);
       if (modules.is_string())
         config.options[kRegex] = modules;
-      else
+      else if (!modules.is_null())
         config.options[kNames] = modules.get<Names>();
     });
   }

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "algorithms/adapters/bitfit.h"
+#include "algorithms/adapters/compacter.h"
 #include "algorithms/adapters/dora.h"
 #include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/ia3.h"
@@ -17,8 +18,9 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&bitfit(),  &dora(),       &dylora(), &ia3(),   &lora(),
-                                                          &lora_xs(), &matryoshka(), &nola(),   &shira(), &vera()};
+  static const std::vector<const Parametrisation*> all = {&bitfit(), &compacter(), &dora(),    &dylora(),
+                                                          &ia3(),    &lora(),      &lora_xs(), &matryoshka(),
+                                                          &nola(),   &shira(),     &vera()};
   return all;
 }
 

@@ -17,20 +17,12 @@
 #include "models/tensor_io.h"
 
 namespace moraine::algorithms::federated {
-namespace {
-
-models::DecoderConfig architecture_of(const ModelConfig& model) {
-  const auto file = std::filesystem::path(model.path) / "config.json";
-  return models::DecoderConfig::from_json(core::read_json(file), file.string());
-}
-
-}  // namespace
 
 Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config)
     : method_(std::move(method)),
       federation_(std::move(federation)),
       config_(std::move(config)),
-      architecture_(architecture_of(config_.model)) {}
+      architecture_(models::DecoderConfig::from_directory(config_.model.path)) {}
 
 Federated::Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config,
                      const core::Json& inputs)

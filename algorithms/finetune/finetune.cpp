@@ -17,16 +17,8 @@
 #include "models/decoder.h"
 
 namespace moraine::algorithms::finetune {
-namespace {
-
-models::DecoderConfig architecture_of(const ModelConfig& model) {
-  const auto file = std::filesystem::path(model.path) / "config.json";
-  return models::DecoderConfig::from_json(core::read_json(file), file.string());
-}
-
-}  // namespace
-
-Finetune::Finetune(FinetuneConfig config) : config_(std::move(config)), architecture_(architecture_of(config_.model)) {}
+Finetune::Finetune(FinetuneConfig config)
+    : config_(std::move(config)), architecture_(models::DecoderConfig::from_directory(config_.model.path)) {}
 
 Finetune::Finetune(FinetuneConfig config, const core::Json& inputs)
     : config_(std::move(config)),

@@ -333,10 +333,9 @@ std::optional<int64_t> fixed_rank(const DomainConfig& domain) { return parse_int
 
 models::DecoderConfig public_architecture(const PublicModelConfig& model) {
   if (!model.architecture) {
-    const auto file = std::filesystem::path(model.path) / "config.json";
-    auto config = models::DecoderConfig::from_json(core::read_json(file), file.string());
+    auto config = models::DecoderConfig::from_directory(model.path);
     if (config.is_mixture() || !config.post_norm())
-      throw core::UserError(fmt::format("algorithms/flexmore: {} is not a dense post-norm model", file.string()),
+      throw core::UserError(fmt::format("algorithms/flexmore: {} is not a dense post-norm model", model.path),
                             "experts are trained against a dense OLMo2-type model");
     return config;
   }

@@ -185,7 +185,7 @@ def exporting_and_importing(world: World) -> None:
     expect_in(moraine("export", run / "public_model", here / "no", "--to", "flexolmo", expect=2).stderr, "is no mixture")
     moraine("cp", run, "test/base/left", here / "score.safetensors")
     expect_in(moraine("export", here / "score.safetensors", here / "no", "--to", "peft", expect=2).stderr, "no LoRA adapter", "evaluation")
-    for key, value, parts in (("peft_type", "IA3", ("IA3", "only LoRA")), ("target_modules", ["lm"], ("match no slot", "gate_proj"))):
+    for key, value, parts in (("peft_type", "IA3", ("type ia3", "only plain LoRA")), ("target_modules", ["lm"], ("match no slot", "gate_proj"))):
         shutil.copytree(here / "lora/left", here / "bad", dirs_exist_ok=True)
         (here / "bad/adapter_config.json").write_text(json.dumps({**config, key: value}))
         expect_in(moraine("import", here / "bad", here / "no.safetensors", expect=2).stderr, *parts)

@@ -85,11 +85,17 @@ struct Sweep {
 
 struct Key {
   std::string path, doc;
-  Json schema;
+  Json schema, fallback;
 };
 
-// The first of the alternatives that is no reference and not null, and what a list holds.
-Json unwrapped(const Json& schema) { return schema.contains("anyOf") ? unwrapped(schema.at("anyOf").at(0)) : schema; }
+// A list of the alternatives, which may be written as its only item; or else the first one, which is no reference and
+// not null.
+Json unwrapped(const Json& schema) {
+  if (!schema.contains("anyOf")) return schema;
+  for (const auto& one : schema.at("anyOf"))
+    if (one.value("type", "") == "array") return one;
+  return unwrapped(schema.at("anyOf").at(0));
+}
 
 void collect(const Json& schema, const std::string& path, std::vector<Key>& out) {
   for (const auto& [name, property] : schema.at("properties").items()) {
@@ -102,7 +108,7 @@ void collect(const Json& schema, const std::string& path, std::vector<Key>& out)
     } else if (item.is_object() && item.contains("properties")) {
       collect(item, at + ".0", out);
     } else {
-      out.push_back({at, property.value("description", ""), value});
+      out.push_back({at, property.value("description", ""), value, property.value("default", Json())});
     }
   }
 }
@@ -185,6 +191,7 @@ class RecipeKeys : public testing::TestWithParam<std::string> {
   static std::vector<Sweep> flexmore();
   static std::vector<Sweep> federated(const std::string& method);
   static std::vector<Sweep> continual();
+  static std::vector<Sweep> finetune();
 
   static std::unique_ptr<TemporaryDirectory> files_;
   std::map<std::pair<std::string, Overrides>, Loaded> loaded_;
@@ -282,6 +289,8 @@ train: {{steps: 2, batch_size: 2}}
                {"server.beta1", {.context = adam, .refused = exact}},
                {"server.beta2", {.context = adam, .refused = exact}},
                {"server.tau", {.context = adam, .refused = exact}},
+               {"lora.type", {.change = {"lora.type=dora"}, .refused = true}},
+               {"lora.options", {.change = {"lora.options={n: 2}"}, .refused = true}},
                {"lora.target_modules", {.change = {"lora.target_modules=[v_proj]"}}},
                {"lora.target_regex", {.change = {"lora.target_regex=.*k_proj"}}},
                {"lora.exclude_modules", {.change = {"lora.exclude_modules=[q_proj]"}}},
@@ -327,6 +336,8 @@ lora_train: {steps: 3, batch_size: 8}
       {"stream.train_per_class", {.context = {"stream.train_per_class=6"}}},
       {"orders", {.change = {"orders=[1993]"}}},
       {"seeds", {.change = {"seeds=[5]"}}},
+      {"lora.type", {.change = {"lora.type=dora"}}},
+      {"lora.options", {.context = {"lora.type=dylora"}, .change = {"lora.options={frozen: false}"}}},
       {"lora.target_modules", {.change = {"lora.target_modules=[query, value, key]"}}},
       {"lora.target_regex", {.change = {"lora.target_regex=.*query|.*value|.*key"}}},
       {"lora.exclude_modules",
@@ -347,9 +358,51 @@ lora_train: {steps: 3, batch_size: 8}
   return {{"continual", recipe, std::move(changes), {}}};
 }
 
+std::vector<Sweep> RecipeKeys::finetune() {
+  const std::string recipe = R"(
+name: sweep
+method: finetune
+model: {path: model1}
+tasks: [{name: left, path: text/left.h5}, {name: right, path: text/right.h5}]
+seq_len: 32
+adapters:
+  - {name: one, adapter: {rank: 2, target_modules: [q_proj, v_proj], rank_pattern: [{module: q_proj, rank: 1}], alpha_pattern: [{module: v_proj, alpha: 2}]}}
+train: {steps: 4, batch_size: 2}
+)";
+  const std::string adapter = "adapters.0.adapter.";
+  const auto set = [&](const std::string& key, const std::string& value) { return adapter + key + "=" + value; };
+  std::map<std::string, Change> changes = {
+      {"name", {.change = {"name=other"}}},
+      {"workers.arithmetic", {.change = {"workers.arithmetic=portable"}}},
+      {"run_dir", {.change = {"run_dir=elsewhere"}}},
+      {"model.path", path_change("model.path", "model1", "model2")},
+      {"tasks.0.name", {.change = {"tasks.0.name=links"}}},
+      {"tasks.0.path", path_change("tasks.0.path", "text/left.h5", "text/public.h5")},
+      {"tokenizer", {.change = {"tokenizer=hf:other"}, .refused = true}},
+      {"seeds", {.change = {"seeds=[5]"}}},
+      {"adapters.0.name", {.change = {"adapters.0.name=other"}}},
+      {"adapters.0.start", {.change = {"adapters.0.start=" + file("adapter1")}, .refused = true}},
+      {adapter + "type", {.change = {set("type", "dora")}}},
+      {adapter + "options", {.context = {set("type", "dylora")}, .change = {set("options", "{frozen: false}")}}},
+      {adapter + "target_modules", {.change = {set("target_modules", "[q_proj, v_proj, k_proj]")}}},
+      {adapter + "target_regex", {.change = {set("target_regex", ".*(q|v|k)_proj")}}},
+      {adapter + "exclude_modules",
+       {.context = {set("target_modules", "[q_proj, v_proj, k_proj]")},
+        .change = {set("exclude_modules", "[k_proj]")}}},
+      {adapter + "exclude_regex",
+       {.context = {set("target_modules", "[q_proj, v_proj, k_proj]")}, .change = {set("exclude_regex", ".*k_proj")}}},
+      {adapter + "layers_to_transform", {.change = {set("layers_to_transform", "[0]")}}},
+      {adapter + "rank_pattern.0.module", {.change = {set("rank_pattern.0.module", "v_proj")}}},
+      {adapter + "alpha_pattern.0.module", {.change = {set("alpha_pattern.0.module", "q_proj")}}},
+      {"train.momentum", {.context = {"train.optimizer=sgd"}}},
+  };
+  return {{"finetune", recipe, std::move(changes), {}}};
+}
+
 std::vector<Sweep> RecipeKeys::sweeps_of(const std::string& method) {
   if (method == "flexmore") return flexmore();
   if (method == "continual") return continual();
+  if (method == "finetune") return finetune();
   return federated(method);
 }
 
@@ -389,10 +442,11 @@ void RecipeKeys::examine(const Sweep& sweep, const Key& key) {
     EXPECT_EQ(load(sweep.recipe, joined(how.context, {moved})).ids, base.ids) << "the same bytes elsewhere: " << moved;
   if (how.change.empty()) {
     Json value = value_at(base.values, key.path);
-    if (value.is_null()) value = key.schema.value("default", Json());
+    if (value.is_null()) value = key.fallback;
     const Json other = another(key.schema, value);
     if (other.is_null()) {  // a key of one value, or one whose change has to be named above
-      EXPECT_TRUE(key.schema.value("type", "") != "string" || !how.moved.empty()) << "no other value known";
+      EXPECT_TRUE((key.schema.value("type", "") != "string" && !value.is_object()) || !how.moved.empty())
+          << "no other value known";
       return;
     }
     how.change = {key.path + "=" + other.dump()};
