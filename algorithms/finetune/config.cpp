@@ -38,6 +38,7 @@ const core::Schema<EntryConfig>& entry_schema() {
       core::Schema<C>()
           .field("name", &C::name)
           .required()
+          .changes_nothing()
           .doc("Name of this way to fit the model, in tables and files")
           .optional_object("adapter", &C::adapter, adapters::adapter_schema())
           .doc("What is trained beside the frozen model; left out, without `start`: all its weights")

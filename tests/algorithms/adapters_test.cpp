@@ -98,7 +98,9 @@ TEST_P(EveryType, AFreshOneChangesNoBitWhereItSaysSoAndDetachRestoresTheBase) {
     const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU);
     adapter.attach(*s.model);
     // A start near zero may still round to no change, depending on the machine.
-    if (type().traits().zero_at_init) EXPECT_TRUE(same_bits(s.output(), before));
+    if (type().traits().zero_at_init) {
+      EXPECT_TRUE(same_bits(s.output(), before));
+    }
     move(adapter);
     EXPECT_FALSE(same_bits(s.output(), before)) << "what is trained must matter";
     adapter.detach(*s.model);

@@ -30,7 +30,7 @@ bool runs(const std::string& tests, const std::string& method) {
 // As a user reads it, but for a fetched model: the one of the repository stands for that.
 ParsedRecipe parsed(const fs::path& recipe) {
   if (text_of(recipe).find("model: {path: ../../.cache/") == std::string::npos) return load_recipe(recipe, {});
-  return load_recipe(recipe, {"model.path=" + (kSource / "models/tiny-public").string()});
+  return load_recipe(recipe, {"model.path=" + (kSource / "recipes/models/tiny-public").string()});
 }
 
 // Adapters are many small things, federated what a family of methods has in common; every other folder is a whole
