@@ -43,7 +43,7 @@ Evaluation evaluate(const BatchLoss& score, const data::TextDataset& dataset, in
     const int64_t count = std::min(batch_size, total - first);
     std::vector<int64_t> rows = dataset.eval_batch(first, count);
     const at::Tensor batch = at::from_blob(rows.data(), {count, dataset.seq_len() + 1}, at::kLong).to(context.device());
-    const models::Decoder::Loss loss = score(batch);
+    const models::TokenLoss loss = score(batch);
     out.nats += loss.sum.item<double>();
     out.tokens += loss.count;
     out.correct += loss.correct;

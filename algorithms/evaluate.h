@@ -35,7 +35,7 @@ Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, in
                     WorkerContext& context);
 
 /// The same for whatever scores a batch [B, T + 1] of sequences as Decoder::loss does.
-using BatchLoss = std::function<models::Decoder::Loss(const at::Tensor& sequences)>;
+using BatchLoss = std::function<models::TokenLoss(const at::Tensor& sequences)>;
 Evaluation evaluate(const BatchLoss& loss, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
                     WorkerContext& context);
 

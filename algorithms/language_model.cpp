@@ -8,9 +8,9 @@
 
 namespace moraine::algorithms {
 
-std::string model_identity(const std::filesystem::path& directory, const models::DecoderConfig& config) {
+std::string model_identity(const std::filesystem::path& directory, const core::Json& config) {
   const auto files = core::ShardedSafetensors::open(directory);
-  std::string text = config.to_json().dump();
+  std::string text = config.dump();
   for (const auto& tensor : files.tensors())
     text += fmt::format("\n{} {} {}", tensor.name, core::safetensors_name(tensor.dtype), core::sha256(tensor.data));
   return "dir:" + core::sha256(text);
@@ -55,11 +55,10 @@ std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& p
   return std::static_pointer_cast<data::TextDataset>(context.cached("data/" + spec.dump(), make));
 }
 
-at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size,
-                         int64_t first, int64_t count, at::Device device) {
-  std::vector<int64_t> rows = dataset.training_batch(seed, step, batch_size);
-  const int64_t width = dataset.seq_len() + 1;
-  return at::from_blob(rows.data() + first * width, {count, width}, at::kLong)
+at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t first, int64_t count,
+                         at::Device device) {
+  std::vector<int64_t> rows = dataset.training_rows(seed, first, count);
+  return at::from_blob(rows.data(), {count, dataset.seq_len() + 1}, at::kLong)
       .to(device, /*non_blocking=*/false, /*copy=*/true);
 }
 
@@ -68,7 +67,7 @@ std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> l
     at::Device device) {
   return [&model, dataset = std::move(dataset), seed, batch_size, device](int64_t step, int64_t first, int64_t count) {
     const models::PassScope scope(model, {.training = true, .step = step, .first = first, .seed = seed});
-    const auto loss = model.loss(training_rows(*dataset, seed, step, batch_size, first, count, device));
+    const auto loss = model.loss(training_rows(*dataset, seed, step * batch_size + first, count, device));
     return TrainJob::MicroLoss{loss.sum, loss.count};
   };
 }

@@ -19,7 +19,7 @@ namespace moraine::algorithms {
 
 /// Identity of a model directory, "dir:<sha256>": its configuration and every tensor's bytes; file names and sharding
 /// do not matter. Reads the whole model.
-std::string model_identity(const std::filesystem::path& directory, const models::DecoderConfig& config);
+std::string model_identity(const std::filesystem::path& directory, const core::Json& config);
 
 /// The model of a directory in `dtype` on the worker's device, loaded once per worker. Throws UserError if `expected`,
 /// the identity in the unit, is not `own`, the identity of this site's directory.
@@ -41,9 +41,9 @@ const core::Schema<TextSpec>& text_schema();
 std::shared_ptr<data::TextDataset> cached_dataset(const std::filesystem::path& path, const core::Json& spec,
                                                   WorkerContext& context);
 
-/// Rows [first, first + count) of a training batch, [count, seq_len + 1] int64 on `device`.
-at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t step, int64_t batch_size,
-                         int64_t first, int64_t count, at::Device device);
+/// TextDataset::training_rows as a tensor, [count, seq_len + 1] int64 on `device`.
+at::Tensor training_rows(const data::TextDataset& dataset, uint64_t seed, int64_t first, int64_t count,
+                         at::Device device);
 
 /// Loss of `model`, which must outlive the function, on the training batches of a data set.
 std::function<TrainJob::MicroLoss(int64_t step, int64_t first, int64_t count)> language_model_loss(

@@ -56,7 +56,7 @@ void import_mixture(const ImportArguments& arguments) {
                                     {model.base_weights.begin(), model.base_weights.end()});
   models::copy_companions(arguments.directory, out / "public_model");
   print(fmt::format("public model  {}\n", (out / "public_model").string()));
-  const std::string base = algorithms::model_identity(out / "public_model", model.base);
+  const std::string base = algorithms::model_identity(out / "public_model", model.base.to_json());
   std::map<std::string, at::Tensor> weights;  // as a worker sees them
   for (const auto& [name, weight] : model.base_weights)
     weights.emplace(name, weight.to(arguments.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat));

@@ -2,7 +2,10 @@
 
 #include <bit>
 
+#include <fmt/format.h>
+
 #include "core/error.h"
+#include "core/hash.h"
 
 namespace moraine::data {
 
@@ -41,6 +44,18 @@ int64_t Permutation::operator()(int64_t index) const {
   do value = pass(value);
   while (value >= size_);
   return static_cast<int64_t>(value);
+}
+
+std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, int64_t first, int64_t count) {
+  const auto size = static_cast<int64_t>(rows.size());
+  std::vector<int64_t> out;
+  for (int64_t place = first; place < first + count;) {
+    const int64_t epoch = place / size;
+    const Permutation order(size, core::derive_seed(seed, fmt::format("shuffle/epoch{}", epoch)));
+    for (; place < first + count && place / size == epoch; ++place)
+      out.push_back(rows[static_cast<size_t>(order(place % size))]);
+  }
+  return out;
 }
 
 }  // namespace moraine::data

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace moraine::data {
 
@@ -24,5 +25,9 @@ class Permutation {
   uint64_t key_;
   int half_bits_;
 };
+
+/// Places [first, first + count) of an endless pass over `rows`, every epoch in a permutation of its own: a pure
+/// function, so a step's batch needs no state.
+std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, int64_t first, int64_t count);
 
 }  // namespace moraine::data

@@ -118,14 +118,14 @@ int64_t TextDataset::num_eval_sequences() const { return (num_tokens() - 2) / se
 
 int64_t TextDataset::num_bytes() const { return eval_bytes(0, num_eval_sequences()); }
 
-std::vector<int64_t> TextDataset::training_batch(uint64_t seed, int64_t step, int64_t batch_size) const {
-  MORAINE_CHECK(step >= 0 && batch_size >= 1, "data: batch of {} at step {}", batch_size, step);
+std::vector<int64_t> TextDataset::training_rows(uint64_t seed, int64_t first, int64_t count) const {
+  MORAINE_CHECK(first >= 0 && count >= 1, "data: training rows [{}, {})", first, first + count);
   const int64_t width = seq_len_ + 1, per_epoch = num_sequences();
-  std::vector<int64_t> rows(static_cast<size_t>(batch_size * width));
-  for (int64_t row = 0, place = step * batch_size; row < batch_size;) {
+  std::vector<int64_t> rows(static_cast<size_t>(count * width));
+  for (int64_t row = 0, place = first; row < count;) {
     const int64_t epoch = place / per_epoch;
     const Permutation order(per_epoch, core::derive_seed(seed, fmt::format("data/shuffle/epoch{}", epoch)));
-    for (; row < batch_size && place / per_epoch == epoch; ++row, ++place)
+    for (; row < count && place / per_epoch == epoch; ++row, ++place)
       split_->tokens.copy(order(place % per_epoch) * seq_len_, width, rows.data() + row * width);
   }
   return rows;

@@ -41,10 +41,10 @@ class TextDataset {
   /// for none.
   int64_t num_bytes() const;
 
-  /// Rows of a training batch, row-major [batch_size, seq_len + 1]: sequences step * batch_size ... of an endless pass
-  /// over the split, every epoch in the order of its own Permutation. A pure function of (seed, step, batch_size), so
-  /// resuming at a step needs no state. Throws as TokenStream::copy().
-  std::vector<int64_t> training_batch(uint64_t seed, int64_t step, int64_t batch_size) const;
+  /// Rows [first, first + count) of an endless pass over the split, row-major [count, seq_len + 1], every epoch in the
+  /// order of its own Permutation. A pure function of its arguments, so resuming at a step needs no state. Throws as
+  /// TokenStream::copy().
+  std::vector<int64_t> training_rows(uint64_t seed, int64_t first, int64_t count) const;
 
   /// Training sequence `index` in file order, [seq_len + 1] tokens; 0 <= index < num_sequences().
   std::vector<int64_t> sequence(int64_t index) const;

@@ -48,6 +48,7 @@ void Backbone::attach(const std::string& path, std::shared_ptr<SlotFunction> fun
   MORAINE_CHECK(function != nullptr, "attach '{}': no function given", path);
   MORAINE_CHECK(functions_[slot] == nullptr, "slot '{}' is taken: detach its function first", path);
   for (size_t other = 0; other < slots_.size(); ++other) {
+    if (slots_[slot].kind == SlotKind::kBlock || slots_[other].kind == SlotKind::kBlock) continue;
     const std::string& rival = slots_[other].path;
     if (functions_[other] == nullptr || !(rival.starts_with(path + ".") || path.starts_with(rival + "."))) continue;
     throw core::UserError(
@@ -82,6 +83,18 @@ Weights Backbone::weights_plus(const NamedTensors& deltas) const {
                  .to(weight.scalar_type());
   }
   return changed;
+}
+
+TokenLoss Backbone::token_loss(const Input&, const at::Tensor&, const TokenLossOptions&) {
+  throw core::UserError("models: this model predicts no tokens", "use a decoder");
+}
+
+std::unique_ptr<Backbone> Backbone::with_tensors(const std::vector<core::TensorView>& tensors,
+                                                 const std::string& origin,
+                                                 const std::shared_ptr<const void>& owner) const {
+  NamedShapes shapes;
+  for (const auto& [name, weight] : weights_) shapes.emplace_back(name, weight.sizes().vec());
+  return with_weights(match_weights(shapes, tensors, origin, dtype_, owner));
 }
 
 NamedTensors Backbone::make_trainable() {

@@ -7,10 +7,34 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "core/json.h"
 #include "models/slot.h"
 #include "models/weights.h"
 
 namespace moraine::models {
+
+/// What a forward pass reads; undefined is what the model has no use for.
+struct Input {
+  at::Tensor tokens = {};    // [B, T] int64
+  at::Tensor mask = {};      // [B, T] bool, true on real tokens, which come first in a row; undefined = no padding
+  at::Tensor segments = {};  // [B, T] int64: tokens see those of their own segment alone; undefined = one per row
+  at::Tensor images = {};    // [B, C, H, W] of the model's size and dtype
+};
+
+/// A sum (not a mean) of next-token cross entropy in nats, and counts.
+struct TokenLoss {
+  at::Tensor sum;       // [] float32, differentiable
+  int64_t count = 0;    // targets >= 0
+  int64_t correct = 0;  // argmax == target; only when asked for
+  at::Tensor rows;      // [B] float32, the sum of each row; only when asked for
+};
+
+/// What token_loss() gives beside the sum.
+struct TokenLossOptions {
+  bool correct = false, rows = false;
+  bool few_targets = false;    // most are -1: their logits are not computed
+  double label_smoothing = 0;  // share of a target that is spread over the vocabulary
+};
 
 /// A network whose weights are frozen and whose slots can be taken over. Weights never change; training touches only
 /// what attached slot functions own, or everything after make_trainable(). Not thread-safe while slots change nor for
@@ -25,7 +49,7 @@ class Backbone {
   /// Throws UserError with the nearest slot paths if `path` is no slot.
   const SlotBase& base(const std::string& path) const { return bases_[slot_index(path)]; }
   /// At most one function per slot. Throws UserError on an unknown path or when an FFN and a matrix inside it would
-  /// both be taken, InternalError if the slot is taken.
+  /// both be taken (a block may hold taken slots: it comes behind them), InternalError if the slot is taken.
   void attach(const std::string& path, std::shared_ptr<SlotFunction> function);
   /// Restores the frozen function bit-exactly (a mixture's mlp slot: expert 0 alone). No effect on an empty slot.
   void detach(const std::string& path);
@@ -45,6 +69,26 @@ class Backbone {
   /// What the model computes in.
   at::ScalarType dtype() const { return dtype_; }
 
+  /// One vector for each example, [B, width()] in the model's dtype: of a decoder the last real token's state after the
+  /// last norm, of an encoder its pooler's output or, without one, the mean over real tokens, of a vision transformer
+  /// the CLS token after the last norm.
+  virtual at::Tensor features(const Input& input) = 0;
+  virtual int64_t width() const = 0;
+  /// Next-token cross entropy; targets [B, T] int64 belong to the positions of input.tokens, -1 is ignored. Throws
+  /// UserError when the model predicts no tokens.
+  virtual TokenLoss token_loss(const Input& input, const at::Tensor& targets, const TokenLossOptions& options);
+  /// A config.json that transformers reads.
+  virtual core::Json config_json() const = 0;
+
+  /// A second model with this one's weights, frozen; slots start empty.
+  std::unique_ptr<Backbone> shared_on(at::Device device) const { return with_weights(frozen_weights(device)); }
+  /// The same with some weights changed: W + delta, in W's dtype. Throws UserError on a name that is no weight of this
+  /// model or a delta of another shape.
+  std::unique_ptr<Backbone> changed_by(const NamedTensors& deltas) const { return with_weights(weights_plus(deltas)); }
+  /// The same architecture with other weights, which must be all of them: errors as match_weights().
+  std::unique_ptr<Backbone> with_tensors(const std::vector<core::TensorView>& tensors, const std::string& origin,
+                                         const std::shared_ptr<const void>& owner) const;
+
  protected:
   explicit Backbone(Weights weights);
   Backbone(Backbone&&) = default;
@@ -52,6 +96,8 @@ class Backbone {
 
   /// Fetches weights into the members that forward passes use: slot_base() of every slot and the model's own.
   virtual void refer_to_weights() = 0;
+  /// A model of this architecture with these weights.
+  virtual std::unique_ptr<Backbone> with_weights(Weights weights) const = 0;
   /// Undefined when there is none of that name.
   at::Tensor weight(const std::string& name) const;
   /// Slots are numbered in the order they are added.

@@ -17,7 +17,7 @@ namespace moraine::models {
 namespace {
 
 // Slots of one layer, in this order.
-enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kUp, kDown };
+enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kUp, kDown, kBlock };
 
 }  // namespace
 
@@ -31,6 +31,7 @@ Bert::Bert(BertConfig config, Weights weights) : Backbone(std::move(weights)), c
     add_slot({path + ".attention.output.dense", SlotKind::kLinear, d, d});
     add_slot({path + ".intermediate.dense", SlotKind::kLinear, d, h});
     add_slot({path + ".output.dense", SlotKind::kLinear, h, d});
+    add_slot({path, SlotKind::kBlock, d, d});
   }
   if (config_.pooler) add_slot({config_.prefix() + "pooler.dense", SlotKind::kLinear, d, d});
   if (config_.num_labels > 0) add_slot({"classifier", SlotKind::kLinear, d, config_.num_labels});
@@ -65,6 +66,19 @@ Bert Bert::from_tensors(BertConfig config, const std::vector<core::TensorView>& 
 }
 
 Bert Bert::on(at::Device device) const { return Bert(config_, frozen_weights(device)); }
+
+std::unique_ptr<Backbone> Bert::with_weights(Weights weights) const {
+  return std::unique_ptr<Backbone>(new Bert(config_, std::move(weights)));
+}
+
+Bert Bert::without_classifier() const {
+  BertConfig config = config_;
+  config.num_labels = 0;
+  Weights weights{{}, dtype()};
+  for (auto& [name, tensor] : frozen_weights(device()).tensors)
+    if (!name.starts_with("classifier.")) weights.tensors.emplace(name.substr(config_.prefix().size()), tensor);
+  return Bert(config, std::move(weights));
+}
 
 Bert::Norm Bert::norm_at(const std::string& path) const {
   return {weight(config_.prefix() + path + ".LayerNorm.weight"), weight(config_.prefix() + path + ".LayerNorm.bias")};
@@ -127,6 +141,7 @@ at::Tensor Bert::hidden_states(const at::Tensor& tokens, const at::Tensor& mask)
   for (const Block& block : blocks_) {
     x = normalise(x + attention(block, x, mask), block.attention);
     x = normalise(x + apply(block.first_slot + kDown, at::gelu(apply(block.first_slot + kUp, x))), block.output);
+    if (taken(block.first_slot + kBlock)) x = apply(block.first_slot + kBlock, x);
   }
   return x;
 }
@@ -142,12 +157,20 @@ at::Tensor Bert::logits(const at::Tensor& tokens, const at::Tensor& mask) {
   return apply(slots().size() - 1, pooled(tokens, mask));
 }
 
+// Over real tokens, [B, d].
+at::Tensor Bert::mean_of(const at::Tensor& states, const at::Tensor& mask) const {
+  const at::Tensor real = mask.defined() ? mask.unsqueeze(-1).to(states.scalar_type())
+                                         : at::ones({states.size(0), states.size(1), 1}, states.options());
+  return (states * real).sum(1) / real.sum(1);
+}
+
+at::Tensor Bert::features(const Input& input) {
+  if (config_.pooler) return pooled(input.tokens, input.mask);
+  return mean_of(hidden_states(input.tokens, input.mask), input.mask);
+}
+
 at::Tensor Bert::embed(const at::Tensor& tokens, const at::Tensor& mask) {
-  const at::Tensor states = hidden_states(tokens, mask);
-  const at::Tensor real = (mask.defined() ? mask : at::ones(tokens.sizes(), tokens.options().dtype(at::kBool)))
-                              .unsqueeze(-1)
-                              .to(states.scalar_type());
-  const at::Tensor mean = (states * real).sum(1) / real.sum(1);
+  const at::Tensor mean = mean_of(hidden_states(tokens, mask), mask);
   return mean / mean.norm(2, {1}, /*keepdim=*/true).clamp_min(1e-12);
 }
 

@@ -36,6 +36,8 @@ class Bert final : public Backbone {
   /// Shares this model's weights, frozen; slots start empty.
   Bert share() const { return on(device()); }
   Bert on(at::Device device) const;
+  /// The same without its classifier; the pooler stays.
+  Bert without_classifier() const;
 
   /// tokens [B, T] int64 -> last hidden states [B, T, d]. Throws UserError on a token outside the vocabulary, more
   /// tokens than positions, or a row without a real token.
@@ -47,6 +49,10 @@ class Bert final : public Backbone {
   /// Mean of the real tokens' hidden states, scaled to length 1, [B, d]: what sentence-transformers calls mean pooling
   /// and normalisation. `tokens` hold [CLS] and [SEP] already.
   at::Tensor embed(const at::Tensor& tokens, const at::Tensor& mask = {});
+
+  at::Tensor features(const Input& input) override;
+  int64_t width() const override { return config_.hidden_size; }
+  core::Json config_json() const override { return config_.to_json(); }
 
   const BertConfig& config() const { return config_; }
 
@@ -60,6 +66,8 @@ class Bert final : public Backbone {
   };
   Bert(BertConfig config, Weights weights);
   void refer_to_weights() override;
+  std::unique_ptr<Backbone> with_weights(Weights weights) const override;
+  at::Tensor mean_of(const at::Tensor& states, const at::Tensor& mask) const;
   Norm norm_at(const std::string& path) const;
   at::Tensor normalise(const at::Tensor& x, const Norm& norm) const;
   at::Tensor attention(const Block& block, const at::Tensor& x, const at::Tensor& mask) const;

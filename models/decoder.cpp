@@ -8,6 +8,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argmax.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/ones.h>
@@ -16,6 +17,7 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include "core/error.h"
 #include "models/fused_ops.h"
@@ -25,7 +27,7 @@ namespace moraine::models {
 namespace {
 
 // Slots of one layer, in this order; a mixture stops after the FFN.
-enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kFfnSlot, kGate, kUp, kDown, kLayerSlots };
+enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kBlock, kFfnSlot, kGate, kUp, kDown, kLayerSlots };
 constexpr size_t kMixtureLayerSlots = kFfnSlot + 1;
 
 // Logits held at once by loss(): 64 MB of float32, so that a large vocabulary does not need [tokens, vocab] in one
@@ -49,6 +51,12 @@ at::Tensor scaled_frequencies(const at::Tensor& frequencies, const RopeScaling& 
   return at::where(wave.gt(original / low), slowed, at::where(wave.lt(original / high), frequencies, blend));
 }
 
+// Sums per row of what stands at `places` of [B, T] flattened, all of it when there are none.
+at::Tensor by_rows(const at::Tensor& nats, const at::Tensor& places, const at::Tensor& targets) {
+  if (!places.defined()) return nats.view(targets.sizes()).sum(1);
+  return at::zeros({targets.numel()}, nats.options()).index_copy(0, places, nats).view(targets.sizes()).sum(1);
+}
+
 }  // namespace
 
 Decoder::Decoder(DecoderConfig config, Weights weights) : Backbone(std::move(weights)), config_(std::move(config)) {
@@ -66,6 +74,7 @@ std::vector<Slot> decoder_slots(const DecoderConfig& config) {
                                    {path + ".self_attn.k_proj", SlotKind::kLinear, d, kv},
                                    {path + ".self_attn.v_proj", SlotKind::kLinear, d, kv},
                                    {path + ".self_attn.o_proj", SlotKind::kLinear, q, d},
+                                   {path, SlotKind::kBlock, d, d},
                                    {path + ".mlp", SlotKind::kFfn, d, d, h},
                                    {path + ".mlp.gate_proj", SlotKind::kLinear, d, h},
                                    {path + ".mlp.up_proj", SlotKind::kLinear, d, h},
@@ -98,6 +107,7 @@ void Decoder::refer_to_weights() {
   for (size_t i = 0; i < slots().size(); ++i) {
     const std::string& path = slots()[i].path;
     SlotBase& base = slot_base(i);
+    if (slots()[i].kind == SlotKind::kBlock) continue;
     if (slots()[i].kind == SlotKind::kLinear) {
       base.weight = weight(path + ".weight");
       base.bias = weight(path + ".bias");
@@ -165,7 +175,16 @@ void Decoder::fit_window_mask(int64_t length) {
                      .triu(1 - config_.sliding_window);
 }
 
-at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length) {
+// [B, 1, T, T] bool: who sees whom when a row holds several sequences, windows aside. Positions go on from one segment
+// to the next: rotary attention depends on their differences alone.
+at::Tensor Decoder::segment_mask(const at::Tensor& segments) const {
+  if (!segments.defined()) return {};
+  const at::Tensor same = segments.unsqueeze(2).eq(segments.unsqueeze(1));
+  return same.tril().unsqueeze(1);
+}
+
+at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length,
+                              const at::Tensor& segment_mask) {
   const int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
   at::Tensor q = apply(block.first_slot + kQuery, x), k = apply(block.first_slot + kKey, x);
   if (block.q_norm.defined()) q = norm(q, block.q_norm), k = norm(k, block.k_norm);
@@ -181,9 +200,10 @@ at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t b
     k = repeat(k), v = repeat(v);
   }
   const bool windowed = block.window > 0 && length > block.window;
-  const std::optional<at::Tensor> mask = windowed ? std::optional(window_mask_) : std::nullopt;
+  std::optional<at::Tensor> mask = windowed ? std::optional(window_mask_) : std::nullopt;
+  if (segment_mask.defined()) mask = windowed ? segment_mask.logical_and(window_mask_) : segment_mask;
   const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-                                                        0.0, /*is_causal=*/!windowed);
+                                                        0.0, /*is_causal=*/!mask);
   return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch * length, heads * head_dim}));
 }
 
@@ -194,7 +214,7 @@ at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
                at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
 }
 
-at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs) {
+at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs, const at::Tensor& segments) {
   MORAINE_CHECK(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "tokens must be [B, T] int64");
   const int64_t batch = tokens.size(0), length = tokens.size(1);
   if (tokens.numel() > 0) {
@@ -207,6 +227,7 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
   }
   extend_rotation(length);
   fit_window_mask(length);
+  const at::Tensor mask = segment_mask(segments);
   at::Tensor x = at::embedding(embedding_, tokens).to(dtype()).view({batch * length, config_.hidden_size});
   for (const Block& block : blocks_) {
     const bool last = &block == &blocks_.back();
@@ -215,15 +236,16 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
       return ffn_inputs != nullptr && last;
     };
     if (config_.post_norm()) {
-      x = x + norm(attention(block, x, batch, length), block.post_attention_norm);
+      x = x + norm(attention(block, x, batch, length, mask), block.post_attention_norm);
       if (note(x)) return x;
       x = x + norm(ffn(block, x), block.post_ffn_norm);
     } else {
-      x = x + attention(block, norm(x, block.input_norm), batch, length);
+      x = x + attention(block, norm(x, block.input_norm), batch, length, mask);
       const at::Tensor input = norm(x, block.post_attention_norm);
       if (note(input)) return x;
       x = x + ffn(block, input);
     }
+    if (taken(block.first_slot + kBlock)) x = apply(block.first_slot + kBlock, x);
   }
   return norm(x, final_norm_);
 }
@@ -241,22 +263,43 @@ std::vector<at::Tensor> Decoder::ffn_inputs(const at::Tensor& tokens) {
   return inputs;
 }
 
-Decoder::Loss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
+at::Tensor Decoder::features(const Input& input) {
+  const at::Tensor states = hidden_states(input.tokens);
+  if (!input.mask.defined()) return states.select(1, -1);
+  const at::Tensor last = input.mask.sum(1).sub(1).view({-1, 1, 1}).expand({-1, 1, config_.hidden_size});
+  return states.gather(1, last).squeeze(1);
+}
+
+TokenLoss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
   MORAINE_CHECK(sequences.dim() == 2 && sequences.size(1) >= 2, "sequences must be [B, T + 1] with T >= 1");
-  const at::Tensor x = trunk(sequences.slice(1, 0, -1).clamp_min(0), nullptr);
-  const at::Tensor targets = sequences.slice(1, 1).reshape({-1});
+  return token_loss({.tokens = sequences.slice(1, 0, -1).clamp_min(0)}, sequences.slice(1, 1),
+                    {.correct = count_correct});
+}
+
+TokenLoss Decoder::token_loss(const Input& input, const at::Tensor& wanted, const TokenLossOptions& options) {
+  at::Tensor x = trunk(input.tokens, nullptr, input.segments), targets = wanted.reshape({-1}), places;
+  if (options.few_targets) {
+    places = targets.ge(0).nonzero().squeeze(1);
+    x = x.index_select(0, places), targets = targets.index_select(0, places);
+  }
   const int64_t rows = targets.numel(), piece = std::max<int64_t>(1, kLogitsPerPiece / config_.vocab_size);
-  Loss loss;
+  TokenLoss loss;
   loss.count = targets.ge(0).sum().item<int64_t>();
+  std::vector<at::Tensor> each;
   for (int64_t first = 0; first < rows; first += piece) {
     const int64_t end = std::min(rows, first + piece);
     const at::Tensor logits = apply(slots().size() - 1, x.slice(0, first, end)),
                      expected = targets.slice(0, first, end);
-    const at::Tensor sum = at::cross_entropy_loss(logits.to(dtype() == at::kDouble ? at::kDouble : at::kFloat),
-                                                  expected, {}, at::Reduction::Sum, /*ignore_index=*/-1);
+    const at::Tensor nats =
+        at::cross_entropy_loss(logits.to(dtype() == at::kDouble ? at::kDouble : at::kFloat), expected, {},
+                               options.rows ? at::Reduction::None : at::Reduction::Sum,
+                               /*ignore_index=*/-1, options.label_smoothing);
+    const at::Tensor sum = options.rows ? nats.sum() : nats;
     loss.sum = loss.sum.defined() ? loss.sum + sum : sum;
-    if (count_correct) loss.correct += at::argmax(logits.detach(), -1).eq(expected).sum().item<int64_t>();
+    if (options.rows) each.push_back(nats);
+    if (options.correct) loss.correct += at::argmax(logits.detach(), -1).eq(expected).sum().item<int64_t>();
   }
+  if (options.rows) loss.rows = by_rows(at::cat(each), places, wanted);
   return loss;
 }
 

@@ -21,7 +21,8 @@ std::vector<Slot> decoder_slots(const DecoderConfig& config);
 
 /// A causal language model.
 ///
-/// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, and "lm_head". A
+/// Slots: q/k/v/o_proj and mlp.{gate,up,down}_proj of every layer, "model.layers.N.mlp" as a whole, the block
+/// "model.layers.N", and "lm_head". A
 /// mixture has no inner mlp slots: its mlp slot's base is expert 0 and carries a MixtureFfn of all others from the
 /// start. Sources: transformers 4.57 (llama, mistral, qwen2, olmo2, flex_olmo); FlexMoRE (arXiv 2602.08818) for
 /// low-rank experts.
@@ -53,15 +54,14 @@ class Decoder final : public Backbone {
   /// Inputs of every FFN slot (what a router sees), L tensors [B, T, d], without gradients.
   std::vector<at::Tensor> ffn_inputs(const at::Tensor& tokens);
 
-  /// Sum (not mean) of next-token cross entropy in nats over non-negative targets, float32, plus counts.
-  struct Loss {
-    at::Tensor sum;       // [] float32, differentiable
-    int64_t count = 0;    // targets >= 0
-    int64_t correct = 0;  // argmax == target; only when asked for
-  };
-  /// sequences [B, T + 1]: inputs are columns 0..T-1 (padding -1 is read as token 0), targets columns 1..T (-1 is
-  /// ignored).
-  Loss loss(const at::Tensor& sequences, bool count_correct = false);
+  /// token_loss() of sequences [B, T + 1]: inputs are columns 0..T-1 (padding -1 is read as token 0), targets columns
+  /// 1..T (-1 is ignored).
+  TokenLoss loss(const at::Tensor& sequences, bool count_correct = false);
+
+  at::Tensor features(const Input& input) override;
+  int64_t width() const override { return config_.hidden_size; }
+  TokenLoss token_loss(const Input& input, const at::Tensor& targets, const TokenLossOptions& options) override;
+  core::Json config_json() const override { return config_.to_json(); }
 
   const DecoderConfig& config() const { return config_; }
 
@@ -75,12 +75,15 @@ class Decoder final : public Backbone {
   Decoder(DecoderConfig config, Weights weights);
   void add_slots();
   void refer_to_weights() override;
+  std::unique_ptr<Backbone> with_weights(Weights weights) const override;
   void attach_mixture(int64_t layer);
 
   at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const;
-  at::Tensor attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length);
+  at::Tensor attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length,
+                       const at::Tensor& segment_mask);
   at::Tensor ffn(const Block& block, const at::Tensor& x);
-  at::Tensor trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs);
+  at::Tensor trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs, const at::Tensor& segments = {});
+  at::Tensor segment_mask(const at::Tensor& segments) const;
   void extend_rotation(int64_t length);
   void fit_window_mask(int64_t length);
 

@@ -37,6 +37,10 @@ Decoder Decoder::from_tensors(const DecoderConfig& config, const std::vector<cor
 
 Decoder Decoder::on(at::Device device) const { return Decoder(config_, frozen_weights(device)); }
 
+std::unique_ptr<Backbone> Decoder::with_weights(Weights weights) const {
+  return std::unique_ptr<Backbone>(new Decoder(config_, std::move(weights)));
+}
+
 Decoder Decoder::plus(const NamedTensors& deltas) const { return Decoder(config_, weights_plus(deltas)); }
 
 }  // namespace moraine::models

@@ -17,8 +17,9 @@ at::Tensor apply_linear(const at::Tensor& x, const at::Tensor& weight, const at:
 }
 
 at::Tensor SlotBase::forward(const at::Tensor& x) const {
-  MORAINE_CHECK(weight.defined() != gate.defined(), "a slot's base is either one matrix or a gate/up/down triple");
+  MORAINE_CHECK(!weight.defined() || !gate.defined(), "a slot's base is one matrix, a gate/up/down triple or nothing");
   if (weight.defined()) return apply_linear(x, weight, bias);
+  if (!gate.defined()) return x;
   return apply_linear(at::silu(apply_linear(x, gate, gate_bias)) * apply_linear(x, up, up_bias), down, down_bias);
 }
 

@@ -10,25 +10,25 @@
 
 namespace moraine::models {
 
-/// linear: one nn.Linear; ffn: a whole gate/up/down triple.
-enum class SlotKind { kLinear, kFfn };
+/// linear: one nn.Linear; ffn: a whole gate/up/down triple; block: the residual stream behind a whole layer.
+enum class SlotKind { kLinear, kFfn, kBlock };
 
 /// A named place of a backbone where one function may sit. `path` is the Hugging Face module path,
 /// "model.layers.3.mlp.down_proj" or "model.layers.3.mlp".
 struct Slot {
   std::string path;
   SlotKind kind;
-  int64_t in, out;    // features
+  int64_t in, out;    // features; block: both the model's width
   int64_t inner = 0;  // ffn only: intermediate size
 };
 
-/// The frozen weights at a slot, as stored (Hugging Face orientation [out, in]).
+/// The frozen weights at a slot, as stored (Hugging Face orientation [out, in]); a block slot has none.
 struct SlotBase {
   at::Tensor weight, bias;                   // linear; bias may be undefined
   at::Tensor gate, up, down;                 // ffn: [h, d], [h, d], [d, h]
   at::Tensor gate_bias, up_bias, down_bias;  // ffn: Llama with mlp_bias only, else undefined
 
-  /// The frozen function itself: x W^T (+ b), or down(silu(gate x) * up x).
+  /// The frozen function itself: x W^T (+ b), or down(silu(gate x) * up x), or of a block slot x.
   at::Tensor forward(const at::Tensor& x) const;
 };
 

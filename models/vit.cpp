@@ -14,7 +14,7 @@ namespace moraine::models {
 namespace {
 
 // Slots of one layer, in this order.
-enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kUp, kDown };
+enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kUp, kDown, kBlock };
 
 std::string block_path(int64_t layer) { return fmt::format("encoder.layer.{}", layer); }
 
@@ -30,6 +30,7 @@ Vit::Vit(VitConfig config, Weights weights) : Backbone(std::move(weights)), conf
     add_slot({path + ".attention.output.dense", SlotKind::kLinear, d, d});
     add_slot({path + ".intermediate.dense", SlotKind::kLinear, d, h});
     add_slot({path + ".output.dense", SlotKind::kLinear, h, d});
+    add_slot({path, SlotKind::kBlock, d, d});
   }
   if (config_.num_labels > 0) add_slot({"classifier", SlotKind::kLinear, d, config_.num_labels});
   refer_to_weights();
@@ -91,6 +92,7 @@ at::Tensor Vit::trunk(const at::Tensor& images) const {
     x = x + attention(block, norm(x, block.before_weight, block.before_bias));
     const at::Tensor inner = apply(block.first_slot + kUp, norm(x, block.after_weight, block.after_bias));
     x = x + apply(block.first_slot + kDown, at::gelu(inner, approximation));
+    if (taken(block.first_slot + kBlock)) x = apply(block.first_slot + kBlock, x);
   }
   return x;
 }

@@ -48,6 +48,10 @@ class Vit : public Backbone {
   /// classifier(features) [B, num_labels]. Throws InternalError without a classifier.
   at::Tensor logits(const at::Tensor& images);
 
+  at::Tensor features(const Input& input) override { return features(input.images); }
+  int64_t width() const override { return config_.hidden_size; }
+  core::Json config_json() const override { return config_.to_json(); }
+
   const VitConfig& config() const { return config_; }
 
  private:
@@ -57,6 +61,7 @@ class Vit : public Backbone {
   };
   Vit(VitConfig config, Weights weights);
   void refer_to_weights() override;
+  std::unique_ptr<Backbone> with_weights(Weights weights) const override;
   at::Tensor norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) const;
   at::Tensor attention(const Block& block, const at::Tensor& x) const;
   at::Tensor trunk(const at::Tensor& images) const;

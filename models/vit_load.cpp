@@ -95,6 +95,10 @@ Vit Vit::from_directory(const std::filesystem::path& directory, std::optional<at
 
 Vit Vit::on(at::Device device) const { return Vit(config_, frozen_weights(device)); }
 
+std::unique_ptr<Backbone> Vit::with_weights(Weights weights) const {
+  return std::unique_ptr<Backbone>(new Vit(config_, std::move(weights)));
+}
+
 Vit Vit::backbone() const {
   VitConfig config = config_;
   config.num_labels = 0;

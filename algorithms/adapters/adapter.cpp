@@ -33,12 +33,30 @@ void check_tensors(const core::Safetensors& file, const models::NamedTensors& wa
     }
   }
   for (const core::TensorView& view : file.tensors()) {
-    if (!expected.contains(view.name)) problems.push_back("left over " + view.name);
+    if (!expected.contains(view.name) && !view.name.starts_with("head.")) problems.push_back("left over " + view.name);
   }
   if (problems.empty()) return;
   throw core::UserError(fmt::format("algorithms/adapters: {} does not fit its configuration and this model:\n  {}",
                                     file.origin(), fmt::join(problems, "\n  ")),
                         "use the base model the adapter was trained on, and the configuration it was saved with");
+}
+
+/// Puts a classifier beside an adapter's tensors, as PEFT keeps one: the backbone's modules are then those of the model
+/// with the classifier.
+void add_classifier(const PeftClassifier& classifier, models::NamedTensors& tensors, core::Json& peft) {
+  const std::string before = peft_name("");
+  for (auto& [name, tensor] : tensors)
+    if (name.starts_with(before)) name.insert(before.size(), classifier.prefix);
+  for (const auto& [name, tensor] : classifier.tensors) tensors.emplace_back(before + name, tensor);
+  sort_by_name(tensors);
+  peft["modules_to_save"] = {classifier.module};
+  if (!classifier.task_type.empty()) peft["task_type"] = classifier.task_type;
+  if (classifier.prefix.empty()) return;
+  const std::string module = classifier.prefix.substr(0, classifier.prefix.size() - 1);
+  for (const char* key :
+       {"target_modules", "exclude_modules", "feedforward_modules"})               // a text is a regular expression
+    if (peft.contains(key) && peft[key].is_string() && peft[key] != "all-linear")  // for whole paths
+      peft[key] = fmt::format("{}\\.(?:{})", module, peft[key].get<std::string>());
 }
 
 /// Fills an adapter's tensors from a file, in the file's type or `dtype`; leaves stay leaves.
@@ -130,18 +148,21 @@ Adapter Adapter::load(const std::filesystem::path& directory, const models::Back
   return adapter;
 }
 
-void Adapter::save(const std::filesystem::path& directory, const std::string& base_model) const {
+void Adapter::save(const std::filesystem::path& directory, const std::string& base_model,
+                   const PeftClassifier& classifier) const {
   models::NamedTensors tensors = in_peft_file(&SlotAdapter::peft_tensors);
+  core::Json peft = peft_.is_null() ? parametrisation(config_.type).peft_config(config_) : peft_;
+  if (!classifier.tensors.empty()) add_classifier(classifier, tensors, peft);
   for (auto& [name, tensor] : tensors) tensor = tensor.detach().to(at::kCPU).contiguous();
   std::vector<at::Tensor> keep;
-  const core::Json peft = peft_.is_null() ? parametrisation(config_.type).peft_config(config_) : peft_;
   // Patterns of a recipe are tried in alphabetical order, those of a file in the file's.
   write_peft_directory(directory, peft, peft_.is_null() ? AdapterConfig{} : config_, models::views_of(tensors, keep),
                        base_model);
 }
 
-core::ArtefactPtr Adapter::to_artefact(core::Json meta, uint64_t seed) const {
+core::ArtefactPtr Adapter::to_artefact(core::Json meta, uint64_t seed, models::NamedTensors beside) const {
   models::NamedTensors tensors = parameters();
+  for (auto& entry : beside) tensors.push_back(std::move(entry));
   for (auto& entry : state()) tensors.push_back(std::move(entry));
   sort_by_name(tensors);
   for (auto& [name, tensor] : tensors) tensor = tensor.detach().to(at::kCPU).contiguous();
@@ -151,10 +172,16 @@ core::ArtefactPtr Adapter::to_artefact(core::Json meta, uint64_t seed) const {
   return core::Artefact::create("adapter", std::move(meta), models::views_of(tensors, keep));
 }
 
+bool can_be_truncated(const AdapterConfig& config) {
+  const bool plain = config.type == "lora" && !starts_from_base(config) && config.rank_pattern.empty();
+  return plain || parametrisation(config.type).traits().nested_ranks;
+}
+
 Adapter Adapter::truncated(int64_t rank, const models::Backbone& model) const {
-  if (!parametrisation(config_.type).traits().nested_ranks)
-    throw core::UserError(fmt::format("algorithms/adapters: an adapter of type {} has one rank", config_.type),
-                          "train a nested one to use it at lower ranks: dylora or matryoshka");
+  if (!can_be_truncated(config_))
+    throw core::UserError(
+        fmt::format("algorithms/adapters: an adapter of type {} has no first ranks to cut it to", config_.type),
+        "train a nested one to use it at lower ranks: dylora or matryoshka");
   if (rank < 1 || rank > config_.rank)
     throw core::UserError(fmt::format("algorithms/adapters: no rank {} in an adapter of rank {}", rank, config_.rank),
                           fmt::format("choose one from 1 to {}", config_.rank));
@@ -162,6 +189,8 @@ Adapter Adapter::truncated(int64_t rank, const models::Backbone& model) const {
   config.type = "lora";
   config.options = core::Json::object();
   config.rank = rank;
+  if (config_.type == "lora")  // its pairs keep the strength they were trained with
+    config.alpha = scale_of(config_.alpha, config_.rank, config_.use_rslora) / scale_of(1, rank, config_.use_rslora);
   Adapter cut = make(config, targets_of(config, model.slots()), nullptr, 0, model.device(), /*fresh=*/false);
   const at::NoGradGuard no_grad;
   const models::NamedTensors whole = parameters();

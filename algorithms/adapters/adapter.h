@@ -16,6 +16,14 @@
 
 namespace moraine::algorithms::adapters {
 
+/// A classifier that PEFT keeps beside an adapter (modules_to_save), in the form of the whole model.
+struct PeftClassifier {
+  models::NamedTensors tensors;  // "classifier.weight", ...; empty = none
+  std::string module;            // "classifier"
+  std::string prefix;            // of the backbone in the model with a classifier: "bert."
+  std::string task_type;         // "SEQ_CLS"; "" = null
+};
+
 /// An adapter of a whole model: one SlotAdapter for every selected slot. Trained: what its parametrisation says;
 /// frozen: everything else. Not thread-safe.
 class Adapter {
@@ -38,18 +46,20 @@ class Adapter {
   /// Writes a PEFT directory (metadata format "pt", config with sorted keys and indent 2). What load() read is written
   /// back unchanged: every field of the configuration, every tensor byte. A non-empty `base_model` is entered as
   /// base_model_name_or_path. Throws UserError for a type PEFT does not know.
-  void save(const std::filesystem::path& directory, const std::string& base_model = "") const;
+  void save(const std::filesystem::path& directory, const std::string& base_model = "",
+            const PeftClassifier& classifier = {}) const;
   /// Artefact of kind "adapter" (docs/formats.md): everything that is trained or kept, under "adapter" the
   /// configuration and under "seed" what create() was given, from which comes what is not stored.
-  core::ArtefactPtr to_artefact(core::Json meta, uint64_t seed) const;
+  /// `beside`: a head's tensors, under names that begin with "head.", which from_artefact() passes over.
+  core::ArtefactPtr to_artefact(core::Json meta, uint64_t seed, models::NamedTensors beside = {}) const;
 
   /// Takes over the selected slots of `model`. Throws InternalError if one is taken.
   void attach(models::Backbone& model) const;
   /// Restores the frozen functions.
   void detach(models::Backbone& model) const;
 
-  /// The first `rank` ranks as a plain LoRA, in copies. UserError for a type without Traits::nested_ranks, and for a
-  /// rank it has not.
+  /// The first `rank` ranks as a plain LoRA, in copies: of a nested type at the scale of that rank, of a plain LoRA at
+  /// its own (a control: nothing orders its ranks). UserError unless can_be_truncated(), and for a rank it has not.
   Adapter truncated(int64_t rank, const models::Backbone& model) const;
 
   const AdapterConfig& config() const { return config_; }
@@ -79,5 +89,8 @@ class Adapter {
   std::map<std::string, at::Tensor> shared_;             // of all slots, by name
   core::Json peft_;                                      // adapter_config.json as read, unknown fields included
 };
+
+/// Whether Adapter::truncated() takes it: nested types, and plain LoRA of one rank.
+bool can_be_truncated(const AdapterConfig& config);
 
 }  // namespace moraine::algorithms::adapters

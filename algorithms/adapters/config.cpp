@@ -93,24 +93,25 @@ Value value_at(const std::string& path, const std::vector<Pattern>& patterns, Va
   return fallback;
 }
 
-std::string describe(std::span<const models::Slot> slots) {
+std::string describe(std::span<const models::Slot> slots, models::SlotKind kind) {
   std::set<std::string> ends;
   std::string example = "none";
   for (const models::Slot& slot : slots) {
-    if (slot.kind != models::SlotKind::kLinear) continue;
+    if (slot.kind != kind) continue;
     if (ends.insert(slot.path.substr(slot.path.rfind('.') + 1)).second && ends.size() == 1) example = slot.path;
   }
-  return fmt::format("linear slots of this model end in {}; a whole path is e.g. {}", fmt::join(ends, ", "), example);
+  return fmt::format("{} slots of this model end in {}; a whole path is e.g. {}",
+                     kind == models::SlotKind::kBlock ? "block" : "linear", fmt::join(ends, ", "), example);
 }
 
-/// Every name and pattern of the configuration has to match a linear slot: one that does not is a spelling mistake.
-void check_names(const AdapterConfig& config, std::span<const models::Slot> slots) {
+/// Every name and pattern of the configuration has to match a slot of the kind: one that does not is a spelling
+/// mistake.
+void check_names(const AdapterConfig& config, std::span<const models::Slot> slots, models::SlotKind kind) {
   const auto require = [&](const std::string& what, const std::string& name, auto match) {
-    const auto hit = [&](const models::Slot& slot) {
-      return slot.kind == models::SlotKind::kLinear && match(slot.path, name);
-    };
+    const auto hit = [&](const models::Slot& slot) { return slot.kind == kind && match(slot.path, name); };
     if (std::ranges::none_of(slots, hit))
-      throw core::UserError(fmt::format("algorithms/adapters: {} matches no slot: '{}'", what, name), describe(slots));
+      throw core::UserError(fmt::format("algorithms/adapters: {} matches no slot: '{}'", what, name),
+                            describe(slots, kind));
   };
   const auto by_name = [](const std::string& path, const std::string& module) { return names(module, path); };
   if (config.target_regex.empty() && !all_linear(config)) {
@@ -211,15 +212,15 @@ double scale_of(double alpha, int64_t rank, bool use_rslora) {
 
 std::vector<Target> targets_of(const AdapterConfig& given, std::span<const models::Slot> slots, Matching matching) {
   AdapterConfig config = given;
+  const Traits traits = parametrisation(config.type).traits();
   if (matching == Matching::kEveryName) {
-    check_names(config, slots);
+    check_names(config, slots, traits.slots);
     std::ranges::stable_sort(config.rank_pattern, {}, &ModuleRank::module);
     std::ranges::stable_sort(config.alpha_pattern, {}, &ModuleAlpha::module);
   }
-  const Traits traits = parametrisation(config.type).traits();
   std::vector<Target> targets;
   for (const models::Slot& slot : slots) {
-    if (slot.kind != models::SlotKind::kLinear || !selects(config, slot.path)) continue;
+    if (slot.kind != traits.slots || !selects(config, slot.path)) continue;
     Target target{.slot = slot,
                   .rank = value_at(slot.path, config.rank_pattern, &ModuleRank::rank, config.rank),
                   .alpha = value_at(slot.path, config.alpha_pattern, &ModuleAlpha::alpha, config.alpha)};
@@ -233,7 +234,7 @@ std::vector<Target> targets_of(const AdapterConfig& given, std::span<const model
     targets.push_back(std::move(target));
   }
   if (targets.empty())
-    throw core::UserError("algorithms/adapters: the adapter's targets match no slot", describe(slots));
+    throw core::UserError("algorithms/adapters: the adapter's targets match no slot", describe(slots, traits.slots));
   return targets;
 }
 

@@ -58,6 +58,7 @@ struct Traits {
   bool nested_ranks = false;    // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
   bool needs_examples = false;  // start values need a gradient of the loss: SlotInit::gradient
+  models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
 };
 
 /// What a slot's adapter is made of.

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "algorithms/adapters/adaptertune.h"
 #include "algorithms/adapters/bitfit.h"
 #include "algorithms/adapters/compacter.h"
 #include "algorithms/adapters/dora.h"
@@ -18,9 +19,9 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&bitfit(), &compacter(), &dora(),    &dylora(),
-                                                          &ia3(),    &lora(),      &lora_xs(), &matryoshka(),
-                                                          &nola(),   &shira(),     &vera()};
+  static const std::vector<const Parametrisation*> all = {&adaptertune(), &bitfit(), &compacter(), &dora(),
+                                                          &dylora(),      &ia3(),    &lora(),      &lora_xs(),
+                                                          &matryoshka(),  &nola(),   &shira(),     &vera()};
   return all;
 }
 

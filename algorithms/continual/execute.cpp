@@ -137,7 +137,7 @@ core::ArtefactPtr Continual::train_backbone(const Unit& unit, WorkerContext& con
   std::vector<int64_t> rows(images->dataset().labels("train").size());
   for (size_t row = 0; row < rows.size(); ++row) rows[row] = static_cast<int64_t>(row);
   job.loss = [&, batch_size = job.config.batch_size](int64_t step, int64_t first, int64_t count) {
-    const auto batch = batch_of(rows, seed, step * batch_size + first, count);
+    const auto batch = data::batch_of(rows, seed, step * batch_size + first, count);
     std::vector<int64_t> labels = images->labels("train", batch);
     const at::Tensor expected =
         at::from_blob(labels.data(), {count}, at::kLong).to(context.device(), /*non_blocking=*/false, /*copy=*/true);

@@ -21,18 +21,6 @@
 
 namespace moraine::algorithms::continual {
 
-std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, int64_t first, int64_t count) {
-  const auto size = static_cast<int64_t>(rows.size());
-  std::vector<int64_t> out;
-  for (int64_t place = first; place < first + count;) {
-    const int64_t epoch = place / size;
-    const data::Permutation order(size, core::derive_seed(seed, fmt::format("shuffle/epoch{}", epoch)));
-    for (; place < first + count && place / size == epoch; ++place)
-      out.push_back(rows[static_cast<size_t>(order(place % size))]);
-  }
-  return out;
-}
-
 Head Head::read(const core::Artefact& artefact, at::Device device) {
   Head head;
   head.labels = artefact.meta().at("classes").get<std::vector<int64_t>>();
@@ -123,7 +111,7 @@ core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, cons
 
   TrainJob job{train, std::move(parameters), nullptr, /*tokens_per_sequence=*/1, std::move(groups)};
   job.loss = [&, batch_size = train.batch_size](int64_t step, int64_t first, int64_t count) {
-    const auto batch = batch_of(rows, seed, step * batch_size + first, count);
+    const auto batch = data::batch_of(rows, seed, step * batch_size + first, count);
     std::vector<int64_t> targets = site.images->labels("train", batch);
     for (int64_t& label : targets) label = target_of.at(label);
     const at::Tensor expected = at::from_blob(targets.data(), {count}, at::kLong)

@@ -30,10 +30,6 @@ struct Head {
   void set(std::span<const int64_t> trained, const at::Tensor& weight_rows, const at::Tensor& bias_rows);
 };
 
-/// Places [first, first + count) of an endless pass over `rows`, every epoch in a permutation of its own: a pure
-/// function, so a step's batch needs no state.
-std::vector<int64_t> batch_of(const std::vector<int64_t>& rows, uint64_t seed, int64_t first, int64_t count);
-
 /// Trains `parameters`, which `vit` uses, and the head rows of spec.logits by cross entropy over these logits on the
 /// training images of spec.tasks. The batch of a step is a pure function of (seed, step); labels outside spec.logits do
 /// not occur. Returns the artefact of kind `kind`: what state() names, the head of every class seen, and the curve.

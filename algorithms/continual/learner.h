@@ -8,7 +8,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "algorithms/continual/images.h"
+#include "algorithms/image_source.h"
 #include "algorithms/unit.h"
 #include "algorithms/worker_context.h"
 #include "data/task_stream.h"

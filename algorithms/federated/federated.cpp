@@ -78,7 +78,7 @@ void Federated::open_inputs() {
                    "fewer clients, a larger clients.alpha, another seed, or more text");
   }
   if (problems.empty()) {
-    model_id_ = model_identity(config_.model.path, architecture_);
+    model_id_ = model_identity(config_.model.path, architecture_.to_json());
     // The adapter's targets and ranks are checked against the model once, here, before anything is planned.
     const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
     (void)adapters::targets_of(at_rank(config_.lora, server_rank()), base.slots());

@@ -15,7 +15,7 @@ const core::Schema<ModelConfig>& model_schema() {
                                  .field("path", &ModelConfig::path)
                                  .required()
                                  .path()
-                                 .doc("Hugging Face directory (config.json + safetensors) of the model to fit");
+                                 .doc("Hugging Face or timm directory (config.json + safetensors) of the model to fit");
   return schema;
 }
 
@@ -28,7 +28,18 @@ const core::Schema<TaskConfig>& task_schema() {
                                  .field("path", &C::path)
                                  .required()
                                  .path()
-                                 .doc("Prepared HDF5 file (scripts/prepare_text.py)");
+                                 .doc("Prepared HDF5 file; what it holds decides the objective (docs/finetune.md)")
+                                 .field("packing", &C::packing)
+                                 .doc("Completions: short examples share a row of seq_len tokens, none sees another")
+                                 .field("mean", &C::mean)
+                                 .doc("Images: (pixel / 255 - mean) / deviation")
+                                 .field("deviation", &C::deviation)
+                                 .above(0)
+                                 .doc("Images: see mean")
+                                 .field("validation_share", &C::validation_share)
+                                 .min(0)
+                                 .max(0.9)
+                                 .doc("Images: share of the training images that is kept for validation");
   return schema;
 }
 
@@ -41,18 +52,20 @@ const core::Schema<EntryConfig>& entry_schema() {
           .changes_nothing()
           .doc("Name of this way to fit the model, in tables and files")
           .optional_object("adapter", &C::adapter, adapters::adapter_schema())
-          .doc("What is trained beside the frozen model; left out, without `start`: all its weights")
+          .doc("What is trained beside the frozen model; left out, without start and head_only: all its weights")
           .field("start", &C::start)
           .path()
           .doc("PEFT directory of an adapter to train further, instead of a fresh one")
+          .field("head_only", &C::head_only)
+          .doc("Train the task's head alone (linear probe)")
           .field("learning_rate", &C::learning_rate)
           .above(0)
           .doc("Instead of train.learning_rate")
           .check([](const C& c) -> Violation {
-            if (!c.adapter || c.start.empty()) return std::nullopt;
+            if (c.adapter.has_value() + !c.start.empty() + c.head_only <= 1) return std::nullopt;
             return fmt::format(
-                "'{}': adapter or start: an adapter that is trained further "
-                "keeps its configuration",
+                "'{}': one of adapter, start and head_only: an adapter that is trained further keeps its "
+                "configuration",
                 c.name);
           });
   return schema;
@@ -60,22 +73,30 @@ const core::Schema<EntryConfig>& entry_schema() {
 
 const core::Schema<EvaluationConfig>& evaluation_schema() {
   using C = EvaluationConfig;
-  static const auto schema = core::Schema<C>()
-                                 .field("sequences", &C::sequences)
-                                 .evaluation_only()
-                                 .min(0)
-                                 .doc("Evaluated sequences per task; 0 = all")
-                                 .field("batch_size", &C::batch_size)
-                                 .evaluation_only()
-                                 .min(1)
-                                 .doc("Sequences per forward pass")
-                                 .field("split", &C::split)
-                                 .evaluation_only()
-                                 .choices({"test", "validation"})
-                                 .doc("Which documents the tables are about; use validation while choosing settings")
-                                 .field("every_task", &C::every_task)
-                                 .evaluation_only()
-                                 .doc("Score every result on every task, not only on the one it was trained on");
+  static const auto schema =
+      core::Schema<C>()
+          .field("sequences", &C::sequences)
+          .evaluation_only()
+          .min(0)
+          .doc("Evaluated sequences, examples, questions or images per task; 0 = all")
+          .field("batch_size", &C::batch_size)
+          .evaluation_only()
+          .min(1)
+          .doc("Rows per forward pass")
+          .field("split", &C::split)
+          .evaluation_only()
+          .choices({"test", "validation"})
+          .doc("Which held-out data the tables are about; use validation while choosing settings")
+          .field("every_task", &C::every_task)
+          .evaluation_only()
+          .doc("Score every result on every task, not only on the one it was trained on")
+          .field("ranks", &C::ranks)
+          .evaluation_only()
+          .min(1)
+          .unique()
+          .doc(
+              "Score adapters whose first ranks work alone (dylora, matryoshka; lora as a control) at these ranks, "
+              "too");
   return schema;
 }
 
@@ -111,9 +132,13 @@ const core::Schema<FinetuneConfig>& finetune_schema() {
         .field("seq_len", &C::seq_len)
         .min(2)
         .unit("tokens")
-        .doc("Context of training and evaluation")
+        .doc("Context of training and evaluation; the longest completion with its prompt")
         .field("tokenizer", &C::tokenizer)
-        .doc("Tokeniser the data must have been prepared with")
+        .doc("Tokeniser the data must have been prepared with; empty = any that fits the model's own")
+        .field("label_smoothing", &C::label_smoothing)
+        .min(0)
+        .max(0.9)
+        .doc("Share of every target that training spreads over all classes or tokens")
         .object("train", &C::train, train_schema())
         .doc("Training of one result")
         .object("evaluation", &C::evaluation, evaluation_schema())

@@ -13,28 +13,33 @@
 namespace moraine::algorithms::finetune {
 
 struct ModelConfig {
-  std::string path;  // Hugging Face directory of a decoder
+  std::string path;  // Hugging Face (or timm) directory
 };
 
-/// Prepared text to fit; its held-out documents are what is measured.
+/// Prepared text, examples or images to fit; what is held out is what is measured.
 struct TaskConfig {
   std::string name;
   std::string path;
+  bool packing = false;
+  double mean = 0.5, deviation = 0.5;
+  double validation_share = 0;
 };
 
-/// One way to fit the model.
+/// One way to fit the model. A task that needs a head trains one beside.
 struct EntryConfig {
   std::string name;
-  std::optional<adapters::AdapterConfig> adapter;  // neither this nor `start` = all weights are trained
+  std::optional<adapters::AdapterConfig> adapter;  // none of these three = all weights are trained
   std::string start;                               // PEFT directory: its adapter is trained further
+  bool head_only = false;                          // nothing but the task's head
   std::optional<double> learning_rate;             // instead of train.learning_rate
 };
 
 struct EvaluationConfig {
-  int64_t sequences = 128;  // per task; 0 = all
+  int64_t sequences = 128;  // per task (examples, questions, images); 0 = all
   int64_t batch_size = 16;
   std::string split = "test";  // test | validation
   bool every_task = true;      // score each adapter on every task, not only on its own
+  std::vector<int64_t> ranks;  // score adapters cut to these ranks, too
 };
 
 struct FinetuneConfig : RunConfig {
@@ -43,7 +48,8 @@ struct FinetuneConfig : RunConfig {
   std::vector<EntryConfig> adapters;
   std::vector<int64_t> seeds;  // empty = the run's seed alone
   int64_t seq_len = 256;
-  std::string tokenizer = "bytes-v1";
+  std::string tokenizer;  // "" = the files' own
+  double label_smoothing = 0;
   TrainConfig train;
   EvaluationConfig evaluation;
 

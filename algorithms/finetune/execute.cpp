@@ -4,33 +4,45 @@
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/adapters/adapter.h"
-#include "algorithms/evaluate.h"
 #include "algorithms/finetune/finetune.h"
+#include "algorithms/language_model.h"
 #include "core/error.h"
-#include "models/decoder.h"
 #include "models/tensor_io.h"
 
 namespace moraine::algorithms::finetune {
 namespace {
 
-constexpr const char* kWeights = "weights";  // kind of an artefact that holds all weights of a model
-
-at::ScalarType type_of(const std::string& dtype) { return dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }
+at::ScalarType scalar_type(const std::string& dtype) { return dtype == "bfloat16" ? at::kBFloat16 : at::kFloat; }
 
 }  // namespace
 
-std::shared_ptr<models::Decoder> Finetune::load_base(const std::string& base, const std::string& dtype,
-                                                     WorkerContext& context) const {
-  return cached_model(config_.model.path, base, model_id_, type_of(dtype), context);
+std::shared_ptr<models::Backbone> Finetune::load_base(const std::string& base, const std::string& dtype,
+                                                      WorkerContext& context) const {
+  const auto make = [&]() -> std::shared_ptr<void> {
+    if (base != model_id_)
+      throw core::UserError(
+          fmt::format("algorithms/finetune: the model in {} differs from the coordinator's", config_.model.path),
+          "every site must use a byte-identical model");
+    return models::open_backbone(config_.model.path, scalar_type(dtype))->shared_on(context.device());
+  };
+  return std::static_pointer_cast<models::Backbone>(context.cached(fmt::format("backbone/{}/{}", dtype, base), make));
 }
 
-std::shared_ptr<data::TextDataset> Finetune::load_text(const TextSpec& spec, WorkerContext& context) const {
+std::shared_ptr<const objectives::Objective> Finetune::load_objective(const objectives::DataSpec& spec,
+                                                                      WorkerContext& context) const {
   const auto task =
       std::ranges::find_if(config_.tasks, [&](const TaskConfig& candidate) { return candidate.name == spec.name; });
   if (task == config_.tasks.end())
     throw core::UserError(fmt::format("algorithms/finetune: this site's recipe has no task '{}'", spec.name),
                           "give every process the same recipe");
-  return cached_dataset(task->path, core::to_spec(text_schema(), spec), context);
+  return objectives::open_objective(task->path, spec, *facts_, context);
+}
+
+std::unique_ptr<models::Backbone> fitted(const models::Backbone& base, const core::ArtefactPtr& result) {
+  if (!result || result->kind() != kWeights) return base.shared_on(base.device());
+  std::vector<core::TensorView> weights = result->file().tensors();
+  std::erase_if(weights, [](const core::TensorView& tensor) { return tensor.name.starts_with("head."); });
+  return base.with_tensors(weights, result->file().origin(), result)->shared_on(base.device());
 }
 
 core::ArtefactPtr Finetune::execute(const Unit& unit, WorkerContext& context) const {
@@ -51,43 +63,51 @@ std::filesystem::path Finetune::start_directory(const std::string& hash) const {
 core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) const {
   const auto spec = core::from_spec(TrainSpec::schema(), unit.spec);
   const TrainConfig train = train_config(spec.train, config_.train);
-  models::Decoder model = load_base(spec.base, train.dtype, context)->share();
-  const auto text = load_text(spec.data, context);
-  TrainJob job{train, {}, nullptr, text->seq_len()};
+  const auto model = load_base(spec.base, train.dtype, context)->shared_on(context.device());
+  const auto objective = load_objective(spec.data, context);
+  const auto head = objectives::Head::fresh(spec.data.classes, *facts_, spec.adapter_seed, context.device());
+  TrainJob job{train, {}, nullptr, objective->tokens_per_row()};
   std::optional<adapters::Adapter> adapter;
   if (spec.adapter) {
     adapter = spec.start.empty()
-                  ? adapters::Adapter::create(*spec.adapter, model, spec.adapter_seed, context.device())
-                  : adapters::Adapter::load(start_directory(spec.start), model, at::kFloat, context.device());
-    adapter->attach(model);
+                  ? adapters::Adapter::create(*spec.adapter, *model, spec.adapter_seed, context.device())
+                  : adapters::Adapter::load(start_directory(spec.start), *model, at::kFloat, context.device());
+    adapter->attach(*model);
     job.parameters = adapter->parameters();
     job.groups = adapter->groups();
-  } else {
-    job.parameters = model.make_trainable();
+  } else if (!spec.head_only) {
+    job.parameters = model->make_trainable();
   }
-  job.loss = language_model_loss(model, text, spec.data_seed, train.batch_size, context.device());
+  for (auto& entry : head.tensors()) job.parameters.push_back(std::move(entry));
+  std::ranges::sort(job.parameters, {}, &std::pair<std::string, at::Tensor>::first);
+  job.loss = [&](int64_t step, int64_t first, int64_t count) {
+    const models::PassScope scope(*model, {.training = true, .step = step, .first = first, .seed = spec.data_seed});
+    return objective->loss(*model, head, {spec.data_seed, step * train.batch_size + first, count});
+  };
   const TrainOutcome outcome = context.train(std::move(job));
   core::Json meta = {{"base", spec.base}, {"task", spec.data.name}, {"curve", curve_json(outcome)}};
-  if (adapter) return adapter->to_artefact(std::move(meta), spec.adapter_seed);
-  models::NamedTensors weights;
-  for (const auto& [name, tensor] : model.weights()) weights.emplace_back(name, tensor.detach().cpu());
+  models::NamedTensors tensors;
+  for (const auto& [name, tensor] : head.tensors()) tensors.emplace_back(name, tensor.detach().cpu());
+  if (adapter) return adapter->to_artefact(std::move(meta), spec.adapter_seed, std::move(tensors));
+  if (!spec.head_only)
+    for (const auto& [name, tensor] : model->weights()) tensors.emplace_back(name, tensor.detach().cpu());
+  std::ranges::sort(tensors, {}, &std::pair<std::string, at::Tensor>::first);
   std::vector<at::Tensor> keep;
-  return core::Artefact::create(kWeights, std::move(meta), models::views_of(weights, keep));
+  return core::Artefact::create(spec.head_only ? kHead : kWeights, std::move(meta), models::views_of(tensors, keep));
 }
 
 core::ArtefactPtr Finetune::evaluate_unit(const Unit& unit, WorkerContext& context) const {
   const auto spec = core::from_spec(EvaluateSpec::schema(), unit.spec);
-  const auto text = load_text(spec.data, context);
+  const auto objective = load_objective(spec.data, context);
   const auto base = load_base(spec.base, spec.dtype, context);
   const auto result = unit.inputs.empty() ? core::ArtefactPtr() : context.artefact(unit.inputs.at(0));
-  const bool all_weights = result && result->kind() == kWeights;
-  models::Decoder model = all_weights
-                              ? models::Decoder::from_tensors(base->config(), result->file().tensors(),
-                                                              result->file().origin(), type_of(spec.dtype), result)
-                                    .on(context.device())
-                              : base->share();
-  if (result && !all_weights) adapters::Adapter::from_artefact(*result, model, context.device()).attach(model);
-  const Evaluation sums = evaluate(model, *text, spec.sequences, spec.batch_size, context);
+  const auto model = fitted(*base, result);
+  if (result && result->kind() == kAdapter) {
+    const auto adapter = adapters::Adapter::from_artefact(*result, *model, context.device());
+    (spec.rank > 0 ? adapter.truncated(spec.rank, *model) : adapter).attach(*model);
+  }
+  const auto head = result ? objectives::Head::read(*result, context.device()) : objectives::Head();
+  const Evaluation sums = objective->score(*model, head, spec.sequences, spec.batch_size, context);
   return core::Artefact::create("evaluation", {{"result", sums.to_json()}}, {});
 }
 
@@ -103,13 +123,14 @@ void Finetune::check_result(const Unit& unit, const core::Artefact& artefact) co
       return;
     }
     const auto spec = core::from_spec(TrainSpec::schema(), unit.spec);
-    if (artefact.kind() != (spec.adapter ? "adapter" : kWeights))
+    if (artefact.kind() != (spec.adapter ? kAdapter : spec.head_only ? kHead : kWeights))
       refuse(fmt::format("is of kind '{}'", artefact.kind()));
     if (artefact.meta().at("base") != spec.base || artefact.meta().at("task") != spec.data.name)
       refuse("was trained against another model or on another task");
     int64_t numbers = 0;
     for (const auto& tensor : artefact.file().tensors()) numbers += tensor.numel();
-    const int64_t planned = counts(spec.adapter, !spec.start.empty()).stored;
+    const int64_t planned = (spec.head_only ? 0 : counts(spec.adapter, !spec.start.empty()).stored) +
+                            objectives::Head::count(spec.data.classes, *facts_);
     if (numbers != planned) refuse(fmt::format("holds {} numbers, planned are {}", numbers, planned));
   } catch (const core::Json::exception& error) {
     refuse(fmt::format("is malformed: {}", error.what()));

@@ -1,42 +1,38 @@
 #include "algorithms/finetune/finetune.h"
 
+#include <algorithm>
+
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/adapters/adapter.h"
 #include "algorithms/adapters/peft_files.h"
-#include "algorithms/evaluate.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/ordered_json.h"
 #include "core/registry.h"
-#include "data/model_tokenizer.h"
-#include "data/text_dataset.h"
 #include "models/checkpoint.h"
-#include "models/decoder.h"
 
 namespace moraine::algorithms::finetune {
-Finetune::Finetune(FinetuneConfig config)
-    : config_(std::move(config)), architecture_(models::DecoderConfig::from_directory(config_.model.path)) {}
+
+Finetune::Finetune(FinetuneConfig config) : config_(std::move(config)) {}
 
 Finetune::Finetune(FinetuneConfig config, const core::Json& inputs)
     : config_(std::move(config)),
-      architecture_(models::DecoderConfig::from_json(inputs.at("architecture"), "recorded inputs")),
-      fingerprints_(inputs.at("fingerprints").get<std::map<std::string, std::string>>()),
+      facts_(models::ModelFacts::from_json(inputs.at("model_facts"))),
       model_id_(inputs.at("model").get<std::string>()) {
+  for (const auto& [name, facts] : inputs.at("tasks").items()) tasks_[name] = objectives::TaskFacts::from_json(facts);
   for (const auto& [name, start] : inputs.at("started").items())
     started_[name] = {adapters::adapter_schema().from_json(start.at("adapter")), start.at("hash").get<std::string>()};
 }
 
 core::Json Finetune::inputs() const {
-  core::Json started = core::Json::object();
+  core::Json started = core::Json::object(), tasks = core::Json::object();
   for (const auto& [name, start] : started_)
     started[name] = {{"adapter", adapters::adapter_schema().to_json(start.config)}, {"hash", start.hash}};
-  return {{"architecture", architecture_.to_json()},
-          {"fingerprints", fingerprints_},
-          {"model", model_id_},
-          {"started", started}};
+  for (const auto& [name, facts] : tasks_) tasks[name] = facts.to_json();
+  return {{"model_facts", facts_->to_json()}, {"tasks", tasks}, {"model", model_id_}, {"started", started}};
 }
 
 std::optional<adapters::AdapterConfig> Finetune::adapter_of(const EntryConfig& entry) const {
@@ -63,13 +59,31 @@ void Finetune::open_starts(core::Problems& problems) {
 }
 
 void Finetune::check_adapters(core::Problems& problems) const {
-  const auto slots = models::decoder_slots(architecture_);
   for (size_t i = 0; i < config_.adapters.size(); ++i) {
     const EntryConfig& entry = config_.adapters[i];
     const std::string key = fmt::format("adapters.{}.adapter", i);
     try {
       const auto matching = entry.start.empty() ? adapters::Matching::kEveryName : adapters::Matching::kAnyName;
-      if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, slots, matching);
+      if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, facts_->slots, matching);
+      for (const auto& [task, facts] : tasks_)
+        if (entry.head_only && facts.classes == 0)
+          throw core::UserError(fmt::format("algorithms/finetune: task '{}' has no head to train", task),
+                                "next tokens are predicted by the model itself: leave the entry out");
+    } catch (const core::UserError& error) {
+      problems.add(key, key, error.what(), error.hint());
+    }
+  }
+}
+
+void Finetune::open_model() { facts_ = models::model_facts(config_.model.path); }
+
+void Finetune::open_tasks(core::Problems& problems) {
+  for (size_t i = 0; i < config_.tasks.size(); ++i) {
+    const TaskConfig& task = config_.tasks[i];
+    const std::string key = fmt::format("tasks.{}.path", i);
+    try {
+      tasks_[task.name] =
+          objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_, config_.model.path);
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
@@ -77,69 +91,62 @@ void Finetune::check_adapters(core::Problems& problems) const {
 }
 
 void Finetune::open_inputs() {
+  open_model();
   core::Problems problems;
-  for (size_t i = 0; i < config_.tasks.size(); ++i) {
-    const TaskConfig& task = config_.tasks[i];
-    const std::string key = fmt::format("tasks.{}.path", i);
-    try {
-      for (const std::string& split : {std::string("train"), config_.evaluation.split}) {
-        const auto dataset = data::TextDataset::open(task.path, split, config_.seq_len, config_.tokenizer);
-        fingerprints_[task.name] = dataset.info().fingerprint;
-        data::check_model_tokenizer(dataset.info(), task.path, config_.model.path, architecture_.vocab_size);
-      }
-    } catch (const core::UserError& error) {
-      problems.add(key, key, error.what(), error.hint());
-    }
-  }
-  if (config_.seq_len > architecture_.max_position_embeddings)
-    problems.add("seq_len", "seq_len",
-                 fmt::format("{} is more than the model's {} positions", config_.seq_len,
-                             architecture_.max_position_embeddings));
+  open_tasks(problems);
   open_starts(problems);
   if (problems.empty()) check_adapters(problems);
-  if (problems.empty()) model_id_ = model_identity(config_.model.path, architecture_);
+  if (problems.empty()) model_id_ = model_identity(config_.model.path, facts_->config);
   problems.throw_if_any(config_.name);
 }
 
 adapters::Counts Finetune::counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const {
-  if (!adapter) return {architecture_.total_parameters(), architecture_.total_parameters()};
-  const auto targets = adapters::targets_of(*adapter, models::decoder_slots(architecture_),
+  if (!adapter) return {facts_->parameters, facts_->parameters};
+  const auto targets = adapters::targets_of(*adapter, facts_->slots,
                                             started ? adapters::Matching::kAnyName : adapters::Matching::kEveryName);
   return adapters::parametrisation(adapter->type).count(targets, *adapter);
 }
 
-ParameterTable Finetune::parameters() const {
-  ParameterTable table;
-  table.columns = {"adapter", "type", "trained", "% of the model", "stored and sent"};
-  for (const auto& entry : config_.adapters) {
-    const auto adapter = adapter_of(entry);
-    const adapters::Counts numbers = counts(adapter, !entry.start.empty());
-    table.rows.push_back(
-        {entry.name, adapter ? adapter->type : "all weights", numbers.trained,
-         100.0 * static_cast<double>(numbers.trained) / static_cast<double>(architecture_.total_parameters()),
-         numbers.stored});
-  }
-  table.notes = {fmt::format("the model: {} parameters; a number is 4 bytes", architecture_.total_parameters())};
-  return table;
+adapters::Counts Finetune::counts(const EntryConfig& entry) const {
+  return entry.head_only ? adapters::Counts{} : counts(adapter_of(entry), !entry.start.empty());
 }
 
-models::Decoder Finetune::fitted_model(const core::ArtefactPtr& result) const {
-  if (result->kind() != "adapter")
-    return models::Decoder::from_tensors(architecture_, result->file().tensors(), result->file().origin(), std::nullopt,
-                                         result);
-  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-  return base.plus(adapters::Adapter::from_artefact(*result, base, at::kCPU).deltas(base));
+std::string Finetune::type_of(const EntryConfig& entry) const {
+  const auto adapter = adapter_of(entry);
+  return adapter ? adapter->type : entry.head_only ? "head alone" : "all weights";
+}
+
+ParameterTable Finetune::parameters() const {
+  if (!facts_) {  // counting needs the model's shapes, and adapters to start from, but no data
+    Finetune opened(config_);
+    core::Problems problems;
+    opened.open_model();
+    opened.open_starts(problems);
+    problems.throw_if_any(config_.name);
+    return opened.parameters();
+  }
+  ParameterTable table;
+  table.columns = {"adapter", "type", "trained", "% of the model", "stored and sent"};
+  const auto all = static_cast<double>(facts_->parameters);
+  for (const auto& entry : config_.adapters) {
+    const adapters::Counts numbers = counts(entry);
+    table.rows.push_back({entry.name, type_of(entry), numbers.trained,
+                          100.0 * static_cast<double>(numbers.trained) / all, numbers.stored});
+  }
+  table.notes = {fmt::format("the model: {} parameters; a number is 4 bytes", facts_->parameters)};
+  const int64_t row = objectives::Head::count(1, *facts_);
+  table.notes.push_back(fmt::format("a task with classes trains a head beside: {} numbers per class", row));
+  return table;
 }
 
 void Finetune::publish(const RunState& state, const std::filesystem::path& run_directory) const {
   PlanBuilder builder(state);
-  std::optional<models::Decoder> base;
   for (const Result& result : walk(builder).results) {
     const auto adapter = adapter_of(*result.entry);
     if (!result.artefact || !adapter || !adapters::parametrisation(adapter->type).in_peft(*adapter)) continue;
-    if (!base) base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-    adapters::Adapter::from_artefact(*state.artefact(*result.artefact), *base, at::kCPU)
-        .save(run_directory / "adapters" / result.name(), config_.model.path);
+    if (tasks_.at(result.task->name).classes > 0 && facts_->classifier.architecture.empty()) continue;
+    export_peft(result, *state.artefact(*result.artefact), run_directory / "adapters" / result.name(),
+                config_.model.path);
   }
 }
 
@@ -161,6 +168,57 @@ const Finetune::Result& Finetune::find_result(const Stages& stages, const std::s
       "name one with --what: " + (name.empty() ? fmt::format("{}, ...", known.front()) : core::name_hint(name, known)));
 }
 
+void Finetune::export_peft(const Result& result, const core::Artefact& artefact, const std::filesystem::path& directory,
+                           const std::string& base_model) const {
+  const auto base = models::open_backbone(config_.model.path, std::nullopt);
+  const auto head = objectives::Head::read(artefact, at::kCPU);
+  adapters::PeftClassifier classifier;
+  if (head.weight.defined()) {
+    const models::ClassifierForm& form = classifier_form(result.name());
+    for (const auto& [name, tensor] : head.tensors())
+      classifier.tensors.emplace_back(form.module + name.substr(name.find('.')), tensor);
+    classifier.module = form.module;
+    classifier.prefix = form.prefix;
+    classifier.task_type = facts_->vocab_size > 0 ? "SEQ_CLS" : "";
+  }
+  adapters::Adapter::from_artefact(artefact, *base, at::kCPU).save(directory, base_model, classifier);
+}
+
+const models::ClassifierForm& Finetune::classifier_form(const std::string& result) const {
+  if (facts_->classifier.architecture.empty())
+    throw core::UserError(
+        fmt::format("algorithms/finetune: {} has a head, and transformers has no model of type {} with a classifier",
+                    result, facts_->config.at("model_type").get<std::string>()),
+        "`moraine cp` takes the artefact as it is");
+  return facts_->classifier;
+}
+
+void Finetune::export_model(const std::string& result, const core::ArtefactPtr& artefact,
+                            const std::filesystem::path& directory) const {
+  const auto base = models::open_backbone(config_.model.path, std::nullopt);
+  auto merged = fitted(*base, artefact);
+  if (artefact->kind() == kAdapter)
+    merged = base->changed_by(adapters::Adapter::from_artefact(*artefact, *base, at::kCPU).deltas(*base));
+  models::NamedTensors weights(merged->weights().begin(), merged->weights().end());
+  core::Json config = facts_->config;
+  const auto head = objectives::Head::read(*artefact, at::kCPU);
+  if (head.weight.defined()) {
+    const models::ClassifierForm& form = classifier_form(result);
+    std::erase_if(weights, [](const auto& entry) { return entry.first == "lm_head.weight"; });
+    for (auto& [name, tensor] : weights) name.insert(0, form.prefix);
+    for (const auto& [name, tensor] : head.tensors())
+      weights.emplace_back(form.module + name.substr(name.find('.')), tensor.to(base->dtype()));
+    std::ranges::sort(weights, {}, &std::pair<std::string, at::Tensor>::first);
+    config["architectures"] = {form.architecture};
+    for (int64_t label = 0; label < head.weight.size(0); ++label) {
+      config["id2label"][std::to_string(label)] = fmt::format("LABEL_{}", label);
+      config["label2id"][fmt::format("LABEL_{}", label)] = label;
+    }
+  }
+  write_model_directory(directory, config, std::move(weights));
+  models::copy_companions(config_.model.path, directory);
+}
+
 void Finetune::export_as(const RunState& state, const ExportRequest& request) const {
   const at::NoGradGuard no_grad;
   PlanBuilder builder(state);
@@ -169,18 +227,15 @@ void Finetune::export_as(const RunState& state, const ExportRequest& request) co
   const core::ArtefactPtr artefact = state.artefact(*result.artefact);
   if (request.format == "peft") {
     if (!adapter_of(*result.entry))
-      throw core::UserError(fmt::format("algorithms/finetune: {} trained all weights: it is no adapter", result.name()),
+      throw core::UserError(fmt::format("algorithms/finetune: {} is no adapter", result.name()),
                             "--to hf writes the model");
-    const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-    return adapters::Adapter::from_artefact(*artefact, base, at::kCPU)
-        .save(request.directory, request.base_model.empty() ? config_.model.path : request.base_model);
+    return export_peft(result, *artefact, request.directory,
+                       request.base_model.empty() ? config_.model.path : request.base_model);
   }
   if (request.format != "hf")
     throw core::UserError(fmt::format("algorithms/finetune: a result has no form '{}'", request.format),
                           "--to peft: the adapter; --to hf: the merged model");
-  const models::Decoder merged = fitted_model(artefact);
-  write_model_directory(request.directory, architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
-  models::copy_companions(config_.model.path, request.directory);
+  export_model(result.name(), artefact, request.directory);
 }
 
 MethodEntry method_entry() {

@@ -11,25 +11,18 @@
 #include "algorithms/finetune/config.h"
 #include "algorithms/finetune/units.h"
 #include "algorithms/method.h"
+#include "algorithms/objectives/objective.h"
 #include "algorithms/register.h"
-#include "models/decoder_config.h"
-
-namespace moraine::data {
-class TextDataset;
-}
-namespace moraine::models {
-class Decoder;
-}
-namespace moraine::algorithms {
-struct Evaluation;
-}
+#include "models/open_backbone.h"
 
 namespace moraine::algorithms::finetune {
 
-/// Fits one model to tasks by adapters of any type, or by all its weights: every adapter with every task and seed, one
-/// unit each, so they spread over workers. All of one task and seed see the same batches in the same order.
+/// Fits one model of any family to tasks of any objective, by adapters of any type, by all its weights or by a head
+/// alone: every adapter with every task and seed, one unit each, so they spread over workers. All of one task and seed
+/// see the same batches in the same order.
 ///
-/// Trained: what the adapter's parametrisation says. A worker sends the adapter, or all weights where there is none.
+/// Trained: what the adapter's parametrisation says, and a head where the task needs one. A worker sends these, or all
+/// weights where there is no adapter.
 class Finetune final : public Method {
  public:
   explicit Finetune(FinetuneConfig config);
@@ -62,6 +55,7 @@ class Finetune final : public Method {
     int64_t seed = 0;
     std::optional<std::string> artefact;
     std::map<std::string, std::string> tests;  // by task: evaluation
+    std::map<int64_t, std::string> at_ranks;   // of its own task, by rank: evaluation
 
     std::string name() const;
   };
@@ -72,37 +66,62 @@ class Finetune final : public Method {
   };
   Stages walk(PlanBuilder& plan) const;
   Unit train_unit(const Result& result) const;
-  Unit evaluation_unit(const std::string& label, const TaskConfig& task, std::vector<std::string> inputs) const;
-  TextSpec text_spec(const TaskConfig& task, const std::string& split) const;
+  Unit evaluation_unit(const std::string& label, const TaskConfig& task, std::vector<std::string> inputs,
+                       int64_t rank = 0) const;
+  /// evaluation.ranks below the adapter's own, sorted; none when it cannot be cut.
+  std::vector<int64_t> ranks_below(const EntryConfig& entry) const;
+  objectives::DataSpec data_spec(const TaskConfig& task, const std::string& split) const;
+  objectives::TaskOptions options_of(const TaskConfig& task) const;
+  double cost_of(const TaskConfig& task, int64_t rows) const;  // FLOPs of a forward pass
   /// What is trained of an entry; nullopt = all weights.
   std::optional<adapters::AdapterConfig> adapter_of(const EntryConfig& entry) const;
+  void open_model();
+  void open_tasks(core::Problems& problems);
   void open_starts(core::Problems& problems);
   adapters::Counts counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const;
   void check_adapters(core::Problems& problems) const;
 
   core::ArtefactPtr train(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<models::Decoder> load_base(const std::string& base, const std::string& dtype,
-                                             WorkerContext& context) const;
+  std::shared_ptr<models::Backbone> load_base(const std::string& base, const std::string& dtype,
+                                              WorkerContext& context) const;
   std::filesystem::path start_directory(const std::string& hash) const;
-  std::shared_ptr<data::TextDataset> load_text(const TextSpec& spec, WorkerContext& context) const;
+  std::shared_ptr<const objectives::Objective> load_objective(const objectives::DataSpec& spec,
+                                                              WorkerContext& context) const;
 
   // summary.cpp
-  std::optional<Evaluation> tested(const RunState& state, const std::map<std::string, std::string>& tests,
-                                   const std::string& task) const;
+  std::optional<double> tested(const RunState& state, const std::map<std::string, std::string>& tests,
+                               const std::string& task) const;
+  const objectives::Metric& metric_of(const TaskConfig& task) const;
+  bool one_metric() const;
+  std::string labelled(const TaskConfig& task) const;
+  std::vector<double> scores_of(const Stages& stages, const RunState& state, const EntryConfig& entry,
+                                const TaskConfig& trained_on, const TaskConfig& tested_on) const;
+  core::Json score_row(const Stages& stages, const RunState& state, const EntryConfig& entry) const;
+  core::Json base_row(const Stages& stages, const RunState& state) const;
+  std::string headline(const core::Json& rows) const;
   void summarize_scores(const Stages& stages, const RunState& state, core::Json& out) const;
   void summarize_every_task(const Stages& stages, const RunState& state, core::Json& out) const;
+  void summarize_ranks(const Stages& stages, const RunState& state, core::Json& out) const;
+  core::Json rank_row(const Stages& stages, const RunState& state, const EntryConfig& entry,
+                      const TaskConfig& task) const;
   void summarize_curves(const Stages& stages, const RunState& state, core::Json& out) const;
 
   // finetune.cpp
   const Result& find_result(const Stages& stages, const std::string& name) const;
-  models::Decoder fitted_model(const core::ArtefactPtr& result) const;
+  void export_peft(const Result& result, const core::Artefact& artefact, const std::filesystem::path& directory,
+                   const std::string& base_model) const;
+  void export_model(const std::string& result, const core::ArtefactPtr& artefact,
+                    const std::filesystem::path& directory) const;
+  const models::ClassifierForm& classifier_form(const std::string& result) const;
+  std::string type_of(const EntryConfig& entry) const;
+  adapters::Counts counts(const EntryConfig& entry) const;
 
   FinetuneConfig config_;
-  models::DecoderConfig architecture_;
-  std::map<std::string, std::string> fingerprints_;  // of the tasks' texts
-  std::map<std::string, Started> started_;           // by entry
-  std::string model_id_;                             // "dir:<hash>"
+  std::optional<models::ModelFacts> facts_;             // of the model, once it was opened
+  std::map<std::string, objectives::TaskFacts> tasks_;  // by name
+  std::map<std::string, Started> started_;              // by entry
+  std::string model_id_;                                // "dir:<hash>"
 };
 
 MethodEntry method_entry();

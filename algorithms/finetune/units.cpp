@@ -13,8 +13,8 @@ const core::Schema<TrainSpec>& TrainSpec::schema() {
                                  .field("base", &C::base)
                                  .optional_object("adapter", &C::adapter, adapters::adapter_schema())
                                  .field("start", &C::start)
-                                 .joined_later()
-                                 .object("data", &C::data, text_schema())
+                                 .field("head_only", &C::head_only)
+                                 .object("data", &C::data, objectives::data_schema())
                                  .field("adapter_seed", &C::adapter_seed)
                                  .field("data_seed", &C::data_seed)
                                  .field("train", &C::train);
@@ -31,11 +31,13 @@ const core::Schema<EvaluateSpec>& EvaluateSpec::schema() {
                                  .field("base", &C::base)
                                  .field("dtype", &C::dtype)
                                  .choices({"float32", "bfloat16"})
-                                 .object("data", &C::data, text_schema())
+                                 .object("data", &C::data, objectives::data_schema())
                                  .field("sequences", &C::sequences)
                                  .min(0)
                                  .field("batch_size", &C::batch_size)
-                                 .min(1);
+                                 .min(1)
+                                 .field("rank", &C::rank)
+                                 .min(0);
   return schema;
 }
 

@@ -41,13 +41,13 @@ at::Tensor posterior_weights(const at::Tensor& log_likelihood, int64_t top) {
   return kept / kept.sum(0, /*keepdim=*/true);
 }
 
-models::Decoder::Loss branch_train_merge_loss(std::vector<models::Decoder>& members, const at::Tensor& sequences,
-                                              int64_t top) {
+models::TokenLoss branch_train_merge_loss(std::vector<models::Decoder>& members, const at::Tensor& sequences,
+                                          int64_t top) {
   const at::NoGradGuard no_grad;
   const int64_t length = sequences.size(1) - 1;
   const int64_t per_row = static_cast<int64_t>(members.size()) * length * members.front().config().vocab_size;
   const int64_t rows = std::max<int64_t>(1, kLogProbabilitiesAtOnce / per_row);
-  models::Decoder::Loss loss;
+  models::TokenLoss loss;
   for (int64_t first = 0; first < sequences.size(0); first += rows) {
     const at::Tensor part = sequences.slice(0, first, std::min(first + rows, sequences.size(0)));
     const at::Tensor tokens = part.slice(1, 0, length).clamp_min(0).contiguous(), targets = part.slice(1, 1);

@@ -30,8 +30,8 @@ at::Tensor posterior_weights(const at::Tensor& log_likelihood, int64_t top);
 
 /// Next-token loss of sum_e w_e p_e over `sequences` [B, T + 1] (as Decoder::loss, without gradients), w as above;
 /// every sequence starts from the prior.
-models::Decoder::Loss branch_train_merge_loss(std::vector<models::Decoder>& members, const at::Tensor& sequences,
-                                              int64_t top);
+models::TokenLoss branch_train_merge_loss(std::vector<models::Decoder>& members, const at::Tensor& sequences,
+                                          int64_t top);
 
 /// A full-size expert that keeps `scale` of its change: W_0 + scale (W_e - W_0), row and biases as they are.
 Expert with_scaled_change(Expert expert, const models::Decoder& base, double scale);

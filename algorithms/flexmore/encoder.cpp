@@ -53,8 +53,7 @@ at::Tensor DomainEncoder::embed(const data::TextDataset& dataset, int64_t sequen
   at::Tensor sum;
   for (int64_t first = 0; first < sequences; first += kBatch) {
     const int64_t count = std::min(kBatch, sequences - first);
-    const at::Tensor rows =
-        training_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, bert_.device()).narrow(1, 0, kTokens);
+    const at::Tensor rows = training_rows(dataset, /*seed=*/0, first, count, bert_.device()).narrow(1, 0, kTokens);
     const auto column = [&](int64_t id) { return at::full({count, 1}, id, rows.options()); };
     const at::Tensor part = bert_.embed(at::cat({column(cls_), rows, column(sep_)}, 1)).to(at::kDouble).sum(0);
     sum = sum.defined() ? sum + part : part;

@@ -43,7 +43,7 @@ Embedding domain_embedding(models::Decoder& model, const data::TextDataset& data
   int64_t tokens = 0;
   for (int64_t first = 0; first < sequences; first += kBatch) {
     const int64_t count = std::min(kBatch, sequences - first);
-    const at::Tensor batch = training_rows(dataset, /*seed=*/0, first / kBatch, kBatch, 0, count, context.device());
+    const at::Tensor batch = training_rows(dataset, /*seed=*/0, first, count, context.device());
     const auto inputs = model.ffn_inputs(batch.narrow(1, 0, dataset.seq_len()).contiguous());
     sums.resize(inputs.size());
     squares.resize(second_moment ? inputs.size() : 0);
@@ -131,7 +131,7 @@ std::function<TrainJob::MicroLoss(int64_t, int64_t, int64_t)> joint_loss(models:
         std::vector<at::Tensor> rows;
         for (int64_t row = first; row < first + count; ++row)
           rows.push_back(
-              training_rows(*datasets[static_cast<size_t>(row % sets)], seed, step, share, row / sets, 1, device));
+              training_rows(*datasets[static_cast<size_t>(row % sets)], seed, step * share + row / sets, 1, device));
         const auto loss = model.loss(at::cat(rows));
         return TrainJob::MicroLoss{loss.sum, loss.count};
       };

@@ -104,7 +104,7 @@ void FlexMore::open_inputs() {
   if (config_.model.architecture && !config_.model.train)
     problems.add("model", "model.train", "is missing",
                  "a model built from shapes must be trained on public_path before experts can use it");
-  if (!config_.model.architecture) model_id_ = model_identity(config_.model.path, architecture_);
+  if (!config_.model.architecture) model_id_ = model_identity(config_.model.path, architecture_.to_json());
   problems.throw_if_any(config_.name);
 }
 
@@ -166,7 +166,7 @@ void FlexMore::export_as(const RunState& state, const ExportRequest& request) co
     throw core::UserError(
         fmt::format("algorithms/flexmore: the run has no {} yet", request.what.empty() ? "mixture" : request.what),
         "`moraine ls` lists what is still to do; a full mixture needs every domain trained with train: full");
-  if (!model_id_.empty() && model_identity(config_.model.path, architecture_) != model_id_)
+  if (!model_id_.empty() && model_identity(config_.model.path, architecture_.to_json()) != model_id_)
     throw core::UserError(
         fmt::format("algorithms/flexmore: the public model in {} is not the one the run was made with",
                     config_.model.path),

@@ -6,6 +6,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/outer.h>
 #include <gtest/gtest.h>
 
@@ -192,8 +193,30 @@ TEST(Dylora, RefusesWhatItCannotDo) {
                  "leave rank_pattern out");
   const models::Decoder model = golden_base();
   const Adapter nested = trained_adapter(dylora_of(4), model), plain = trained_adapter(lora_of(4), model);
-  for (const int64_t rank : {0, 5}) EXPECT_THROW(nested.truncated(rank, model), core::UserError);
-  EXPECT_THROW(plain.truncated(2, model), core::UserError);
+  for (const int64_t rank : {0, 5}) {
+    EXPECT_THROW(nested.truncated(rank, model), core::UserError);
+    EXPECT_THROW(plain.truncated(rank, model), core::UserError);
+  }
+  AdapterConfig pissa = lora_of(4);
+  pissa.init = "pissa";
+  EXPECT_THROW(trained_adapter(pissa, model).truncated(2, model), core::UserError);
+}
+
+TEST(Lora, CutKeepsItsFirstPairsAtTheStrengthTheyHave) {
+  const models::Decoder model = golden_base();
+  for (const bool rslora : {false, true}) {
+    AdapterConfig config = lora_of(4);
+    config.use_rslora = rslora;
+    const Adapter whole = trained_adapter(config, model), cut = whole.truncated(1, model);
+    const auto product = [&](const Adapter& adapter) {
+      const models::NamedTensors pair = adapter.function(0).parameters();
+      return at::matmul(pair[1].second.narrow(1, 0, 1).to(at::kDouble),
+                        pair[0].second.narrow(0, 0, 1).to(at::kDouble)) *
+             adapter.targets()[0].scale;
+    };
+    EXPECT_LT(models::relative_error(cut.function(0).delta({})->to(at::kDouble), product(whole)), 1e-6);
+    EXPECT_EQ(cut.function(0).parameters()[0].second.size(0), 1);
+  }
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ def exports_are_what_was_scored(world: Finetuning) -> None:
         assert abs(world.score(model, "--adapter", adapter, "--dtype", "float32") - scores[name]) < 1e-5 * scores[name], name
         assert (adapter / "adapter_model.safetensors").read_bytes() == (world.directory / "run/adapters" / name / "left/seed1/adapter_model.safetensors").read_bytes()
     for arguments, parts in (((), ("the run has 8 results", "--what")), (("--what", "smal/left/seed1"), ("no result 'smal/left/seed1'", "small/left/seed1")),
-                             (("--what", "whole/left/seed1"), ("trained all weights", "--to hf"))):
+                             (("--what", "whole/left/seed1"), ("whole/left/seed1 is no adapter", "--to hf"))):
         done = subprocess.run([BINARY, "export", world.directory / "run", world.directory / "new", "--to", "peft", *arguments], capture_output=True, text=True)
         assert done.returncode == 2, done
         expect_in(done.stderr, *parts)
@@ -105,7 +105,7 @@ def an_adapter_is_trained_further(world: Finetuning) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     expect_in(world.run("third", *more, expect=2).stderr, "adapter_model.safetensors", "SHA256SUMS")
-    expect_in(world.run("third", "seeds=[1]", f"adapters=[{{name: more, start: {start}, adapter: {{rank: 2}}}}]", expect=2).stderr, "adapter or start")
+    expect_in(world.run("third", "seeds=[1]", f"adapters=[{{name: more, start: {start}, adapter: {{rank: 2}}}}]", expect=2).stderr, "one of adapter, start and head_only")
     expect_in(world.run("third", "seeds=[1]", "adapters=[{name: more, start: nowhere}]", expect=2).stderr, "adapters.0.start", "nowhere")
 
 

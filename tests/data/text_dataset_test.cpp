@@ -107,7 +107,7 @@ TEST_F(TextDatasetTest, DropsTheTailFromTrainingAndPadsItForEvaluation) {
   const TextDataset dataset = open(two_documents_, 4);
   EXPECT_EQ(dataset.num_sequences(), 1);
   EXPECT_EQ(dataset.num_eval_sequences(), 2);
-  EXPECT_EQ(dataset.training_batch(1, 0, 2), (Tokens{'a', 'b', 'c', E, 'd', 'a', 'b', 'c', E, 'd'}));
+  EXPECT_EQ(dataset.training_rows(1, 0, 2), (Tokens{'a', 'b', 'c', E, 'd', 'a', 'b', 'c', E, 'd'}));
   EXPECT_EQ(dataset.eval_batch(1, 2), (Tokens{'d', 'e', E, -1, -1, -1, -1, -1, -1, -1}));
 }
 
@@ -158,7 +158,7 @@ TEST_F(TextDatasetTest, AnEpochHoldsEverySequenceOnce) {
   for (int64_t start : {int64_t{0}, epoch}) {
     std::vector<Tokens> drawn, all;
     for (int64_t i = 0; i < epoch; ++i) {
-      drawn.push_back(dataset.training_batch(5, start + i, 1));
+      drawn.push_back(dataset.training_rows(5, start + i, 1));
       all.emplace_back(expected.begin() + i * width, expected.begin() + (i + 1) * width);
     }
     EXPECT_THAT(drawn, testing::UnorderedElementsAreArray(all)) << "epoch from step " << start;
@@ -169,18 +169,18 @@ TEST_F(TextDatasetTest, AnEpochHoldsEverySequenceOnce) {
 TEST_F(TextDatasetTest, EpochsAndSeedsDifferInOrder) {
   const TextDataset dataset = open(many_documents(), 16);
   const int64_t epoch = dataset.num_sequences();
-  const Tokens first = dataset.training_batch(5, 0, epoch);
-  EXPECT_NE(first, dataset.training_batch(5, 1, epoch));
-  EXPECT_NE(first, dataset.training_batch(6, 0, epoch));
+  const Tokens first = dataset.training_rows(5, 0, epoch);
+  EXPECT_NE(first, dataset.training_rows(5, epoch, epoch));
+  EXPECT_NE(first, dataset.training_rows(6, 0, epoch));
 }
 
 TEST_F(TextDatasetTest, AStepOfAFreshReaderEqualsTheSameStepOfALongRun) {
   const Parts parts = many_documents();
   const TextDataset run = open(parts, 16);
   Tokens at_step_41;
-  for (int64_t step = 0; step < 42; ++step) at_step_41 = run.training_batch(9, step, 5);  // over several epochs
+  for (int64_t step = 0; step < 42; ++step) at_step_41 = run.training_rows(9, step * 5, 5);  // over several epochs
   const TextDataset resumed = TextDataset::open(folder_ / "domain.h5", "train", 16);
-  EXPECT_EQ(resumed.training_batch(9, 41, 5), at_step_41);
+  EXPECT_EQ(resumed.training_rows(9, 41 * 5, 5), at_step_41);
 }
 
 TEST_F(TextDatasetTest, ABatchIsTheNextSequencesOfTheStreamAcrossEpochs) {
@@ -188,10 +188,10 @@ TEST_F(TextDatasetTest, ABatchIsTheNextSequencesOfTheStreamAcrossEpochs) {
   const int64_t batch = 2 * dataset.num_sequences() + 3;
   Tokens one_by_one;
   for (int64_t step = 0; step < batch; ++step) {
-    const Tokens row = dataset.training_batch(3, batch + step, 1);
+    const Tokens row = dataset.training_rows(3, batch + step, 1);
     one_by_one.insert(one_by_one.end(), row.begin(), row.end());
   }
-  EXPECT_EQ(dataset.training_batch(3, 1, batch), one_by_one);
+  EXPECT_EQ(dataset.training_rows(3, batch, batch), one_by_one);
 }
 
 TEST_F(TextDatasetTest, RefusesAMissingFile) {

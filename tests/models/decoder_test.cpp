@@ -180,7 +180,7 @@ TEST(DecoderBFloat16, TrainsFloat32MastersThroughBFloat16) {
   Decoder decoder = Decoder::from_config(tiny_config(Family::kOlmo2), 7, at::kBFloat16);
   const NamedTensors leaves = decoder.make_trainable();
   EXPECT_EQ(decoder.forward(kTokens).scalar_type(), at::kBFloat16);
-  const Decoder::Loss loss = decoder.loss(kTokens);
+  const TokenLoss loss = decoder.loss(kTokens);
   EXPECT_EQ(loss.sum.scalar_type(), at::kFloat);
   loss.sum.backward();
   for (const auto& [name, leaf] : leaves) EXPECT_EQ(leaf.grad().scalar_type(), at::kFloat) << name;
@@ -190,7 +190,7 @@ TEST(DecoderLoss, EqualsLogSoftmaxOverTheTargetsThatCount) {
   Decoder decoder = Decoder::from_config(tiny_config(Family::kOlmo2), 7, at::kFloat);
   at::Tensor padded = kTokens.clone();
   padded.slice(0, 1).slice(1, 6).fill_(-1);
-  const Decoder::Loss loss = decoder.loss(padded, /*count_correct=*/true);
+  const TokenLoss loss = decoder.loss(padded, /*count_correct=*/true);
   const at::Tensor logits = decoder.forward(kTokens.slice(1, 0, -1));
   double expected = 0;
   int64_t count = 0, correct = 0;
@@ -221,7 +221,7 @@ TEST(DecoderLoss, ALargeVocabularyInPiecesGivesTheSameSum) {
 
 TEST(DecoderLoss, NothingToPredictIsZeroAndHarmless) {
   Decoder decoder = Decoder::from_config(tiny_config(Family::kOlmo2), 7, at::kFloat);
-  const Decoder::Loss loss = decoder.loss(random_tokens(1, 4, 40, 1).fill_(-1), true);
+  const TokenLoss loss = decoder.loss(random_tokens(1, 4, 40, 1).fill_(-1), true);
   EXPECT_EQ(loss.count, 0);
   EXPECT_EQ(loss.correct, 0);
   EXPECT_EQ(loss.sum.item<double>(), 0.0);

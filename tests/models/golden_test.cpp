@@ -46,7 +46,7 @@ TEST_P(Golden, LogitsEqualTransformers) {
 
 TEST_P(Golden, LossEqualsTransformers) {
   Decoder decoder = model();
-  const Decoder::Loss loss = decoder.loss(stored("tokens"));
+  const TokenLoss loss = decoder.loss(stored("tokens"));
   EXPECT_EQ(loss.count, stored("tokens").slice(1, 1).numel());
   EXPECT_LE(relative_error(loss.sum / static_cast<double>(loss.count), stored("loss")), kTolerance);
 }
@@ -54,7 +54,7 @@ TEST_P(Golden, LossEqualsTransformers) {
 TEST_P(Golden, GradientsOfEveryWeightEqualTransformers) {
   Decoder decoder = model();
   const NamedTensors weights = decoder.make_trainable();
-  const Decoder::Loss loss = decoder.loss(stored("tokens"));
+  const TokenLoss loss = decoder.loss(stored("tokens"));
   (loss.sum / static_cast<double>(loss.count)).backward();
   size_t compared = 0;
   for (const auto& [name, weight] : weights) {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prepares what the recipes of the sweeps name: make_files.py DIRECTORY makes text/ and images/, and encoder/tokenizer.json with
+"""Prepares what the recipes of the sweeps name: make_files.py DIRECTORY makes text/, images/ and examples/, and encoder/tokenizer.json with
 the same text prepared by that tokeniser, encoded/."""
 import gzip
 import subprocess
@@ -26,6 +26,14 @@ with gzip.open(directory / "images/strangers.csv.gz", "wt") as table:
     table.writelines(",".join([*row[-2::-1], row[-1]]) + "\n" for row in rows)
 subprocess.run([sys.executable, SOURCE / "scripts/prepare_images.py", "--name", "strangers", "--out", directory / "images/strangers.h5", "--table",
                 directory / "images/strangers.csv.gz", "--shape", "1x6x6", "--test-share", "0.3"], check=True, capture_output=True)
+
+# Prompts with what follows them.
+(directory / "examples").mkdir()
+for name, shift in (("completion", 1), ("others", 2)):
+    records = directory / f"examples/{name}.jsonl"
+    records.write_text("".join('{"q": "%d to ", "a": "%d"}\n' % (i, i + shift) for i in range(60)))
+    subprocess.run([sys.executable, SOURCE / "scripts/prepare_examples.py", "completion", "--name", name, "--out", directory / f"examples/{name}.h5", "--prompt", "q",
+                    "--completion", "a", records], check=True, capture_output=True)
 
 # A token for every letter: the texts are of single bytes.
 letters = [chr(code) for code in range(32, 127)] + ["\n"]

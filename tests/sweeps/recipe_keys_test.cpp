@@ -11,6 +11,7 @@
 #include "core/error.h"
 #include "core/file.h"
 #include "models/decoder.h"
+#include "models/vit.h"
 #include "tests/sweeps/prepared_files.h"
 #include "tests/temporary_directory.h"
 
@@ -155,6 +156,7 @@ class RecipeKeys : public testing::TestWithParam<std::string> {
     files_ = std::make_unique<TemporaryDirectory>();
     make_prepared_files(files_->path());
     for (const uint64_t seed : {1, 2}) write_model(seed);
+    write_vit();
     fs::create_directories(*files_ / "copies");
     for (const char* name : {"text", "images", "encoder", "encoded", "model1"})
       fs::copy(*files_ / name, *files_ / "copies" / name, fs::copy_options::recursive);
@@ -169,6 +171,14 @@ class RecipeKeys : public testing::TestWithParam<std::string> {
     const auto model = models::Decoder::from_config(config, seed, at::kFloat);
     write_model_directory(file(fmt::format("model{}", seed)), config.to_json(),
                           {model.weights().begin(), model.weights().end()});
+  }
+
+  static void write_vit() {
+    models::VitConfig config;
+    config.image_size = 6, config.patch_size = 3, config.num_channels = 1, config.hidden_size = 8;
+    config.intermediate_size = 12, config.num_layers = 1, config.num_heads = 2;
+    const auto model = models::Vit::from_config(config, 1, at::kFloat);
+    write_model_directory(file("vit"), config.to_json(), {model.weights().begin(), model.weights().end()});
   }
 
   static std::string file(const std::string& name) { return (*files_ / name).string(); }
@@ -399,8 +409,38 @@ train: {steps: 4, batch_size: 2}
       {adapter + "rank_pattern.0.module", {.change = {set("rank_pattern.0.module", "v_proj")}}},
       {adapter + "alpha_pattern.0.module", {.change = {set("alpha_pattern.0.module", "q_proj")}}},
       {"train.momentum", {.context = {"train.optimizer=sgd"}}},
+      {"adapters.0.head_only", {.change = {"adapters=[{name: one, head_only: true}]"}, .refused = true}},
+      {"tasks.0.packing", {.elsewhere = true}},
+      {"tasks.0.mean", {.elsewhere = true}},
+      {"tasks.0.deviation", {.elsewhere = true}},
+      {"tasks.0.validation_share", {.elsewhere = true}},
+      {"evaluation.ranks", {.context = {set("rank_pattern", "[]")}, .change = {"evaluation.ranks=[1]"}}},
   };
-  return {{"finetune", recipe, std::move(changes), {}}};
+  const std::string completions = R"(
+name: sweep
+method: finetune
+model: {path: model1}
+tasks: [{name: one, path: examples/completion.h5}]
+seq_len: 32
+adapters: [{name: one, adapter: {rank: 2}}]
+train: {steps: 4, batch_size: 2}
+)";
+  const std::string images = R"(
+name: sweep
+method: finetune
+model: {path: vit}
+tasks: [{name: one, path: images/images.h5, validation_share: 0.2}]
+adapters: [{name: one, adapter: {rank: 2}}]
+train: {steps: 4, batch_size: 2}
+)";
+  const std::map<std::string, Change> named = {
+      {"adapters.0.head_only", {.change = {"adapters=[{name: one, head_only: true}]"}}}};
+  return {{"finetune", recipe, std::move(changes), {}},
+          {"finetune", completions, {}, {"tasks.0.packing"}},
+          {"finetune",
+           images,
+           named,
+           {"tasks.0.mean", "tasks.0.deviation", "tasks.0.validation_share", "adapters.0.head_only"}}};
 }
 
 std::vector<Sweep> RecipeKeys::sweeps_of(const std::string& method) {

@@ -1,4 +1,4 @@
-#include "algorithms/continual/images.h"
+#include "algorithms/image_source.h"
 
 #include <utility>
 #include <vector>
@@ -8,7 +8,7 @@
 
 #include "core/error.h"
 
-namespace moraine::algorithms::continual {
+namespace moraine::algorithms {
 
 ImageSource::ImageSource(data::ImageDataset dataset, double mean, double deviation, int64_t channels, int64_t size,
                          at::Device device)
@@ -20,7 +20,7 @@ ImageSource::ImageSource(data::ImageDataset dataset, double mean, double deviati
       device_(device) {
   const int64_t own = dataset_.info().channels;
   if (own != channels_ && own != 1)
-    throw core::UserError(fmt::format("algorithms/continual: {} has images of {} channels, the backbone takes {}",
+    throw core::UserError(fmt::format("algorithms: {} has images of {} channels, the backbone takes {}",
                                       dataset_.path().string(), own, channels_),
                           "use a backbone with as many channels; only grey images can be repeated");
 }
@@ -43,4 +43,4 @@ std::vector<int64_t> ImageSource::labels(const std::string& split, std::span<con
   return out;
 }
 
-}  // namespace moraine::algorithms::continual
+}  // namespace moraine::algorithms

@@ -8,7 +8,7 @@
 
 #include "data/image_dataset.h"
 
-namespace moraine::algorithms::continual {
+namespace moraine::algorithms {
 
 /// Images of a data set as a backbone wants them: normalised, grey ones repeated over its channels, scaled to its size
 /// (bilinear, anti-aliased when shrinking). Thread-safe.
@@ -31,4 +31,4 @@ class ImageSource {
   at::Device device_;
 };
 
-}  // namespace moraine::algorithms::continual
+}  // namespace moraine::algorithms

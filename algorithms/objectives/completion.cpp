@@ -1,0 +1,122 @@
+// The tokens behind a prompt: cross entropy of these alone.
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+
+#include "algorithms/objectives/completion.h"
+#include "algorithms/objectives/labelled.h"
+#include "core/error.h"
+#include "data/permutation.h"
+
+namespace moraine::algorithms::objectives {
+
+CompletionLoss::CompletionLoss(data::ExampleDataset dataset, std::vector<int64_t> rows, const TaskOptions& options)
+    : dataset_(std::move(dataset)), rows_(std::move(rows)), options_(options) {
+  for (const int64_t row : rows_) lengths_.push_back(dataset_.length(row) - 1);  // the last token is a target alone
+}
+
+int64_t CompletionLoss::tokens_per_row() const {
+  if (options_.packing) return options_.seq_len;
+  int64_t tokens = 0;
+  for (const int64_t length : lengths_) tokens += length;
+  return std::max<int64_t>(1, tokens / static_cast<int64_t>(lengths_.size()));
+}
+
+// Rows of an epoch depend on its order alone, so where a step's rows lie follows from the epochs before it.
+std::vector<std::vector<int64_t>> CompletionLoss::packed_rows(const Objective::Rows& rows) const {
+  const std::lock_guard lock(mutex_);
+  if (packed_seed_ != rows.seed) packed_.clear(), packed_seed_ = rows.seed;
+  const auto size = static_cast<int64_t>(rows_.size());
+  std::vector<std::vector<int64_t>> out;
+  int64_t start = 0;  // of an epoch, in rows
+  for (int64_t epoch = 0; static_cast<int64_t>(out.size()) < rows.count; ++epoch) {
+    if (epoch == static_cast<int64_t>(packed_.size()))
+      packed_.push_back(
+          packed(data::batch_of(all_rows(size), rows.seed, epoch * size, size), lengths_, options_.seq_len));
+    const auto& own = packed_[static_cast<size_t>(epoch)];
+    for (int64_t row = std::max<int64_t>(0, rows.first + static_cast<int64_t>(out.size()) - start);
+         row < static_cast<int64_t>(own.size()) && static_cast<int64_t>(out.size()) < rows.count; ++row)
+      out.push_back(own[static_cast<size_t>(row)]);
+    start += static_cast<int64_t>(own.size());
+  }
+  return out;
+}
+
+TrainJob::MicroLoss CompletionLoss::loss(models::Backbone& model, const Objective::Rows& rows) const {
+  std::vector<std::vector<int64_t>> places;
+  if (options_.packing)
+    places = packed_rows(rows);
+  else
+    for (const int64_t place :
+         data::batch_of(all_rows(static_cast<int64_t>(rows_.size())), rows.seed, rows.first, rows.count))
+      places.push_back({place});
+  std::vector<std::vector<data::Example>> examples;
+  for (const auto& row : places) {
+    examples.emplace_back();
+    for (const int64_t place : row) examples.back().push_back(dataset_.at(rows_[static_cast<size_t>(place)]));
+  }
+  const ExampleBatch batch = completions(examples, model.device());
+  const models::TokenLoss loss =
+      model.token_loss(batch.input, batch.targets, {.few_targets = true, .label_smoothing = options_.label_smoothing});
+  return {loss.sum, loss.count};
+}
+
+models::TokenLoss completion_nats(models::Backbone& model, const std::vector<data::Example>& examples) {
+  std::vector<std::vector<data::Example>> rows;
+  for (const auto& example : examples) rows.push_back({example});
+  const ExampleBatch batch = completions(rows, model.device());
+  return model.token_loss(batch.input, batch.targets, {.correct = true, .rows = true, .few_targets = true});
+}
+
+namespace {
+
+class Completion final : public Objective {
+ public:
+  Completion(data::ExampleDataset dataset, const TaskOptions& options)
+      : dataset_(dataset), loss_(dataset, all_rows(dataset.size()), options) {}
+
+  TrainJob::MicroLoss loss(models::Backbone& model, const Head&, const Rows& rows) const override {
+    return loss_.loss(model, rows);
+  }
+
+  Evaluation score(models::Backbone& model, const Head&, int64_t rows, int64_t batch_size,
+                   WorkerContext& context) const override {
+    const at::NoGradGuard no_grad;
+    const int64_t total = rows ? std::min(rows, dataset_.size()) : dataset_.size();
+    Evaluation out;
+    for (int64_t first = 0; first < total; first += batch_size) {
+      const int64_t end = std::min(total, first + batch_size);
+      std::vector<data::Example> examples;
+      for (int64_t row = first; row < end; ++row) {
+        examples.push_back(dataset_.at(row));
+        out.bytes += examples.back().bytes;
+      }
+      const models::TokenLoss sums = completion_nats(model, examples);
+      out.nats += sums.rows.to(at::kDouble).sum().item<double>();
+      out.tokens += sums.count;
+      out.correct += sums.correct;
+      context.progress(static_cast<double>(end), static_cast<double>(total));
+    }
+    require_finite(out, dataset_.info().name);
+    return out;
+  }
+
+  int64_t tokens_per_row() const override { return loss_.tokens_per_row(); }
+
+ private:
+  data::ExampleDataset dataset_;
+  CompletionLoss loss_;
+};
+
+}  // namespace
+
+std::shared_ptr<const Objective> completion_objective(const std::filesystem::path& path, const DataSpec& spec) {
+  auto dataset = data::ExampleDataset::open(path, spec.split, spec.options.tokenizer);
+  require_lengths(dataset, all_rows(dataset.size()), spec.options.seq_len + 1, path.string());
+  return std::make_shared<Completion>(std::move(dataset), spec.options);
+}
+
+}  // namespace moraine::algorithms::objectives

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <functional>
+
+#include <ATen/core/Tensor.h>
+
+namespace moraine::models {
+
+/// part(x) of which only x is kept for the gradient: it is computed a second time when that is asked for (gradient
+/// checkpointing; Chen et al., arXiv 1604.06174). Same bits as part(x), same gradients; `part` must give the same both
+/// times, and what it refers to must live until then. Plain part(x) where no gradient is recorded.
+at::Tensor recomputed(const std::function<at::Tensor(const at::Tensor&)>& part, const at::Tensor& x);
+
+}  // namespace moraine::models
