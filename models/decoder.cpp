@@ -19,6 +19,7 @@
 
 #include "core/error.h"
 #include "models/fused_ops.h"
+#include "models/kv_cache.h"
 #include "models/mixture.h"
 
 namespace moraine::models {
@@ -165,26 +166,56 @@ void Decoder::fit_window_mask(int64_t length) {
                      .triu(1 - config_.sliding_window);
 }
 
-at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length) {
+at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, const Extent& extent, KeyValueCache* cache) {
+  const auto [batch, length, seen] = extent;
   const int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
   at::Tensor q = apply(block.first_slot + kQuery, x), k = apply(block.first_slot + kKey, x);
   if (block.q_norm.defined()) q = norm(q, block.q_norm), k = norm(k, block.k_norm);
-  q = rotate(q.view({batch, length, heads, head_dim}), cos_, sin_);
-  k = rotate(k.view({batch, length, kv_heads, head_dim}), cos_, sin_);
-  at::Tensor v = apply(block.first_slot + kValue, x).view({batch, length, kv_heads, head_dim});
-  if (kv_heads != heads) {
-    const auto repeat = [&](const at::Tensor& t) {
-      return t.unsqueeze(3)
-          .expand({batch, length, kv_heads, heads / kv_heads, head_dim})
-          .reshape({batch, length, heads, head_dim});
-    };
-    k = repeat(k), v = repeat(v);
-  }
+  const at::Tensor cos = cos_.slice(0, seen), sin = sin_.slice(0, seen);
+  q = rotate(q.view({batch, length, heads, head_dim}), cos, sin);
+  k = rotate(k.view({batch, length, kv_heads, head_dim}), cos, sin);
+  const at::Tensor v = apply(block.first_slot + kValue, x).view({batch, length, kv_heads, head_dim});
+  if (cache != nullptr) cache->append(static_cast<size_t>(&block - blocks_.data()), k, v);
+  const at::Tensor y = seen > 0 ? attend_to_cache(block, q, *cache) : attend(block, q, k, v);
+  return apply(block.first_slot + kOutput, y.reshape({batch * length, heads * head_dim}));
+}
+
+// q [B, T, heads, D], k and v [B, T, kv_heads, D] of the same tokens; returns [B, T, heads, D].
+at::Tensor Decoder::attend(const Block& block, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) const {
+  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), kv_heads = k.size(2), head_dim = q.size(3);
+  const auto repeat = [&](const at::Tensor& t) {
+    if (kv_heads == heads) return t;
+    return t.unsqueeze(3)
+        .expand({batch, length, kv_heads, heads / kv_heads, head_dim})
+        .reshape({batch, length, heads, head_dim});
+  };
   const bool windowed = block.window > 0 && length > block.window;
   const std::optional<at::Tensor> mask = windowed ? std::optional(window_mask_) : std::nullopt;
-  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-                                                        0.0, /*is_causal=*/!windowed);
-  return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch * length, heads * head_dim}));
+  return at::scaled_dot_product_attention(q.transpose(1, 2), repeat(k).transpose(1, 2), repeat(v).transpose(1, 2), mask,
+                                          0.0, /*is_causal=*/!windowed)
+      .transpose(1, 2);
+}
+
+// The same for tokens that stand at the end of the cache. Heads that share keys become rows of one product, so that no
+// key is copied.
+at::Tensor Decoder::attend_to_cache(const Block& block, const at::Tensor& q, const KeyValueCache& cache) const {
+  const KeyValueCache::Layer& layer = cache.layer(static_cast<size_t>(&block - blocks_.data()));
+  const int64_t batch = q.size(0), length = q.size(1), kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
+  const int64_t share = config_.num_heads / kv_heads, seen = layer.length - length;
+  const int64_t first = block.window > 0 ? std::max<int64_t>(0, seen + 1 - block.window) : 0;
+  const at::Tensor keys = layer.keys.slice(2, first, layer.length), values = layer.values.slice(2, first, layer.length);
+  std::optional<at::Tensor> mask;
+  if (length > 1) {
+    at::Tensor visible = at::ones({length, layer.length - first}, q.options().dtype(at::kBool)).tril(seen - first);
+    if (block.window > 0) visible = visible.triu(seen - first + 1 - block.window);
+    mask = visible.repeat({share, 1});
+  }
+  const at::Tensor rows = q.view({batch, length, kv_heads, share, head_dim})
+                              .permute({0, 2, 3, 1, 4})
+                              .reshape({batch, kv_heads, share * length, head_dim});
+  return at::scaled_dot_product_attention(rows, keys, values, mask)
+      .reshape({batch, kv_heads, share, length, head_dim})
+      .permute({0, 3, 1, 2, 4});
 }
 
 at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
@@ -194,9 +225,9 @@ at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
                at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
 }
 
-at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs) {
+at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs, KeyValueCache* cache) {
   MORAINE_CHECK(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "tokens must be [B, T] int64");
-  const int64_t batch = tokens.size(0), length = tokens.size(1);
+  const int64_t batch = tokens.size(0), length = tokens.size(1), seen = cache != nullptr ? cache->length() : 0;
   if (tokens.numel() > 0) {
     const int64_t low = tokens.min().item<int64_t>(), high = tokens.max().item<int64_t>();
     if (low < 0 || high >= config_.vocab_size) {
@@ -205,8 +236,13 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
                             "the data was prepared with another tokeniser than the model's");
     }
   }
-  extend_rotation(length);
-  fit_window_mask(length);
+  if (seen == 0) {
+    extend_rotation(length);
+    fit_window_mask(length);
+  } else if (cos_.size(0) < seen + length) {
+    extend_rotation(2 * (seen + length));  // further than needed: token after token follows
+  }
+  const Extent extent{batch, length, seen};
   at::Tensor x = at::embedding(embedding_, tokens).to(dtype()).view({batch * length, config_.hidden_size});
   for (const Block& block : blocks_) {
     const bool last = &block == &blocks_.back();
@@ -215,11 +251,11 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
       return ffn_inputs != nullptr && last;
     };
     if (config_.post_norm()) {
-      x = x + norm(attention(block, x, batch, length), block.post_attention_norm);
+      x = x + norm(attention(block, x, extent, cache), block.post_attention_norm);
       if (note(x)) return x;
       x = x + norm(ffn(block, x), block.post_ffn_norm);
     } else {
-      x = x + attention(block, norm(x, block.input_norm), batch, length);
+      x = x + attention(block, norm(x, block.input_norm), extent, cache);
       const at::Tensor input = norm(x, block.post_attention_norm);
       if (note(input)) return x;
       x = x + ffn(block, input);
@@ -233,6 +269,13 @@ at::Tensor Decoder::hidden_states(const at::Tensor& tokens) {
 }
 
 at::Tensor Decoder::forward(const at::Tensor& tokens) { return apply(slots().size() - 1, hidden_states(tokens)); }
+
+at::Tensor Decoder::next_logits(const at::Tensor& tokens, KeyValueCache& cache) {
+  MORAINE_CHECK(tokens.dim() == 2 && tokens.size(1) > 0, "tokens must be [B, T] with T >= 1");
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = trunk(tokens, nullptr, &cache).view({tokens.size(0), tokens.size(1), -1});
+  return apply(slots().size() - 1, x.select(1, -1));
+}
 
 std::vector<at::Tensor> Decoder::ffn_inputs(const at::Tensor& tokens) {
   const at::NoGradGuard no_grad;
