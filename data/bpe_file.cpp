@@ -184,7 +184,7 @@ class BpeFile {
 
   void read_digits(const core::Json& step) {
     keys(step, "Digits", {"type", "individual_digits"});
-    out_.pre_tokenizers_.push_back(DigitSplit{step.value("individual_digits", false)});
+    out_.pre_tokenizers_.push_back(digit_split(step.value("individual_digits", false)));
   }
 
   void read_split(const core::Json& step) {

@@ -69,7 +69,7 @@ class BpeTokenizer final : public Tokenizer {
   std::array<int64_t, 256> byte_ids_{};           // -1 = the vocabulary lacks it
   std::unordered_map<std::pair<int64_t, int64_t>, Merge, PairHash> merges_;
   std::vector<AddedToken> added_, added_after_normalizing_;
-  std::vector<PreTokenizer> pre_tokenizers_;
+  std::vector<RegexSplit> pre_tokenizers_;
   std::optional<RegexSplit> word_split_;  // ByteLevel's own, after the prefix space
   bool add_prefix_space_ = false, nfc_ = false, ignore_merges_ = false;
   std::vector<int64_t> prefix_;

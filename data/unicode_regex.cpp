@@ -132,6 +132,7 @@ std::vector<std::pair<size_t, size_t>> UnicodeRegex::matches(std::string_view te
 }
 
 std::string to_nfc(std::string_view text) {
+  MORAINE_CHECK(text.size() <= std::numeric_limits<int32_t>::max(), "text of {} bytes", text.size());
   UErrorCode status = U_ZERO_ERROR;
   const icu::Normalizer2* nfc = icu::Normalizer2::getNFCInstance(status);
   std::string normalised;
@@ -141,8 +142,6 @@ std::string to_nfc(std::string_view text) {
   MORAINE_CHECK(U_SUCCESS(status), "NFC: {}", u_errorName(status));
   return normalised;
 }
-
-bool is_number(char32_t code_point) { return (U_GET_GC_MASK(static_cast<UChar32>(code_point)) & U_GC_N_MASK) != 0; }
 
 bool is_white_space(char32_t code_point) { return u_isUWhiteSpace(static_cast<UChar32>(code_point)) != 0; }
 

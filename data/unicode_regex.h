@@ -30,8 +30,6 @@ class UnicodeRegex {
 
 /// Unicode's normalisation form C of valid UTF-8.
 std::string to_nfc(std::string_view text);
-/// General categories Nd, Nl and No, as Rust's char::is_numeric.
-bool is_number(char32_t code_point);
 /// The property White_Space.
 bool is_white_space(char32_t code_point);
 
