@@ -38,7 +38,7 @@ struct Generation {
 
 struct GenerationLimits {
   int64_t max_new_tokens = 64;
-  std::vector<int64_t> end_of_text;  // any of these ends the text
+  std::vector<int64_t> end_of_text = {};  // any of these ends the text
 };
 
 /// Writes on after `prompt`, token by token with a key-value cache; `on_token` sees every token of the result as soon

@@ -10,7 +10,8 @@
 namespace moraine::data {
 namespace {
 
-constexpr int64_t kLargestId = int64_t{1} << 24;
+constexpr int64_t kLargestId = int64_t{1}
+                               << 21;  // eight times the largest vocabulary known; bounds what a file allocates
 constexpr const char* kHint =
     "Moraine reads byte-level BPE as GPT-2, Llama 3, Qwen2, OLMo2 and SmolLM have it (docs/data.md)";
 // What ByteLevel splits by when use_regex is on: GPT-2's expression.

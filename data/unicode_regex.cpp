@@ -20,6 +20,8 @@ struct CloseText {
 };
 using Text = std::unique_ptr<UText, CloseText>;
 
+constexpr int32_t kLongestSearch = 100'000;  // ICU's units, some 10^4 steps each: ten seconds or so
+
 [[noreturn]] void refuse(const std::string& pattern, std::string_view what) {
   throw core::UserError(
       fmt::format("data: a tokenizer's regular expression is not understood: {} in {}", what, pattern),
@@ -119,6 +121,7 @@ std::vector<std::pair<size_t, size_t>> UnicodeRegex::matches(std::string_view te
   UErrorCode status = U_ZERO_ERROR;
   const std::unique_ptr<URegularExpression, Close> search(uregex_clone(compiled_.get(), &status));
   const Text subject = utf8(text);
+  uregex_setTimeLimit(search.get(), kLongestSearch, &status);
   uregex_setUText(search.get(), subject.get(), &status);
   std::vector<std::pair<size_t, size_t>> found;
   while (uregex_findNext(search.get(), &status) && U_SUCCESS(status)) {

@@ -18,7 +18,7 @@ class UnicodeRegex {
   /// back references, flags other than (?i:...), look-behind, counted quantifiers with a suffix, set operations.
   explicit UnicodeRegex(const std::string& pattern);
   /// Byte ranges [first, end) of the matches in valid UTF-8, in order; empty matches are left out. Throws UserError if
-  /// the search needs too much memory.
+  /// the search needs too much memory or time.
   std::vector<std::pair<size_t, size_t>> matches(std::string_view text) const;
 
  private:

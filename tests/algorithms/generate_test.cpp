@@ -33,20 +33,20 @@ at::Tensor logits_of(const std::vector<double>& values) {
   return out;
 }
 
-/// How often each token is chosen over many steps, as a share.
-std::map<int64_t, double> shares(const std::vector<double>& logits, Sampling sampling) {
-  std::map<int64_t, double> seen;
-  for (int64_t step = 0; step < kDraws; ++step)
-    seen[choose_token(logits_of(logits), sampling, step)] += 1.0 / static_cast<double>(kDraws);
+/// How often each token is chosen over many steps.
+std::map<int64_t, int64_t> counts(const std::vector<double>& logits, Sampling sampling) {
+  std::map<int64_t, int64_t> seen;
+  for (int64_t step = 0; step < kDraws; ++step) ++seen[choose_token(logits_of(logits), sampling, step)];
   return seen;
 }
 
 /// Probabilities within four standard deviations of what was seen, and nothing else seen.
-void expect_shares(const std::map<int64_t, double>& seen, const std::map<int64_t, double>& expected) {
-  for (const auto& [token, share] : seen) EXPECT_TRUE(expected.contains(token)) << token << " " << share;
+void expect_shares(const std::map<int64_t, int64_t>& seen, const std::map<int64_t, double>& expected) {
+  for (const auto& [token, count] : seen) EXPECT_TRUE(expected.contains(token)) << token << " " << count;
   for (const auto& [token, p] : expected) {
     const double deviation = std::sqrt(p * (1 - p) / static_cast<double>(kDraws));
-    EXPECT_NEAR(seen.contains(token) ? seen.at(token) : 0, p, 4 * deviation) << token;
+    const int64_t count = seen.contains(token) ? seen.at(token) : 0;
+    EXPECT_NEAR(static_cast<double>(count) / static_cast<double>(kDraws), p, 4 * deviation) << token;
   }
 }
 
@@ -59,30 +59,30 @@ TEST(ChooseToken, GreedyIsTheLikeliestAndOfEqualsTheFirst) {
 }
 
 TEST(ChooseToken, DrawsByTheModelsProbabilities) {
-  expect_shares(shares(kLogits, {.temperature = 1}), {{0, 0.1}, {1, 0.4}, {2, 0.2}, {3, 0.3}});
+  expect_shares(counts(kLogits, {.temperature = 1}), {{0, 0.1}, {1, 0.4}, {2, 0.2}, {3, 0.3}});
 }
 
 TEST(ChooseToken, TemperatureIsAPowerOfTheProbabilities) {
   const double sum = 0.01 + 0.16 + 0.04 + 0.09;
-  expect_shares(shares(kLogits, {.temperature = 0.5}),
+  expect_shares(counts(kLogits, {.temperature = 0.5}),
                 {{0, 0.01 / sum}, {1, 0.16 / sum}, {2, 0.04 / sum}, {3, 0.09 / sum}});
 }
 
 TEST(ChooseToken, TopKKeepsTheLikeliestAndWhatEqualsTheLast) {
-  expect_shares(shares(kLogits, {.temperature = 1, .top_k = 2}), {{1, 4 / 7.0}, {3, 3 / 7.0}});
-  expect_shares(shares({0, 1, 0, 1, 1}, {.temperature = 1, .top_k = 2}), {{1, 1 / 3.0}, {3, 1 / 3.0}, {4, 1 / 3.0}});
-  expect_shares(shares(kLogits, {.temperature = 1, .top_k = 9}), {{0, 0.1}, {1, 0.4}, {2, 0.2}, {3, 0.3}});
+  expect_shares(counts(kLogits, {.temperature = 1, .top_k = 2}), {{1, 4 / 7.0}, {3, 3 / 7.0}});
+  expect_shares(counts({0, 1, 0, 1, 1}, {.temperature = 1, .top_k = 2}), {{1, 1 / 3.0}, {3, 1 / 3.0}, {4, 1 / 3.0}});
+  expect_shares(counts(kLogits, {.temperature = 1, .top_k = 9}), {{0, 0.1}, {1, 0.4}, {2, 0.2}, {3, 0.3}});
 }
 
 TEST(ChooseToken, TopPKeepsTheFewestThatHoldThisMuch) {
-  expect_shares(shares(kLogits, {.temperature = 1, .top_p = 0.39}), {{1, 1.0}});
-  expect_shares(shares(kLogits, {.temperature = 1, .top_p = 0.69}), {{1, 4 / 7.0}, {3, 3 / 7.0}});
-  expect_shares(shares(kLogits, {.temperature = 1, .top_p = 0.71}), {{1, 4 / 9.0}, {3, 3 / 9.0}, {2, 2 / 9.0}});
+  expect_shares(counts(kLogits, {.temperature = 1, .top_p = 0.39}), {{1, 1.0}});
+  expect_shares(counts(kLogits, {.temperature = 1, .top_p = 0.69}), {{1, 4 / 7.0}, {3, 3 / 7.0}});
+  expect_shares(counts(kLogits, {.temperature = 1, .top_p = 0.71}), {{1, 4 / 9.0}, {3, 3 / 9.0}, {2, 2 / 9.0}});
 }
 
 // Of the three likeliest (4 + 3 + 2) / 9, the two likeliest hold 7/9 = 0.78.
 TEST(ChooseToken, TopPCountsAfterTopK) {
-  expect_shares(shares(kLogits, {.temperature = 1, .top_k = 3, .top_p = 0.77}), {{1, 4 / 7.0}, {3, 3 / 7.0}});
+  expect_shares(counts(kLogits, {.temperature = 1, .top_k = 3, .top_p = 0.77}), {{1, 4 / 7.0}, {3, 3 / 7.0}});
 }
 
 TEST(ChooseToken, ADrawIsAFunctionOfSeedAndStep) {
