@@ -10,6 +10,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
 #include "cli/output.h"
+#include "cli/prompt.h"
 #include "coordinator/report/table.h"
 #include "core/error.h"
 #include "core/file.h"
@@ -29,6 +30,8 @@ struct EvalArguments {
   std::vector<std::string> data, experts;
   int64_t seq_len = 256, sequences = 0, batch_size = 16;
   int threads = 1;
+  bool prompted = false;
+  PromptArguments prompt;
 };
 
 fs::path model_directory(const fs::path& path) {
@@ -72,28 +75,14 @@ void write_logits(models::Decoder& model, const data::TextDataset& dataset, cons
                                                      {{"format", "pt"}}));
 }
 
-void evaluate_model(const EvalArguments& arguments) {
-  const at::NoGradGuard no_grad;
-  worker::WorkerOptions options;
-  options.threads = arguments.threads;
-  worker::check_options(options);
-  at::set_num_threads(options.threads);
-  if (!arguments.logits.empty()) {
-    std::vector<fs::path> inputs(arguments.data.begin(), arguments.data.end());
-    inputs.insert(inputs.end(), {arguments.model, arguments.adapter});
-    core::refuse_replacing(arguments.logits, inputs);
-  }
-  models::Decoder model = load_model(arguments);
-  std::optional<algorithms::adapters::Adapter> adapter;
-  if (!arguments.adapter.empty()) {
-    adapter = algorithms::adapters::Adapter::load(arguments.adapter, model, std::nullopt, at::kCPU);
-    adapter->attach(model);
-  }
-  const algorithms::Unit unit{"evaluate", "eval", core::Json::object(), {}, algorithms::Place::kCoordinator, 1};
-  worker::DirectContext context(unit, 1, options, g_signals,
-                                {.artefact = [](const std::string&) { return core::ArtefactPtr(); },
-                                 .metric = [](const core::metrics::Record&) {},
-                                 .progress = [](double, double) {}});
+void refuse_replacing_inputs(const EvalArguments& arguments) {
+  if (arguments.logits.empty()) return;
+  std::vector<fs::path> inputs(arguments.data.begin(), arguments.data.end());
+  inputs.insert(inputs.end(), {arguments.model, arguments.adapter});
+  core::refuse_replacing(arguments.logits, inputs);
+}
+
+void evaluate_data(models::Decoder& model, const EvalArguments& arguments, algorithms::WorkerContext& context) {
   core::Json rows = core::Json::array();
   for (const auto& file : arguments.data) {
     const auto dataset = data::TextDataset::open(file, arguments.split, arguments.seq_len);
@@ -118,17 +107,44 @@ void evaluate_model(const EvalArguments& arguments) {
                            table_style()));
 }
 
+void evaluate_model(const EvalArguments& arguments) {
+  if (!arguments.prompted && arguments.data.empty())
+    throw core::UserError("cli: eval: nothing to evaluate", "give --data FILE.h5 or --prompt TEXT");
+  const at::NoGradGuard no_grad;
+  worker::WorkerOptions options;
+  options.threads = arguments.threads;
+  worker::check_options(options);
+  at::set_num_threads(options.threads);
+  refuse_replacing_inputs(arguments);
+  Prompt prompt;
+  if (arguments.prompted) prompt = read_prompt(arguments.prompt, model_directory(arguments.model));
+  models::Decoder model = load_model(arguments);
+  std::optional<algorithms::adapters::Adapter> adapter;
+  if (!arguments.adapter.empty()) {
+    adapter = algorithms::adapters::Adapter::load(arguments.adapter, model, std::nullopt, at::kCPU);
+    adapter->attach(model);
+  }
+  const algorithms::Unit unit{"evaluate", "eval", core::Json::object(), {}, algorithms::Place::kCoordinator, 1};
+  worker::DirectContext context(unit, 1, options, g_signals,
+                                {.artefact = [](const std::string&) { return core::ArtefactPtr(); },
+                                 .metric = [](const core::metrics::Record&) {},
+                                 .progress = [](double, double) {}});
+  if (arguments.prompted) return answer_prompt(model, prompt, arguments.prompt, arguments.format == "json", context);
+  evaluate_data(model, arguments, context);
+}
+
 }  // namespace
 
 void add_eval(CLI::App& app, int& exit_code) {
   auto* command =
-      app.add_subcommand("eval", "Bits per byte, loss (nats per token) and accuracy of a model on prepared text");
+      app.add_subcommand("eval", "Scores of a model on prepared text or on a prompt, and what it writes after that");
   auto a = std::make_shared<EvalArguments>();
   command
       ->add_option("model", a->model,
                    "Hugging Face directory (dense, FlexOlmo, FlexMoRE), or a run: its mixture, else its public model")
       ->required();
-  command->add_option("--data", a->data, "Prepared HDF5 files")->required()->delimiter(',');
+  command->add_option("--data", a->data, "Prepared HDF5 files: bits per byte, loss (nats per token), accuracy")
+      ->delimiter(',');
   command->add_option("--split", a->split, "train | validation | test")
       ->check(CLI::IsMember({"train", "validation", "test"}))
       ->capture_default_str();
@@ -149,11 +165,15 @@ void add_eval(CLI::App& app, int& exit_code) {
   command->add_option("--threads", a->threads, "CPU threads")->capture_default_str();
   command->add_option("--logits", a->logits,
                       "Also write tokens and logits of the first batch into this safetensors file");
+  add_prompt_options(*command, a->prompt,
+                     {"--data", "--split", "--seq-len", "--sequences", "--batch-size", "--logits"});
   add_format_option(*command, a->format);
   command->footer(
       "Examples: moraine eval runs/quickstart --data data/domains/german.h5\n          moraine eval runs/quickstart "
-      "--data data/domains/german.h5 --experts german --format json");
+      "--data data/domains/german.h5 --experts german --format json\n          moraine eval "
+      "models/smollm2-135m --adapter runs/fit/experts/law --prompt 'The court' --generate 100");
   command->callback([=, &exit_code] {
+    a->prompted = command->count("--prompt") > 0;
     evaluate_model(*a);
     exit_code = 0;
   });

@@ -6,6 +6,7 @@ find_package(fmt REQUIRED)
 find_package(nlohmann_json 3.11 REQUIRED)
 find_package(CLI11 REQUIRED)
 find_package(HDF5 REQUIRED COMPONENTS C)
+find_package(ICU 70 REQUIRED COMPONENTS uc i18n)
 
 add_library(moraine_hdf5 INTERFACE)
 add_library(moraine::hdf5 ALIAS moraine_hdf5)

@@ -1,6 +1,7 @@
 #include "data/byte_tokenizer.h"
 
 #include "core/error.h"
+#include "core/utf8.h"
 
 namespace moraine::data {
 
@@ -20,6 +21,18 @@ std::string ByteTokenizer::decode(const std::vector<int64_t>& tokens) {
       throw core::UserError(fmt::format("data: not a byte token: {}", token),
                             "decode with the tokenizer that made these tokens");
     text.push_back(static_cast<char>(token));
+  }
+  return text;
+}
+
+std::string ByteTokenizer::decode(std::span<const int64_t> tokens,
+                                  bool /*skip_special: it is spelt with no text*/) const {
+  std::string text;
+  for (const int64_t token : tokens) {
+    if (token >= 0 && token < kEndOfDocument)
+      text.push_back(static_cast<char>(token));
+    else if (token != kEndOfDocument)
+      core::append_utf8(text, U'\uFFFD');
   }
   return text;
 }

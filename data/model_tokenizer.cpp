@@ -9,6 +9,8 @@
 #include "core/hash.h"
 #include "core/json.h"
 #include "core/log.h"
+#include "data/bpe_tokenizer.h"
+#include "data/byte_tokenizer.h"
 
 namespace moraine::data {
 namespace {
@@ -59,6 +61,23 @@ void check_model_tokenizer(const TextDomainInfo& text, const fs::path& text_path
         "the model does not say which tokenizer it was trained with, the text's may be another: model={} "
         "text={} tokenizer={}",
         model_directory.string(), text_path.string(), text.tokenizer);
+}
+
+std::unique_ptr<const Tokenizer> model_tokenizer(const fs::path& model_directory, int64_t model_vocabulary) {
+  const fs::path path = model_directory / "tokenizer.json";
+  if (fs::exists(path)) {
+    auto tokenizer = std::make_unique<BpeTokenizer>(BpeTokenizer::from_file(path));
+    if (tokenizer->vocab_size() > model_vocabulary)
+      throw core::UserError(fmt::format("data: {} has {} token ids, the model's vocabulary is {}", path.string(),
+                                        tokenizer->vocab_size(), model_vocabulary),
+                            "put the model's own tokenizer.json beside it");
+    return tokenizer;
+  }
+  if (model_vocabulary >= ByteTokenizer::kVocabSize && model_vocabulary <= kLargestByteVocabulary)
+    return std::make_unique<ByteTokenizer>();
+  throw core::UserError(fmt::format("data: {} holds no tokenizer.json, and a vocabulary of {} is not that of bytes",
+                                    model_directory.string(), model_vocabulary),
+                        "copy the tokenizer.json of the model it was made from there");
 }
 
 }  // namespace moraine::data

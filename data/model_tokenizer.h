@@ -2,9 +2,11 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <string>
 
 #include "data/text_dataset.h"
+#include "data/tokenizer.h"
 
 namespace moraine::data {
 
@@ -18,5 +20,12 @@ namespace moraine::data {
 /// any tokeniser its vocabulary holds.
 void check_model_tokenizer(const TextDomainInfo& text, const std::filesystem::path& text_path,
                            const std::filesystem::path& model_directory, int64_t model_vocabulary);
+
+/// The tokeniser of a model directory: its tokenizer.json (BpeTokenizer), or bytes where there is none and the model's
+/// vocabulary is theirs with little padding (257 to 512).
+///
+/// Throws UserError if there is neither, if the file is not understood, or if it has more ids than the model.
+std::unique_ptr<const Tokenizer> model_tokenizer(const std::filesystem::path& model_directory,
+                                                 int64_t model_vocabulary);
 
 }  // namespace moraine::data

@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "core/registry.h"
+#include "models/recompute.h"
 
 namespace moraine::models {
 
@@ -62,6 +63,16 @@ void Backbone::detach(const std::string& path) { functions_[slot_index(path)] = 
 
 at::Tensor Backbone::apply(size_t slot, const at::Tensor& x) const {
   return functions_[slot] ? functions_[slot]->forward(x, bases_[slot], pass_) : bases_[slot].forward(x);
+}
+
+at::Tensor Backbone::through(const at::Tensor& x, const std::function<at::Tensor(const at::Tensor&)>& layer) {
+  if (!pass_.recompute) return layer(x);
+  return recomputed(
+      [this, layer, pass = pass_](const at::Tensor& input) {
+        const PassScope scope(*this, pass);  // gradients are taken when the pass of the first time is over
+        return layer(input);
+      },
+      x);
 }
 
 Weights Backbone::frozen_weights(at::Device device) const {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -106,6 +107,9 @@ class Backbone {
   bool taken(size_t slot) const { return functions_[slot] != nullptr; }
   void set_function(size_t slot, std::shared_ptr<SlotFunction> function) { functions_[slot] = std::move(function); }
   at::Tensor apply(size_t slot, const at::Tensor& x) const;
+  /// layer(x), of which only x is kept where Pass::recompute asks for that. What `layer` refers to must live until
+  /// gradients were taken.
+  at::Tensor through(const at::Tensor& x, const std::function<at::Tensor(const at::Tensor&)>& layer);
 
   /// Weights for a second model: shared when they are on `device` already.
   Weights frozen_weights(at::Device device) const;

@@ -21,6 +21,7 @@
 
 #include "core/error.h"
 #include "models/fused_ops.h"
+#include "models/kv_cache.h"
 #include "models/mixture.h"
 
 namespace moraine::models {
@@ -55,6 +56,12 @@ at::Tensor scaled_frequencies(const at::Tensor& frequencies, const RopeScaling& 
 at::Tensor by_rows(const at::Tensor& nats, const at::Tensor& places, const at::Tensor& targets) {
   if (!places.defined()) return nats.view(targets.sizes()).sum(1);
   return at::zeros({targets.numel()}, nats.options()).index_copy(0, places, nats).view(targets.sizes()).sum(1);
+}
+
+// Positions go on from one segment to the next: rotary attention depends on their differences alone.
+at::Tensor mask_of(const at::Tensor& segments) {
+  if (!segments.defined()) return {};
+  return segments.unsqueeze(2).eq(segments.unsqueeze(1)).tril().unsqueeze(1);
 }
 
 }  // namespace
@@ -175,36 +182,58 @@ void Decoder::fit_window_mask(int64_t length) {
                      .triu(1 - config_.sliding_window);
 }
 
-// [B, 1, T, T] bool: who sees whom when a row holds several sequences, windows aside. Positions go on from one segment
-// to the next: rotary attention depends on their differences alone.
-at::Tensor Decoder::segment_mask(const at::Tensor& segments) const {
-  if (!segments.defined()) return {};
-  const at::Tensor same = segments.unsqueeze(2).eq(segments.unsqueeze(1));
-  return same.tril().unsqueeze(1);
-}
-
-at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length,
-                              const at::Tensor& segment_mask) {
+at::Tensor Decoder::attention(const Block& block, const at::Tensor& x, const Extent& extent, KeyValueCache* cache) {
+  const auto& [batch, length, seen, segment_mask] = extent;
   const int64_t heads = config_.num_heads, kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
   at::Tensor q = apply(block.first_slot + kQuery, x), k = apply(block.first_slot + kKey, x);
   if (block.q_norm.defined()) q = norm(q, block.q_norm), k = norm(k, block.k_norm);
-  q = rotate(q.view({batch, length, heads, head_dim}), cos_, sin_);
-  k = rotate(k.view({batch, length, kv_heads, head_dim}), cos_, sin_);
-  at::Tensor v = apply(block.first_slot + kValue, x).view({batch, length, kv_heads, head_dim});
-  if (kv_heads != heads) {
-    const auto repeat = [&](const at::Tensor& t) {
-      return t.unsqueeze(3)
-          .expand({batch, length, kv_heads, heads / kv_heads, head_dim})
-          .reshape({batch, length, heads, head_dim});
-    };
-    k = repeat(k), v = repeat(v);
-  }
+  const at::Tensor cos = cos_.slice(0, seen), sin = sin_.slice(0, seen);
+  q = rotate(q.view({batch, length, heads, head_dim}), cos, sin);
+  k = rotate(k.view({batch, length, kv_heads, head_dim}), cos, sin);
+  const at::Tensor v = apply(block.first_slot + kValue, x).view({batch, length, kv_heads, head_dim});
+  if (cache != nullptr) cache->append(static_cast<size_t>(&block - blocks_.data()), k, v);
+  const at::Tensor y = seen > 0 ? attend_to_cache(block, q, *cache) : attend(block, q, k, v, segment_mask);
+  return apply(block.first_slot + kOutput, y.reshape({batch * length, heads * head_dim}));
+}
+
+// q [B, T, heads, D], k and v [B, T, kv_heads, D] of the same tokens; returns [B, T, heads, D].
+at::Tensor Decoder::attend(const Block& block, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& segment_mask) const {
+  const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), kv_heads = k.size(2), head_dim = q.size(3);
+  const auto repeat = [&](const at::Tensor& t) {
+    if (kv_heads == heads) return t;
+    return t.unsqueeze(3)
+        .expand({batch, length, kv_heads, heads / kv_heads, head_dim})
+        .reshape({batch, length, heads, head_dim});
+  };
   const bool windowed = block.window > 0 && length > block.window;
   std::optional<at::Tensor> mask = windowed ? std::optional(window_mask_) : std::nullopt;
   if (segment_mask.defined()) mask = windowed ? segment_mask.logical_and(window_mask_) : segment_mask;
-  const at::Tensor y = at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-                                                        0.0, /*is_causal=*/!mask);
-  return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch * length, heads * head_dim}));
+  return at::scaled_dot_product_attention(q.transpose(1, 2), repeat(k).transpose(1, 2), repeat(v).transpose(1, 2), mask,
+                                          0.0, /*is_causal=*/!mask)
+      .transpose(1, 2);
+}
+
+// The same for tokens that stand at the end of the cache. Heads that share keys become rows of one product, so that no
+// key is copied.
+at::Tensor Decoder::attend_to_cache(const Block& block, const at::Tensor& q, const KeyValueCache& cache) const {
+  const KeyValueCache::Layer& layer = cache.layer(static_cast<size_t>(&block - blocks_.data()));
+  const int64_t batch = q.size(0), length = q.size(1), kv_heads = config_.num_kv_heads, head_dim = config_.head_dim;
+  const int64_t share = config_.num_heads / kv_heads, seen = layer.length - length;
+  const int64_t first = block.window > 0 ? std::max<int64_t>(0, seen + 1 - block.window) : 0;
+  const at::Tensor keys = layer.keys.slice(2, first, layer.length), values = layer.values.slice(2, first, layer.length);
+  std::optional<at::Tensor> mask;
+  if (length > 1) {
+    at::Tensor visible = at::ones({length, layer.length - first}, q.options().dtype(at::kBool)).tril(seen - first);
+    if (block.window > 0) visible = visible.triu(seen - first + 1 - block.window);
+    mask = visible.repeat({share, 1});
+  }
+  const at::Tensor rows = q.view({batch, length, kv_heads, share, head_dim})
+                              .permute({0, 2, 3, 1, 4})
+                              .reshape({batch, kv_heads, share * length, head_dim});
+  return at::scaled_dot_product_attention(rows, keys, values, mask)
+      .reshape({batch, kv_heads, share, length, head_dim})
+      .permute({0, 3, 1, 2, 4});
 }
 
 at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
@@ -214,9 +243,29 @@ at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
                at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
 }
 
-at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs, const at::Tensor& segments) {
+// Rows [B * T, d] through one layer. With ffn_inputs it notes what its FFN sees.
+at::Tensor Decoder::layer(const Block& block, at::Tensor x, const Extent& extent, KeyValueCache* cache,
+                          std::vector<at::Tensor>* ffn_inputs) {
+  const auto note = [&](const at::Tensor& input) {
+    if (ffn_inputs != nullptr) ffn_inputs->push_back(input.view({extent.batch, extent.length, config_.hidden_size}));
+  };
+  if (config_.post_norm()) {
+    x = x + norm(attention(block, x, extent, cache), block.post_attention_norm);
+    note(x);
+    x = x + norm(ffn(block, x), block.post_ffn_norm);
+  } else {
+    x = x + attention(block, norm(x, block.input_norm), extent, cache);
+    const at::Tensor input = norm(x, block.post_attention_norm);
+    note(input);
+    x = x + ffn(block, input);
+  }
+  return taken(block.first_slot + kBlock) ? apply(block.first_slot + kBlock, x) : x;
+}
+
+at::Tensor Decoder::trunk(const at::Tensor& tokens, const Aside& aside) {
   MORAINE_CHECK(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "tokens must be [B, T] int64");
   const int64_t batch = tokens.size(0), length = tokens.size(1);
+  const int64_t seen = aside.cache != nullptr ? aside.cache->length() : 0;
   if (tokens.numel() > 0) {
     const int64_t low = tokens.min().item<int64_t>(), high = tokens.max().item<int64_t>();
     if (low < 0 || high >= config_.vocab_size) {
@@ -225,41 +274,38 @@ at::Tensor Decoder::trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn
                             "the data was prepared with another tokeniser than the model's");
     }
   }
-  extend_rotation(length);
-  fit_window_mask(length);
-  const at::Tensor mask = segment_mask(segments);
-  at::Tensor x = at::embedding(embedding_, tokens).to(dtype()).view({batch * length, config_.hidden_size});
-  for (const Block& block : blocks_) {
-    const bool last = &block == &blocks_.back();
-    const auto note = [&](const at::Tensor& input) {
-      if (ffn_inputs != nullptr) ffn_inputs->push_back(input.view({batch, length, config_.hidden_size}));
-      return ffn_inputs != nullptr && last;
-    };
-    if (config_.post_norm()) {
-      x = x + norm(attention(block, x, batch, length, mask), block.post_attention_norm);
-      if (note(x)) return x;
-      x = x + norm(ffn(block, x), block.post_ffn_norm);
-    } else {
-      x = x + attention(block, norm(x, block.input_norm), batch, length, mask);
-      const at::Tensor input = norm(x, block.post_attention_norm);
-      if (note(input)) return x;
-      x = x + ffn(block, input);
-    }
-    if (taken(block.first_slot + kBlock)) x = apply(block.first_slot + kBlock, x);
+  if (seen == 0) {
+    extend_rotation(length);
+    fit_window_mask(length);
+  } else if (cos_.size(0) < seen + length) {
+    extend_rotation(2 * (seen + length));  // further than needed: token after token follows
   }
+  const Extent extent{batch, length, seen, mask_of(aside.segments)};
+  at::Tensor x = at::embedding(embedding_, tokens).to(dtype()).view({batch * length, config_.hidden_size});
+  for (const Block& block : blocks_)
+    x = through(x, [this, &block, extent, cache = aside.cache, noted = aside.ffn_inputs](const at::Tensor& input) {
+      return layer(block, input, extent, cache, noted);
+    });
   return norm(x, final_norm_);
 }
 
 at::Tensor Decoder::hidden_states(const at::Tensor& tokens) {
-  return trunk(tokens, nullptr).view({tokens.size(0), tokens.size(1), -1});
+  return trunk(tokens, {}).view({tokens.size(0), tokens.size(1), -1});
 }
 
 at::Tensor Decoder::forward(const at::Tensor& tokens) { return apply(slots().size() - 1, hidden_states(tokens)); }
 
+at::Tensor Decoder::next_logits(const at::Tensor& tokens, KeyValueCache& cache) {
+  MORAINE_CHECK(tokens.dim() == 2 && tokens.size(1) > 0, "tokens must be [B, T] with T >= 1");
+  const at::NoGradGuard no_grad;
+  const at::Tensor x = trunk(tokens, {.cache = &cache}).view({tokens.size(0), tokens.size(1), -1});
+  return apply(slots().size() - 1, x.select(1, -1));
+}
+
 std::vector<at::Tensor> Decoder::ffn_inputs(const at::Tensor& tokens) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> inputs;
-  trunk(tokens, &inputs);
+  trunk(tokens, {.ffn_inputs = &inputs});
   return inputs;
 }
 
@@ -277,7 +323,7 @@ TokenLoss Decoder::loss(const at::Tensor& sequences, bool count_correct) {
 }
 
 TokenLoss Decoder::token_loss(const Input& input, const at::Tensor& wanted, const TokenLossOptions& options) {
-  at::Tensor x = trunk(input.tokens, nullptr, input.segments), targets = wanted.reshape({-1}), places;
+  at::Tensor x = trunk(input.tokens, {.segments = input.segments}), targets = wanted.reshape({-1}), places;
   if (options.few_targets) {
     places = targets.ge(0).nonzero().squeeze(1);
     x = x.index_select(0, places), targets = targets.index_select(0, places);

@@ -16,6 +16,8 @@
 
 namespace moraine::models {
 
+class KeyValueCache;
+
 /// The slots of a decoder, from shapes alone.
 std::vector<Slot> decoder_slots(const DecoderConfig& config);
 
@@ -51,6 +53,11 @@ class Decoder final : public Backbone {
   at::Tensor forward(const at::Tensor& tokens);
   /// Final hidden states after the last norm, [B, T, d]; forward() = lm_head of these.
   at::Tensor hidden_states(const at::Tensor& tokens);
+  /// Logits [B, vocab] of the token that follows: tokens [B, T >= 1] come after those in `cache`, which takes them in.
+  /// A prompt at once and then one token at a time gives what forward() gives for the whole at its last position,
+  /// within rounding. Without gradients. Throws UserError as forward() does, InternalError on another batch than the
+  /// cache's.
+  at::Tensor next_logits(const at::Tensor& tokens, KeyValueCache& cache);
   /// Inputs of every FFN slot (what a router sees), L tensors [B, T, d], without gradients.
   std::vector<at::Tensor> ffn_inputs(const at::Tensor& tokens);
 
@@ -71,6 +78,10 @@ class Decoder final : public Backbone {
     size_t first_slot = 0;
     int64_t window = 0;  // 0 = none
   };
+  struct Extent {
+    int64_t batch, length, seen;  // sequences, tokens of each in this pass, tokens before them in a cache
+    at::Tensor segment_mask;      // [B, 1, T, T] bool: who sees whom; undefined where a row is one sequence
+  };
 
   Decoder(DecoderConfig config, Weights weights);
   void add_slots();
@@ -79,11 +90,20 @@ class Decoder final : public Backbone {
   void attach_mixture(int64_t layer);
 
   at::Tensor norm(const at::Tensor& x, const at::Tensor& weight) const;
-  at::Tensor attention(const Block& block, const at::Tensor& x, int64_t batch, int64_t length,
-                       const at::Tensor& segment_mask);
+  at::Tensor attention(const Block& block, const at::Tensor& x, const Extent& extent, KeyValueCache* cache);
+  at::Tensor attend(const Block& block, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& segment_mask) const;
+  at::Tensor attend_to_cache(const Block& block, const at::Tensor& q, const KeyValueCache& cache) const;
   at::Tensor ffn(const Block& block, const at::Tensor& x);
-  at::Tensor trunk(const at::Tensor& tokens, std::vector<at::Tensor>* ffn_inputs, const at::Tensor& segments = {});
-  at::Tensor segment_mask(const at::Tensor& segments) const;
+  at::Tensor layer(const Block& block, at::Tensor x, const Extent& extent, KeyValueCache* cache,
+                   std::vector<at::Tensor>* ffn_inputs);
+  /// What a pass takes beside the tokens.
+  struct Aside {
+    std::vector<at::Tensor>* ffn_inputs = nullptr;
+    KeyValueCache* cache = nullptr;
+    at::Tensor segments = {};
+  };
+  at::Tensor trunk(const at::Tensor& tokens, const Aside& aside);
   void extend_rotation(int64_t length);
   void fit_window_mask(int64_t length);
 

@@ -39,6 +39,7 @@ struct Pass {
   int64_t step = 0;       // optimiser step
   int64_t first = 0;      // position of the first example in the step's batch
   uint64_t seed = 0;
+  bool recompute = false;  // of every layer only the input is kept for gradients (gradient checkpointing)
 };
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;  // sorted by name

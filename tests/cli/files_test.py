@@ -14,7 +14,7 @@ import h5py
 import numpy
 from safetensors.numpy import load_file, save_file
 
-from run_test import BINARY, World, expect_in
+from run_test import BINARY, SOURCE, World, expect_in
 
 
 def moraine(*arguments, expect: int = 0, **options) -> subprocess.CompletedProcess:
@@ -242,6 +242,104 @@ def evaluating(world: World) -> None:
     expect_in(moraine("eval", run, "--data", here / "left.h5", "--seq-len", 65, expect=2).stderr, "65", "64 positions")
     expect_in(moraine("eval", run, "--data", here / "left.h5", "--experts", "middle", expect=2).stderr, "no expert 'middle'")
     expect_in(moraine("eval", here, "--data", here / "left.h5", expect=2).stderr, "config.json")
+
+
+def score_by_hand(logits: numpy.ndarray, tokens: numpy.ndarray) -> float:
+    """Mean nats of tokens[1:] under logits[:-1], in float64."""
+    logits = logits.astype(float)
+    top = logits.max(-1, keepdims=True)
+    return float(numpy.mean((top + numpy.log(numpy.exp(logits - top).sum(-1, keepdims=True)))[:, 0] - logits[numpy.arange(len(tokens) - 1), tokens[1:]]))
+
+
+def prompting(world: World) -> None:
+    world.run("run")
+    run, here = world.directory / "run", world.directory
+    moraine("export", run, here / "lora", "--to", "peft", "--experts", "left")
+    for model in ((run,), (run / "public_model",), (run / "public_model", "--adapter", here / "lora/left")):
+        moraine("eval", *model, "--data", here / "left.h5", "--seq-len", 32, "--sequences", 1, "--logits", here / "logits.safetensors")
+        stored = load_file(here / "logits.safetensors")
+        tokens, logits = stored["tokens"][0], stored["logits"][0]
+        text = bytes(tokens.astype(numpy.uint8)).decode()
+        score = as_json("eval", *model, "--prompt", text)
+        assert score["prompt"] == text and score["prompt_tokens"] == tokens.tolist() and score["tokens"] == score["bytes"] == 32, score
+        assert abs(score["loss"] - score_by_hand(logits, tokens)) < 1e-5 and abs(score["bits_per_byte"] - score["loss"] / numpy.log(2)) < 1e-9, score
+        first = as_json("eval", *model, "--prompt", text[:-1], "--generate", 1)
+        assert first["tokens"] == [logits[-1].argmax()] or first["stopped"] == "end_of_text", first   # 256 is the end of a document
+    expect_in(moraine("eval", run, "--prompt", text).stdout, "bits_per_byte", "32")
+
+    base = run / "public_model"
+    written = as_json("eval", base, "--prompt", "abc def", "--generate", 20)
+    assert written["stopped"] == "max_new_tokens" and len(written["tokens"]) == 20 and written["prompt_tokens"] == list(b"abc def"), written
+    spelt = lambda answer: b"".join(bytes([token]) if token < 256 else "\ufffd".encode() for token in answer["tokens"])
+    done = subprocess.run([BINARY, "eval", base, "--prompt", "abc def", "--generate", "20"], capture_output=True, check=True)
+    assert done.stdout == spelt(written) + b"\n", (done.stdout, written)
+    expect_in(done.stderr.decode(), "stopped=max_new_tokens", "tokens_per_s=")
+    # Whatever bytes a hot model writes, JSON stays JSON and plain output carries them.
+    draw = lambda *more: as_json("eval", base, "--prompt", "abc def", "--generate", 50, "--temperature", 50, *more)
+    hot = draw()
+    done = subprocess.run([BINARY, "eval", base, "--prompt", "abc def", "--generate", "50", "--temperature", "50"], capture_output=True, check=True)
+    assert any(token > 127 for token in hot["tokens"]) and "\ufffd" in hot["text"], hot
+    assert done.stdout == spelt(hot) + b"\n", (done.stdout, hot)
+    assert hot == draw() == draw("--seed", 0) and hot["tokens"] != draw("--seed", 1)["tokens"]
+    assert draw("--top-k", 1)["tokens"][:20] == draw("--top-p", 1e-9)["tokens"][:20] == written["tokens"]
+
+    full = as_json("eval", base, "--prompt", "a" * 60, "--generate")   # 64 positions
+    assert full["stopped"] in ("context", "end_of_text") and len(full["tokens"]) <= 4, full
+    refused = lambda *line: moraine("eval", *line, expect=2).stderr
+    expect_in(refused(base, "--prompt", "a" * 64, "--generate", 1), "context of 64")
+    expect_in(refused(base, "--prompt", "a" * 65), "65 tokens", "64")
+    expect_in(refused(base, "--prompt", ""), "prompt is empty")
+    expect_in(refused(base, "--prompt", "", "--generate", 3), "prompt is empty")
+    expect_in(refused(base, "--prompt", "a"), "first token", "--generate")
+    expect_in(refused(base), "--data", "--prompt")
+    expect_in(refused(base, "--data", here / "left.h5", "--prompt", "a"), "--data", "--prompt")
+    expect_in(refused(base, "--prompt", "ab", "--seq-len", 32), "--seq-len")
+    expect_in(refused(base, "--prompt", "ab", "--generate", 0), "--generate")
+    expect_in(refused(base, "--prompt", "ab", "--temperature", 1), "--generate")
+    expect_in(refused(base, "--prompt", "ab", "--generate", 3, "--top-k", 3), "--temperature")
+    expect_in(refused(base, "--prompt", "ab", "--generate", 3, "--temperature", "nan"), "temperature")
+    expect_in(refused(base, "--prompt", "ab", "--generate", 3, "--temperature", 1, "--top-p", 0), "top_p")
+
+
+def prompts_in_the_models_own_tokens(world: World) -> None:
+    """A model of 512 tokens with random embeddings beside a tokenizer.json of the golden files."""
+    world.run("run")
+    run, here, golden = world.directory / "run", world.directory, SOURCE / "tests/data/golden"
+    model = here / "model"
+    shutil.copytree(run / "public_model", model)
+    (model / "SHA256SUMS").unlink()
+    tensors, rng = load_file(model / "model.safetensors"), numpy.random.default_rng(1)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = rng.normal(size=(512, 16)).astype(numpy.float32)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 600}))
+    expect_in(moraine("eval", model, "--prompt", "ab", expect=2).stderr, "no tokenizer.json", "600")
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 512}))
+    stored = json.loads((golden / "strings.json").read_text())
+    for variant in ("llama3", "smollm2"):
+        shutil.copy(golden / f"{variant}.json", model / "tokenizer.json")
+        expected = stored["variants"][variant]
+        for text in ("It's 12 o'clock.", "a<|endoftext|>b", "\U0001f468\u200d\U0001f469\u200d\U0001f467"):
+            i = stored["strings"].index(text)
+            score = as_json("eval", model, "--prompt", text)
+            assert score["prompt_tokens"] == expected["prefix"] + expected["recognised"][i], text
+            # Every token but the first is predicted: after a prefix that is the whole text.
+            assert score["tokens"] == len(score["prompt_tokens"]) - 1 and (score["bytes"] == len(text.encode())) == bool(expected["prefix"]), score
+            assert as_json("eval", model, "--prompt", text, "--special-tokens", "text")["prompt_tokens"] == expected["prefix"] + expected["text"][i], text
+    written = as_json("eval", model, "--prompt", "a b", "--generate", 30)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [511, written["tokens"][7]]}))
+    ended = as_json("eval", model, "--prompt", "a b", "--generate", 30)
+    at = written["tokens"].index(written["tokens"][7])
+    assert ended["stopped"] == "end_of_text" and ended["tokens"] == written["tokens"][:at], (ended, written)
+    expect_in(subprocess.run([BINARY, "eval", model, "--prompt", b"gr\xfcn"], capture_output=True).stderr.decode(), "not UTF-8")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": "end"}))
+    expect_in(moraine("eval", model, "--prompt", "ab", expect=2).stderr, "generation_config.json", "eos_token_id")
+    (model / "generation_config.json").unlink()
+    shutil.copy(golden / "qwen2.json", run / "public_model/tokenizer.json")
+    expect_in(moraine("eval", run / "public_model", "--prompt", "ab", expect=2).stderr, "token ids", "264")
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
+    expect_in(moraine("eval", model, "--prompt", "ab", expect=2).stderr, "tokenizer.json", "Unigram")
 
 
 def flip_last_byte(path: Path) -> None:

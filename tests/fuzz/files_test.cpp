@@ -120,6 +120,17 @@ TEST_F(SpoiltFiles, TheFactorsOfAnAdapterAreRefusedOrRead) {
   feed({"adapter_model", "lora/adapter_model.safetensors", {"lora", "base"}, lora_commands, 200});
 }
 
+TEST_F(SpoiltFiles, ATokenizerIsRefusedOrRead) {
+  feed({"tokenizer",
+        "speaking/tokenizer.json",
+        {"speaking"},
+        [](Scratch& s) -> std::vector<Line> {
+          return {{"eval", s / "speaking", "--prompt", "It's 12 o'clock.<|im_end|> \xC3\xA9t\xC3\xA9"},
+                  {"eval", s / "speaking", "--prompt", "the end", "--generate", "3", "--format", "json"}};
+        },
+        400});
+}
+
 TEST_F(SpoiltFiles, PreparedTextIsRefusedOrRead) {
   feed({"text",
         "text/left.h5",

@@ -57,6 +57,19 @@ void write_shards(const fs::path& from, const fs::path& to) {
   core::write_atomically(to / "model.safetensors.index.json", core::Json{{"weight_map", map}}.dump(1));
 }
 
+// The dense model again beside a tokenizer of its 264 ids: a golden one without the later merges.
+void write_tokenizer(const fs::path& model) {
+  core::Json file = core::read_json(fs::path(MORAINE_SOURCE_DIR) / "tests/data/golden/smollm2.json");
+  core::Json& vocabulary = file["model"]["vocab"];
+  for (auto token = vocabulary.begin(); token != vocabulary.end();)
+    token = token->get<int64_t>() < 264 ? std::next(token) : vocabulary.erase(token);
+  core::Json merges = core::Json::array();
+  for (const core::Json& merge : file["model"]["merges"])
+    if (vocabulary.contains(merge.at(0).get<std::string>() + merge.at(1).get<std::string>())) merges.push_back(merge);
+  file["model"]["merges"] = merges;
+  core::write_atomically(model / "tokenizer.json", file.dump());
+}
+
 }  // namespace
 
 const World& World::get() {
@@ -74,6 +87,8 @@ World::World() {
   };
   run("text/recipe.yaml", "flexmore", {"train.steps=3", "workers.local=1"});
   fs::copy(*this / "runs/flexmore/public_model", *this / "base", fs::copy_options::recursive);
+  fs::copy(*this / "base", *this / "speaking", fs::copy_options::recursive);
+  write_tokenizer(*this / "speaking");
   fs::copy(*this / "runs/flexmore/mixture", *this / "mixture", fs::copy_options::recursive);
   core::write_atomically(*this / "federated.yaml", kFederated);
   core::write_atomically(*this / "merge.yaml", kMerge);
