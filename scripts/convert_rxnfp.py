@@ -36,7 +36,7 @@ class Tensor:
     def array(self):
         size = self.storage.dtype.itemsize
         last = self.offset + sum((side - 1) * stride for side, stride in zip(self.shape, self.strides))
-        if last >= self.storage.size:
+        if last >= self.storage.size or min(self.offset, *self.strides) < 0:
             raise pickle.UnpicklingError("a tensor reaches beyond its storage")
         return np.lib.stride_tricks.as_strided(self.storage.values[self.offset:], self.shape, [stride * size for stride in self.strides]).copy()
 
