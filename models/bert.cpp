@@ -19,6 +19,23 @@ namespace {
 // Slots of one layer, in this order.
 enum LayerSlot : size_t { kQuery, kKey, kValue, kOutput, kUp, kDown, kBlock };
 
+// Names as in BertModel, behind no prefix. Models for pre-training have "bert." and heads of their own ("cls."), which
+// nothing here uses; old ones call a norm's tensors gamma and beta and keep buffers: 0, 1, 2, ... and 0, 0, 0, ...
+std::vector<core::TensorView> encoder_tensors(const std::vector<core::TensorView>& tensors) {
+  constexpr std::pair<const char*, const char*> kOldNames[] = {{"LayerNorm.gamma", "LayerNorm.weight"},
+                                                               {"LayerNorm.beta", "LayerNorm.bias"}};
+  std::vector<core::TensorView> out;
+  for (core::TensorView view : tensors) {
+    if (view.name.ends_with("embeddings.position_ids") || view.name.ends_with("embeddings.token_type_ids")) continue;
+    if (view.name.starts_with("cls.")) continue;
+    if (view.name.starts_with("bert.")) view.name = view.name.substr(5);
+    for (const auto& [old_name, name] : kOldNames)
+      if (view.name.ends_with(old_name)) view.name.replace(view.name.rfind(old_name), std::string::npos, name);
+    out.push_back(std::move(view));
+  }
+  return out;
+}
+
 }  // namespace
 
 Bert::Bert(BertConfig config, Weights weights) : Backbone(std::move(weights)), config_(std::move(config)) {
@@ -51,16 +68,15 @@ Bert Bert::from_directory(const std::filesystem::path& directory, std::optional<
 
 Bert Bert::from_tensors(BertConfig config, const std::vector<core::TensorView>& tensors, const std::string& origin,
                         std::optional<at::ScalarType> dtype, const std::shared_ptr<const void>& owner) {
-  std::vector<core::TensorView> weights;
+  std::vector<core::TensorView> weights = encoder_tensors(tensors);
   config.pooler = false, config.num_labels = 0;
-  for (const core::TensorView& view : tensors) {
-    // Buffers of older transformers: 0, 1, 2, ... and 0, 0, 0, ...
-    if (view.name.ends_with("embeddings.position_ids") || view.name.ends_with("embeddings.token_type_ids")) continue;
-    config.pooler = config.pooler || view.name.find("pooler.dense.") != std::string::npos;
+  for (const core::TensorView& view : weights) {
+    config.pooler = config.pooler || view.name.starts_with("pooler.dense.");
     if (view.name == "classifier.weight" && !view.shape.empty()) config.num_labels = view.shape[0];
-    weights.push_back(view);
   }
   config.pooler = config.pooler || config.num_labels > 0;
+  for (core::TensorView& view : weights)
+    if (!view.name.starts_with("classifier.")) view.name = config.prefix() + view.name;
   require_plausible_layers(config.num_layers, 1, weights.size(), origin);
   return Bert(config, match_weights(expected_tensors(config), weights, origin, dtype, owner));
 }
@@ -118,6 +134,12 @@ at::Tensor Bert::attention(const Block& block, const at::Tensor& x, const at::Te
   return apply(block.first_slot + kOutput, y.transpose(1, 2).reshape({batch, length, config_.hidden_size}));
 }
 
+at::Tensor Bert::layer(const Block& block, at::Tensor x, const at::Tensor& mask) const {
+  x = normalise(x + attention(block, x, mask), block.attention);
+  x = normalise(x + apply(block.first_slot + kDown, at::gelu(apply(block.first_slot + kUp, x))), block.output);
+  return taken(block.first_slot + kBlock) ? apply(block.first_slot + kBlock, x) : x;
+}
+
 at::Tensor Bert::hidden_states(const at::Tensor& tokens, const at::Tensor& mask) {
   MORAINE_CHECK(tokens.dim() == 2 && tokens.scalar_type() == at::kLong, "tokens must be [B, T] int64");
   MORAINE_CHECK(!mask.defined() || (mask.scalar_type() == at::kBool && mask.sizes() == tokens.sizes()),
@@ -138,11 +160,8 @@ at::Tensor Bert::hidden_states(const at::Tensor& tokens, const at::Tensor& mask)
   const at::Tensor embedded =
       at::embedding(words_, tokens).to(dtype()) + types_[0].to(dtype()) + positions_.slice(0, 0, length).to(dtype());
   at::Tensor x = normalise(embedded, embedding_norm_);
-  for (const Block& block : blocks_) {
-    x = normalise(x + attention(block, x, mask), block.attention);
-    x = normalise(x + apply(block.first_slot + kDown, at::gelu(apply(block.first_slot + kUp, x))), block.output);
-    if (taken(block.first_slot + kBlock)) x = apply(block.first_slot + kBlock, x);
-  }
+  for (const Block& block : blocks_)
+    x = through(x, [this, &block, mask](const at::Tensor& input) { return layer(block, input, mask); });
   return x;
 }
 

@@ -27,8 +27,9 @@ class Bert final : public Backbone {
  public:
   /// Random weights: normal(0, initializer_range), norms 1, biases 0; each tensor from `seed` and its name alone.
   static Bert from_config(const BertConfig& config, uint64_t seed, at::ScalarType dtype);
-  /// config.json + safetensors of a BertModel or a BertForSequenceClassification, or of a sentence-transformers
-  /// directory around one. Keys and shapes are checked as match_weights() does; `dtype` as there.
+  /// config.json + safetensors of a BertModel, a BertForSequenceClassification or a model of pre-training, whose heads
+  /// ("cls.*") are left out, or of a sentence-transformers directory around one; old names of norms (gamma, beta) too.
+  /// Other keys and shapes are checked as match_weights() does; `dtype` as there.
   static Bert from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype);
   /// From named tensors that somebody else loaded; they say whether there are a pooler and a classifier.
   static Bert from_tensors(BertConfig config, const std::vector<core::TensorView>& tensors, const std::string& origin,
@@ -71,6 +72,7 @@ class Bert final : public Backbone {
   Norm norm_at(const std::string& path) const;
   at::Tensor normalise(const at::Tensor& x, const Norm& norm) const;
   at::Tensor attention(const Block& block, const at::Tensor& x, const at::Tensor& mask) const;
+  at::Tensor layer(const Block& block, at::Tensor x, const at::Tensor& mask) const;
 
   BertConfig config_;
   std::vector<Block> blocks_;

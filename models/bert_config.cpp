@@ -26,11 +26,12 @@ constexpr std::array<SizeKey, 7> kSizes = {{{"vocab_size", &BertConfig::vocab_si
                                             {"max_position_embeddings", &BertConfig::max_position_embeddings},
                                             {"type_vocab_size", &BertConfig::type_vocab_size}}};
 
-// Dropout is off in evaluation; the others name tokens, labels and how the model was made.
+// Dropout is off in evaluation; the others name tokens and labels, how the model was made and what its head shares.
 const std::vector<std::string> kIrrelevant = {"attention_probs_dropout_prob",
                                               "hidden_dropout_prob",
                                               "classifier_dropout",
                                               "gradient_checkpointing",
+                                              "tie_word_embeddings",
                                               "pad_token_id",
                                               "id2label",
                                               "label2id",

@@ -17,10 +17,10 @@ constexpr std::array kIrrelevant = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "is_llama_config", "name_or_path",
     "tokenizer_class", "gradient_checkpointing", "low_cpu_mem_usage", "attn_implementation", "finetuning_task",
     "task_specific_params", "torchscript", "use_bfloat16", "return_dict", "output_hidden_states", "output_attentions",
-    "tf_legacy_loss",
+    "tf_legacy_loss", "output_past",
     // tokens and labels
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "cls_token_id",
-    "decoder_start_token_id", "prefix", "id2label", "label2id", "num_labels", "problem_type",
+    "bos_token_id", "eos_token_id", "eos_token_ids", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id",
+    "cls_token_id", "decoder_start_token_id", "prefix", "id2label", "label2id", "num_labels", "problem_type",
     // what `generate` reads
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",

@@ -14,6 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using Dtype = std::optional<at::ScalarType>;
+using ImageSize = std::optional<int64_t>;
 
 const std::vector<std::string> kKinds = {"linear", "ffn", "block"};  // of slots, in the enumeration's order
 
@@ -21,11 +22,18 @@ const std::vector<std::string> kKinds = {"linear", "ffn", "block"};  // of slots
 struct Family {
   std::string name;
   std::vector<std::string> model_types;  // of config.json
-  std::unique_ptr<Backbone> (*open)(const fs::path&, Dtype);
+  std::unique_ptr<Backbone> (*open)(const fs::path&, Dtype, ImageSize);
   void (*describe)(const Backbone&, ModelFacts&);
 };
 
-std::unique_ptr<Backbone> open_decoder(const fs::path& directory, Dtype dtype) {
+void refuse_image_size(const fs::path& directory, ImageSize image_size) {
+  if (image_size)
+    throw core::UserError(fmt::format("models: {} reads no images: an image size has no meaning", directory.string()),
+                          "leave image_size out");
+}
+
+std::unique_ptr<Backbone> open_decoder(const fs::path& directory, Dtype dtype, ImageSize image_size) {
+  refuse_image_size(directory, image_size);
   return std::make_unique<Decoder>(Decoder::from_directory(directory, dtype).share());
 }
 
@@ -42,7 +50,8 @@ void describe_decoder(const Backbone& model, ModelFacts& facts) {
   facts.classifier = {name.empty() ? "" : name + "ForSequenceClassification", "", "score", /*bias=*/false};
 }
 
-std::unique_ptr<Backbone> open_encoder(const fs::path& directory, Dtype dtype) {
+std::unique_ptr<Backbone> open_encoder(const fs::path& directory, Dtype dtype, ImageSize image_size) {
+  refuse_image_size(directory, image_size);
   return std::make_unique<Bert>(Bert::from_directory(directory, dtype).without_classifier());
 }
 
@@ -53,8 +62,8 @@ void describe_encoder(const Backbone& model, ModelFacts& facts) {
   facts.classifier = {config.pooler ? "BertForSequenceClassification" : "", "bert.", "classifier"};
 }
 
-std::unique_ptr<Backbone> open_vit(const fs::path& directory, Dtype dtype) {
-  return std::make_unique<Vit>(Vit::from_directory(directory, dtype).backbone());
+std::unique_ptr<Backbone> open_vit(const fs::path& directory, Dtype dtype, ImageSize image_size) {
+  return std::make_unique<Vit>(Vit::from_directory(directory, dtype, image_size).backbone());
 }
 
 void describe_vit(const Backbone& model, ModelFacts& facts) {
@@ -62,14 +71,16 @@ void describe_vit(const Backbone& model, ModelFacts& facts) {
   facts.image_size = config.image_size;
   facts.channels = config.num_channels;
   facts.image_tokens = 1 + config.num_patches();
-  facts.classifier = {"ViTForImageClassification", "vit.", "classifier"};
+  // DINOv2's classifier reads the patches' mean, too.
+  const bool plain = config.family == VitFamily::kVit;
+  facts.classifier = {plain ? "ViTForImageClassification" : "", "vit.", "classifier"};
 }
 
 const std::vector<Family>& families() {
   static const std::vector<Family> all = {
       {"decoder", {"llama", "mistral", "qwen2", "olmo2", "flex_olmo", "flexmore"}, open_decoder, describe_decoder},
       {"encoder", {"bert"}, open_encoder, describe_encoder},
-      {"vit", {"vit"}, open_vit, describe_vit},
+      {"vit", {"vit", "dinov2"}, open_vit, describe_vit},
   };
   return all;
 }
@@ -137,13 +148,13 @@ ModelFacts ModelFacts::from_json(const core::Json& json) {
   return facts;
 }
 
-std::unique_ptr<Backbone> open_backbone(const fs::path& directory, Dtype dtype) {
-  return family_of(directory).open(directory, dtype);
+std::unique_ptr<Backbone> open_backbone(const fs::path& directory, Dtype dtype, ImageSize image_size) {
+  return family_of(directory).open(directory, dtype, image_size);
 }
 
-ModelFacts model_facts(const fs::path& directory) {
+ModelFacts model_facts(const fs::path& directory, ImageSize image_size) {
   const Family& family = family_of(directory);
-  const std::unique_ptr<Backbone> model = family.open(directory, std::nullopt);
+  const std::unique_ptr<Backbone> model = family.open(directory, std::nullopt, image_size);
   ModelFacts facts{
       .family = family.name, .width = model->width(), .slots = model->slots(), .config = model->config_json()};
   for (const auto& [name, weight] : model->weights()) facts.parameters += weight.numel();

@@ -41,10 +41,12 @@ struct ModelFacts {
 };
 
 /// The model of a Hugging Face (or timm) directory, whatever its family, without a classifier of its own. `dtype` as
-/// Decoder::from_directory. Throws UserError, for a model_type that no family reads naming those that are read.
-std::unique_ptr<Backbone> open_backbone(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype);
+/// Decoder::from_directory. With an `image_size` a vision transformer takes images of that size (Vit::resized). Throws
+/// UserError, for a model_type that no family reads naming those that are read.
+std::unique_ptr<Backbone> open_backbone(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype,
+                                        std::optional<int64_t> image_size = std::nullopt);
 
-/// The facts of a directory's model. Maps its files, reads no weight.
-ModelFacts model_facts(const std::filesystem::path& directory);
+/// The facts of a directory's model. Maps its files, reads no weight but, at another image size, the positions.
+ModelFacts model_facts(const std::filesystem::path& directory, std::optional<int64_t> image_size = std::nullopt);
 
 }  // namespace moraine::models

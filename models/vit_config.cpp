@@ -17,12 +17,16 @@ using core::Json;
 
 constexpr std::array kActivations = {"gelu", "gelu_new", "gelu_pytorch_tanh"};
 
-constexpr std::array kRead = {"model_type",  "image_size",        "patch_size",        "num_channels",
-                              "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act",
-                              "qkv_bias",    "layer_norm_eps",    "initializer_range", "num_attention_heads"};
+constexpr std::array kRead = {"model_type",     "image_size",        "patch_size",         "num_channels",
+                              "hidden_size",    "hidden_act",        "num_hidden_layers",  "qkv_bias",
+                              "layer_norm_eps", "initializer_range", "num_attention_heads"};
 // Dropout is off in evaluation; the others belong to a pooler or to masked images.
 const std::vector<std::string> kIrrelevant = {"attention_probs_dropout_prob", "hidden_dropout_prob", "encoder_stride",
                                               "pooler_act", "pooler_output_size"};
+// Dropped paths are a matter of training; the others belong to masked images or say what a detector takes out.
+const std::vector<std::string> kDinov2Irrelevant = {
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate", "use_mask_token", "apply_layernorm",
+    "reshape_hidden_states",        "out_features",        "out_indices",    "stage_names"};
 
 // timm: notes, and what the shapes of the weights say again.
 const std::vector<std::string> kTimmIrrelevant = {
@@ -36,7 +40,7 @@ const std::vector<std::string> kTimmArguments = {
 [[noreturn]] void refuse(const std::string& origin, const std::vector<std::string>& problems) {
   throw core::UserError(
       fmt::format("models: {}: not a vision transformer that can be built:\n  {}", origin, fmt::join(problems, "\n  ")),
-      "supported: Hugging Face model type vit, timm's plain vit_* models");
+      "supported: Hugging Face model types vit and dinov2, timm's plain vit_* models");
 }
 
 std::vector<std::string> problems_of(const VitConfig& c) {
@@ -92,17 +96,33 @@ void read(const Json& json, const char* key, T& value, std::vector<std::string>&
     problems.push_back(fmt::format("'{}' has the wrong type: {}", key, at->dump()));
 }
 
+// The inner width follows as transformers' Dinov2MLP and Dinov2SwiGLUFFN compute it.
+void read_dinov2(ConfigKeys& keys, VitConfig& c) {
+  c.mlp_ratio = keys.number("mlp_ratio", c.mlp_ratio);
+  c.swiglu = keys.boolean("use_swiglu_ffn", c.swiglu);
+  c.layerscale_value = keys.number("layerscale_value", c.layerscale_value);
+  const double inner = static_cast<double>(c.hidden_size) * c.mlp_ratio;
+  if (!(inner >= 1 && inner < 9e15)) {
+    keys.wrong(fmt::format("'mlp_ratio' gives no inner width: {}", c.mlp_ratio));
+    return;
+  }
+  c.intermediate_size = static_cast<int64_t>(inner);
+  if (c.swiglu)
+    c.intermediate_size = (static_cast<int64_t>(static_cast<double>(c.intermediate_size) * 2 / 3) + 7) / 8 * 8;
+}
+
 }  // namespace
 
 VitConfig VitConfig::from_json(const Json& json, const std::string& origin) {
   VitConfig c;
   std::vector<std::string> problems;
-  if (!json.is_object() || json.value("model_type", Json()) != "vit") refuse(origin, {"'model_type' must be \"vit\""});
+  const Json type = json.is_object() ? json.value("model_type", Json()) : Json();
+  if (type != "vit" && type != "dinov2") refuse(origin, {"'model_type' must be \"vit\" or \"dinov2\""});
+  if (type == "dinov2") c.family = VitFamily::kDinov2, c.patch_size = 14, c.layer_norm_eps = 1e-6;
   read(json, "image_size", c.image_size, problems);
   read(json, "patch_size", c.patch_size, problems);
   read(json, "num_channels", c.num_channels, problems);
   read(json, "hidden_size", c.hidden_size, problems);
-  read(json, "intermediate_size", c.intermediate_size, problems);
   read(json, "num_hidden_layers", c.num_layers, problems);
   read(json, "num_attention_heads", c.num_heads, problems);
   read(json, "hidden_act", c.hidden_act, problems);
@@ -111,7 +131,11 @@ VitConfig VitConfig::from_json(const Json& json, const std::string& origin) {
   read(json, "initializer_range", c.initializer_range, problems);
   ConfigKeys keys(json, problems);
   for (const char* key : kRead) keys.find(key);
-  keys.refuse_unread(kIrrelevant);
+  if (c.family == VitFamily::kVit)
+    c.intermediate_size = keys.integer("intermediate_size", c.intermediate_size);
+  else
+    read_dinov2(keys, c);
+  keys.refuse_unread(c.family == VitFamily::kVit ? kIrrelevant : kDinov2Irrelevant);
   if (problems.empty()) problems = problems_of(c);
   if (!problems.empty()) refuse(origin, problems);
   return c;
@@ -169,13 +193,14 @@ VitConfig VitConfig::from_timm(const Json& json, const NamedShapes& shapes, cons
 }
 
 Json VitConfig::to_json() const {
-  Json json = {{"architectures", {num_labels > 0 ? "ViTForImageClassification" : "ViTModel"}},
-               {"model_type", "vit"},
+  const bool dinov2 = family == VitFamily::kDinov2;
+  Json json = {{"architectures",
+                {std::string(dinov2 ? "Dinov2" : "ViT") + (num_labels > 0 ? "ForImageClassification" : "Model")}},
+               {"model_type", dinov2 ? "dinov2" : "vit"},
                {"image_size", image_size},
                {"patch_size", patch_size},
                {"num_channels", num_channels},
                {"hidden_size", hidden_size},
-               {"intermediate_size", intermediate_size},
                {"num_hidden_layers", num_layers},
                {"num_attention_heads", num_heads},
                {"hidden_act", hidden_act},
@@ -184,6 +209,13 @@ Json VitConfig::to_json() const {
                {"initializer_range", initializer_range},
                {"hidden_dropout_prob", 0.0},
                {"attention_probs_dropout_prob", 0.0}};
+  if (dinov2)
+    json.update({{"mlp_ratio", mlp_ratio},
+                 {"use_swiglu_ffn", swiglu},
+                 {"layerscale_value", layerscale_value},
+                 {"use_mask_token", false}});
+  else
+    json["intermediate_size"] = intermediate_size;
   for (int64_t label = 0; label < num_labels; ++label) {
     json["id2label"][std::to_string(label)] = fmt::format("LABEL_{}", label);
     json["label2id"][fmt::format("LABEL_{}", label)] = label;
@@ -203,8 +235,16 @@ int64_t VitConfig::backbone_parameters() const {
   return total;
 }
 
+VitBlockNames block_names(const VitConfig& config) {
+  if (config.family == VitFamily::kVit)
+    return {"layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"};
+  if (config.swiglu) return {"norm1", "norm2", "mlp.weights_in", "mlp.weights_out"};
+  return {"norm1", "norm2", "mlp.fc1", "mlp.fc2"};
+}
+
 NamedShapes expected_tensors(const VitConfig& c) {
   const int64_t d = c.hidden_size, h = c.intermediate_size;
+  const VitBlockNames names = block_names(c);
   NamedShapes list = {
       {"embeddings.cls_token", {1, 1, d}},
       {"embeddings.position_embeddings", {1, c.num_patches() + 1, d}},
@@ -223,13 +263,16 @@ NamedShapes expected_tensors(const VitConfig& c) {
     for (const char* part : {"query", "key", "value"})
       linear(fmt::format("{}.attention.attention.{}", path, part), d, d, c.qkv_bias);
     linear(path + ".attention.output.dense", d, d, true);
-    linear(path + ".intermediate.dense", h, d, true);
-    linear(path + ".output.dense", d, h, true);
-    norm(path + ".layernorm_before");
-    norm(path + ".layernorm_after");
+    linear(fmt::format("{}.{}", path, names.up), c.swiglu ? 2 * h : h, d, true);
+    linear(fmt::format("{}.{}", path, names.down), d, h, true);
+    norm(fmt::format("{}.{}", path, names.norm_before));
+    norm(fmt::format("{}.{}", path, names.norm_after));
+    if (c.family == VitFamily::kDinov2)
+      for (const char* branch : {"layer_scale1", "layer_scale2"})
+        list.emplace_back(fmt::format("{}.{}.lambda1", path, branch), Shape{d});
   }
   norm("layernorm");
-  if (c.num_labels > 0) linear("classifier", c.num_labels, d, true);
+  if (c.num_labels > 0) linear("classifier", c.num_labels, c.classifier_width(), true);
   std::sort(list.begin(), list.end());
   return list;
 }

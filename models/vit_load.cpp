@@ -1,7 +1,10 @@
-// Vision transformers out of files: transformers' key layout, and timm's brought to it.
+// Vision transformers out of files: transformers' key layouts, and timm's brought to one; models for another image
+// size.
 #include <algorithm>
 #include <utility>
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/upsample_bicubic2d.h>
 #include <fmt/ranges.h>
 
 #include "core/error.h"
@@ -13,12 +16,13 @@ namespace {
 
 using core::TensorView;
 
-// ViTForImageClassification prefixes its backbone with "vit."; a pooler is not used by any method.
+// Classifiers prefix their backbone with "vit." or "dinov2."; no method uses a pooler or the token of masked patches.
 std::vector<TensorView> from_hugging_face(const std::vector<TensorView>& tensors) {
   std::vector<TensorView> out;
   for (TensorView view : tensors) {
-    if (view.name.starts_with("vit.")) view.name = view.name.substr(4);
-    if (!view.name.starts_with("pooler.")) out.push_back(std::move(view));
+    for (const std::string prefix : {"vit.", "dinov2."})
+      if (view.name.starts_with(prefix)) view.name = view.name.substr(prefix.size());
+    if (!view.name.starts_with("pooler.") && view.name != "embeddings.mask_token") out.push_back(std::move(view));
   }
   return out;
 }
@@ -71,7 +75,10 @@ std::vector<TensorView> from_timm(const std::vector<TensorView>& tensors) {
 }  // namespace
 
 Vit Vit::from_config(const VitConfig& config, uint64_t seed, at::ScalarType dtype) {
-  return Vit(config, random_weights(expected_tensors(config), seed, config.initializer_range, dtype));
+  Weights weights = random_weights(expected_tensors(config), seed, config.initializer_range, dtype);
+  for (auto& [name, weight] : weights.tensors)
+    if (name.ends_with(".lambda1")) weight.fill_(config.layerscale_value);
+  return Vit(config, std::move(weights));
 }
 
 Vit Vit::from_tensors(const core::Json& config, const std::vector<core::TensorView>& tensors, const std::string& origin,
@@ -87,10 +94,12 @@ Vit Vit::from_tensors(const core::Json& config, const std::vector<core::TensorVi
   return Vit(parsed, match_weights(expected_tensors(parsed), named, origin, dtype, owner));
 }
 
-Vit Vit::from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype) {
+Vit Vit::from_directory(const std::filesystem::path& directory, std::optional<at::ScalarType> dtype,
+                        std::optional<int64_t> image_size) {
   const core::Json config = core::read_json(directory / "config.json");
   const auto files = std::make_shared<const core::ShardedSafetensors>(core::ShardedSafetensors::open(directory));
-  return from_tensors(config, files->tensors(), directory.string(), dtype, files);
+  Vit model = from_tensors(config, files->tensors(), directory.string(), dtype, files);
+  return image_size ? model.resized(*image_size) : std::move(model);
 }
 
 Vit Vit::on(at::Device device) const { return Vit(config_, frozen_weights(device)); }
@@ -105,6 +114,26 @@ Vit Vit::backbone() const {
   Weights weights = frozen_weights(device());
   std::erase_if(weights.tensors, [](const auto& entry) { return entry.first.starts_with("classifier."); });
   return Vit(config, std::move(weights));
+}
+
+Vit Vit::resized(int64_t image_size) const {
+  if (image_size < 1 || image_size % config_.patch_size != 0)
+    throw core::UserError(fmt::format("models: image size {} is no positive multiple of the vision transformer's "
+                                      "patch size {}",
+                                      image_size, config_.patch_size),
+                          fmt::format("choose a multiple of {}", config_.patch_size));
+  VitConfig config = config_;
+  config.image_size = image_size;
+  Weights weights = frozen_weights(device());
+  if (image_size == config_.image_size) return Vit(std::move(config), std::move(weights));
+  at::Tensor& positions = weights.tensors.at("embeddings.position_embeddings");
+  const int64_t d = config_.hidden_size, from = config_.image_size / config_.patch_size,
+                to = image_size / config_.patch_size;
+  const at::Tensor grid = positions.slice(1, 1).reshape({1, from, from, d}).permute({0, 3, 1, 2}).to(at::kFloat);
+  const at::Tensor scaled = at::upsample_bicubic2d(grid, {to, to}, /*align_corners=*/false);
+  positions = at::cat(
+      {positions.slice(1, 0, 1), scaled.permute({0, 2, 3, 1}).reshape({1, to * to, d}).to(positions.scalar_type())}, 1);
+  return Vit(std::move(config), std::move(weights));
 }
 
 }  // namespace moraine::models

@@ -55,6 +55,17 @@ const core::Schema<BackboneConfig>& backbone_schema() {
     s.field("path", &C::path)
         .path()
         .doc("Hugging Face or timm directory of a ViT (config.json + safetensors); exclusive with architecture")
+        .field("image_size", &C::image_size)
+        .joined_later()
+        .min(0)
+        .max(8192)
+        .unit("pixels")
+        .doc(
+            "Height and width at which the model of path is run: images are scaled to it (bilinear), grey ones "
+            "repeated "
+            "over the model's channels, and the model's positions interpolated (bicubic). A multiple of its patch "
+            "size; "
+            "0 = the model's own size, which the images must then have. Cost grows with its square")
         .optional_object("architecture", &C::architecture, architecture_schema())
         .doc("Shapes of a ViT built from the seed")
         .field("data_path", &C::data_path)
@@ -68,6 +79,8 @@ const core::Schema<BackboneConfig>& backbone_schema() {
           if (c.path.empty() == !c.architecture) return "give exactly one of path and architecture";
           if (!c.path.empty() && (c.train || !c.data_path.empty()))
             return "train and data_path go with architecture: a model that is loaded is not trained first";
+          if (c.path.empty() && c.image_size > 0)
+            return "image_size goes with path: a model that is built has architecture.image_size";
           if (c.data_path.empty() == c.train.has_value())
             return "train and data_path belong together: give both, or neither for random weights";
           return std::nullopt;
@@ -232,6 +245,11 @@ data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order) const {
   spec.seed = static_cast<uint64_t>(seed);
   spec.order = order;
   return spec;
+}
+
+models::Vit open_backbone(const BackboneConfig& model, std::optional<at::ScalarType> dtype) {
+  const auto size = model.image_size > 0 ? std::optional(model.image_size) : std::nullopt;
+  return models::Vit::from_directory(model.path, dtype, size).backbone();
 }
 
 models::VitConfig vit_config(const ArchitectureConfig& shapes) {

@@ -10,7 +10,7 @@
 #include "algorithms/worker_context.h"
 #include "core/config.h"
 #include "data/task_stream.h"
-#include "models/vit_config.h"
+#include "models/vit.h"
 
 namespace moraine::algorithms::continual {
 
@@ -24,6 +24,7 @@ struct ArchitectureConfig {
 /// class with the stream.
 struct BackboneConfig {
   std::string path;                                // Hugging Face or timm directory; exclusive with `architecture`
+  int64_t image_size = 0;                          // at which the model of `path` is run; 0 = its own
   std::optional<ArchitectureConfig> architecture;  // without `train`: random weights, a control
   std::string data_path;                           // prepared images it is trained on, with their labels
   std::optional<TrainConfig> train;
@@ -72,5 +73,7 @@ const core::Schema<ContinualConfig>& continual_schema();
 
 /// Of a backbone that is built from the seed.
 models::VitConfig vit_config(const ArchitectureConfig& shapes);
+/// The model in `model.path`, without classifier, at the size of images that the recipe says.
+models::Vit open_backbone(const BackboneConfig& model, std::optional<at::ScalarType> dtype);
 
 }  // namespace moraine::algorithms::continual

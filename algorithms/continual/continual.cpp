@@ -20,7 +20,7 @@ namespace {
 // A backbone on shapes: its own weights are never read.
 models::Vit probe(const BackboneConfig& model) {
   return model.architecture ? models::Vit::from_config(vit_config(*model.architecture), 0, at::kFloat)
-                            : models::Vit::from_directory(model.path, std::nullopt).backbone();
+                            : open_backbone(model, std::nullopt);
 }
 
 // Identity of a model directory: its configuration and every tensor's bytes.
@@ -105,6 +105,15 @@ void Continual::open_inputs() {
     class_names_ = dataset.info().class_names;
     const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels,
                            architecture_.image_size, at::kCPU);
+    const data::ImageSetInfo& info = dataset.info();
+    if (!config_.model.path.empty() && config_.model.image_size == 0 &&
+        (info.height != architecture_.image_size || info.width != architecture_.image_size))
+      problems.add("model.image_size", "model.image_size",
+                   fmt::format("images are {} x {}, the model in {} takes {} x {}", info.height, info.width,
+                               config_.model.path, architecture_.image_size, architecture_.image_size),
+                   fmt::format("set model.image_size to the size to scale them to, a multiple of {}; {} keeps the "
+                               "model as it is",
+                               architecture_.patch_size, architecture_.image_size));
     if (const auto problem = data::problem_of(config_.stream_spec(-1), dataset.info().num_classes())) {
       problems.add("stream", "stream", *problem, "every class stands in one task or in leave_out");
       return;

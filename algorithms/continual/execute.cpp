@@ -73,8 +73,7 @@ std::shared_ptr<const models::Vit> Continual::load_backbone(const Unit& unit, Wo
         throw core::UserError(
             fmt::format("algorithms/continual: the backbone in {} differs from the coordinator's", config_.model.path),
             "every worker must use a byte-identical backbone");
-      return std::make_shared<models::Vit>(
-          models::Vit::from_directory(config_.model.path, at::kFloat).backbone().on(context.device()));
+      return std::make_shared<models::Vit>(open_backbone(config_.model, at::kFloat).on(context.device()));
     }
     const auto artefact = context.artefact(id);
     return std::make_shared<models::Vit>(models::Vit::from_tensors(artefact->meta().at("config"),

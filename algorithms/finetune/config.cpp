@@ -15,7 +15,15 @@ const core::Schema<ModelConfig>& model_schema() {
                                  .field("path", &ModelConfig::path)
                                  .required()
                                  .path()
-                                 .doc("Hugging Face or timm directory (config.json + safetensors) of the model to fit");
+                                 .doc("Hugging Face or timm directory (config.json + safetensors) of the model to fit")
+                                 .field("image_size", &ModelConfig::image_size)
+                                 .min(0)
+                                 .max(8192)
+                                 .unit("pixels")
+                                 .doc(
+                                     "Height and width at which a vision transformer is run: images are scaled to it, "
+                                     "positions interpolated; a multiple of its patch size. 0 = its own size, which "
+                                     "the images must then have");
   return schema;
 }
 

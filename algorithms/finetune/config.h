@@ -13,7 +13,10 @@
 namespace moraine::algorithms::finetune {
 
 struct ModelConfig {
-  std::string path;  // Hugging Face (or timm) directory
+  std::string path;        // Hugging Face (or timm) directory
+  int64_t image_size = 0;  // at which a vision transformer is run; 0 = its own
+
+  std::optional<int64_t> size() const { return image_size > 0 ? std::optional(image_size) : std::nullopt; }
 };
 
 /// Prepared text, examples or images to fit; what is held out is what is measured.

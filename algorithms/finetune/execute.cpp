@@ -23,7 +23,8 @@ std::shared_ptr<models::Backbone> Finetune::load_base(const std::string& base, c
       throw core::UserError(
           fmt::format("algorithms/finetune: the model in {} differs from the coordinator's", config_.model.path),
           "every site must use a byte-identical model");
-    return models::open_backbone(config_.model.path, scalar_type(dtype))->shared_on(context.device());
+    return models::open_backbone(config_.model.path, scalar_type(dtype), config_.model.size())
+        ->shared_on(context.device());
   };
   return std::static_pointer_cast<models::Backbone>(context.cached(fmt::format("backbone/{}/{}", dtype, base), make));
 }

@@ -75,15 +75,15 @@ void Finetune::check_adapters(core::Problems& problems) const {
   }
 }
 
-void Finetune::open_model() { facts_ = models::model_facts(config_.model.path); }
+void Finetune::open_model() { facts_ = models::model_facts(config_.model.path, config_.model.size()); }
 
 void Finetune::open_tasks(core::Problems& problems) {
   for (size_t i = 0; i < config_.tasks.size(); ++i) {
     const TaskConfig& task = config_.tasks[i];
     const std::string key = fmt::format("tasks.{}.path", i);
     try {
-      tasks_[task.name] =
-          objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_, config_.model.path);
+      tasks_[task.name] = objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_,
+                                              {config_.model.path, config_.model.image_size > 0});
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
@@ -170,7 +170,7 @@ const Finetune::Result& Finetune::find_result(const Stages& stages, const std::s
 
 void Finetune::export_peft(const Result& result, const core::Artefact& artefact, const std::filesystem::path& directory,
                            const std::string& base_model) const {
-  const auto base = models::open_backbone(config_.model.path, std::nullopt);
+  const auto base = models::open_backbone(config_.model.path, std::nullopt, config_.model.size());
   const auto head = objectives::Head::read(artefact, at::kCPU);
   adapters::PeftClassifier classifier;
   if (head.weight.defined()) {
@@ -195,7 +195,7 @@ const models::ClassifierForm& Finetune::classifier_form(const std::string& resul
 
 void Finetune::export_model(const std::string& result, const core::ArtefactPtr& artefact,
                             const std::filesystem::path& directory) const {
-  const auto base = models::open_backbone(config_.model.path, std::nullopt);
+  const auto base = models::open_backbone(config_.model.path, std::nullopt, config_.model.size());
   auto merged = fitted(*base, artefact);
   if (artefact->kind() == kAdapter)
     merged = base->changed_by(adapters::Adapter::from_artefact(*artefact, *base, at::kCPU).deltas(*base));

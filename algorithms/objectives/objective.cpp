@@ -129,7 +129,7 @@ TaskFacts inspect_examples(const Kind& kind, const fs::path& path, const std::st
 }
 
 TaskFacts inspect_images(const fs::path& path, const std::string& split, const TaskOptions& options,
-                         const models::ModelFacts& model) {
+                         const models::ModelFacts& model, bool scaled) {
   const auto dataset = data::ImageDataset::open(path);
   const data::ImageSetInfo& info = dataset.info();
   if (info.channels != model.channels && info.channels != 1)
@@ -195,12 +195,12 @@ TaskOptions relevant(const TaskOptions& options, const std::string& objective, c
 }
 
 TaskFacts inspect(const fs::path& path, const std::string& split, const TaskOptions& options,
-                  const models::ModelFacts& model, const fs::path& model_directory) {
+                  const models::ModelFacts& model, const ModelPlace& place) {
   const Kind& kind = kind_of_file(path);
   require_model(kind, path, model);
-  TaskFacts facts = kind.reads_images ? inspect_images(path, split, options, model)
-                    : kind.examples   ? inspect_examples(kind, path, split, options, model, model_directory)
-                                      : inspect_text(path, split, options, model, model_directory);
+  TaskFacts facts = kind.reads_images ? inspect_images(path, split, options, model, place.scales_images)
+                    : kind.examples   ? inspect_examples(kind, path, split, options, model, place.directory)
+                                      : inspect_text(path, split, options, model, place.directory);
   facts.objective = kind.name;
   return facts;
 }

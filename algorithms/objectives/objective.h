@@ -62,10 +62,16 @@ struct Metric {
 };
 const Metric& metric_of(const std::string& objective);
 
+/// Where the model is, and whether images are to be scaled to the size at which it is run.
+struct ModelPlace {
+  std::filesystem::path directory = {};
+  bool scales_images = false;
+};
+
 /// Opens the splits for training and evaluation once. Throws UserError: as the datasets' open(), when the model cannot
 /// do what the task asks, and when file and model have other tokenisers or sizes.
 TaskFacts inspect(const std::filesystem::path& path, const std::string& split, const TaskOptions& options,
-                  const models::ModelFacts& model, const std::filesystem::path& model_directory);
+                  const models::ModelFacts& model, const ModelPlace& place);
 
 /// The options that mean something for a split of `objective`, all others neutral.
 TaskOptions relevant(const TaskOptions& options, const std::string& objective, const std::string& split);

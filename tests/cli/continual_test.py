@@ -155,6 +155,11 @@ def a_published_backbone_can_be_loaded(world: World) -> None:
     world.run("run")
     model = world.directory / "run" / "backbone"
     overrides = (f"model.path={model}", "model.architecture=null", "model.train=null", 'model.data_path=""')
+    expect_in(world.run("refused", *overrides, expect=2).stderr, "images are 6 x 6", "takes 8 x 8", "model.image_size")
+    expect_in(world.run("refused", *overrides, "model.image_size=10", expect=2).stderr, "10", "patch size 4")
+    expect_in(world.run("refused", "model.image_size=8", expect=2).stderr, "image_size goes with path")
+    world.run("finer", *overrides, "model.image_size=12", "methods=[simplecil]")
+    overrides += ("model.image_size=8",)
     world.run("from_directory", *overrides)
     with h5py.File(world.directory / "run" / "metrics.h5") as one, h5py.File(world.directory / "from_directory" / "metrics.h5") as two:
         for name in ("finetune/order1993/seed1/task_incremental", "simplecil/order-1/seed1/class_incremental"):

@@ -1,4 +1,5 @@
 // Encoders against transformers 4.57.6 and sentence-transformers (scripts/make_bert_golden.py writes the files).
+#include <algorithm>
 #include <filesystem>
 
 #include <gmock/gmock.h>
@@ -86,6 +87,27 @@ TEST(BertGolden, ClassifierAndItsGradientsEqualTransformers) {
   }
 }
 
+// As BertForPreTraining of 2019 wrote its checkpoints: a prefix, heads, gamma and beta for a norm's weight and bias.
+TEST(BertGolden, CheckpointsOfPreTrainingWithOldNamesGiveTheSameEncoder) {
+  const GoldenFile golden("bert");
+  std::vector<core::TensorView> old = golden.weights();
+  for (core::TensorView& view : old) {
+    view.name = "bert." + view.name;
+    for (const auto& [name, old_name] :
+         {std::pair{"LayerNorm.weight", "LayerNorm.gamma"}, {"LayerNorm.bias", "LayerNorm.beta"}})
+      if (view.name.ends_with(name)) view.name.replace(view.name.find(name), std::string::npos, old_name);
+  }
+  core::TensorView head = old.front();
+  head.name = "cls.predictions.transform.LayerNorm.gamma";
+  old.push_back(head);
+  core::Json config = golden.config();
+  config.update({{"output_past", true}, {"eos_token_ids", 0}, {"tie_word_embeddings", true}});
+  Bert bert = Bert::from_tensors(BertConfig::from_json(config, "golden"), old, "golden", std::nullopt);
+  EXPECT_EQ(bert.config().num_labels, 0);
+  Bert same = golden.model();
+  EXPECT_TRUE(bert.embed(golden("tokens"), golden("mask")).equal(same.embed(golden("tokens"), golden("mask"))));
+}
+
 TEST(BertGolden, BFloat16StaysNearFloat32) {
   const GoldenFile golden("bert");
   Bert bert = golden.model(at::kBFloat16);
@@ -94,6 +116,34 @@ TEST(BertGolden, BFloat16StaysNearFloat32) {
   EXPECT_LT(((embedding - expected).abs().mean() / expected.abs().mean()).item<double>(),
             0.05);  // 8 bits of mantissa, some ten roundings
 }
+
+class FetchedEncoders : public testing::TestWithParam<const char*> {};
+
+TEST_P(FetchedEncoders, GiveTransformersEmbeddingsAndLogits) {
+  const std::string name = GetParam();
+  const std::filesystem::path directory = std::filesystem::path(MORAINE_SOURCE_DIR "/.cache/models") / name;
+  if (!std::filesystem::exists(directory))
+    GTEST_SKIP() << "no model there: run scripts/fetch_model " << name.substr(0, name.find('/'));
+  const auto golden = core::Safetensors::open(MORAINE_SOURCE_DIR "/tests/models/golden/fetched_models.safetensors");
+  const auto stored = [&](const std::string& key) { return golden.find(fmt::format("{}/{}", name, key)); };
+  Bert bert = Bert::from_directory(directory, std::nullopt);
+  const at::Tensor tokens = copy_of(*stored("tokens")), mask = copy_of(*stored("mask"));
+  // Up to twelve float32 layers and another order of summation.
+  EXPECT_LE(relative_error(bert.embed(tokens, mask), copy_of(*stored("embedding"))), 2 * kTolerance);
+  EXPECT_EQ(bert.config().num_labels > 0, stored("logits") != nullptr);
+  if (bert.config().num_labels > 0) {
+    EXPECT_LE(relative_error(bert.logits(tokens, mask), copy_of(*stored("logits"))), 2 * kTolerance);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, FetchedEncoders,
+                         testing::Values("bert-tiny", "minilm", "rxnfp/pretrained", "rxnfp/ft", "rxnfp/ft_10k_25s"),
+                         [](const auto& test) {
+                           std::string name = test.param;
+                           std::replace_if(
+                               name.begin(), name.end(), [](char c) { return c == '/' || c == '-'; }, '_');
+                           return name;
+                         });
 
 TEST(BertMiniLm, PublishedWeightsGiveSentenceTransformersEmbeddings) {
   const std::filesystem::path directory = MORAINE_SOURCE_DIR "/.cache/encoders/all-minilm-l6-v2";

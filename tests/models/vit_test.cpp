@@ -2,6 +2,8 @@
 // (scripts/make_vit_golden.py writes the files).
 #include "models/vit.h"
 
+#include <filesystem>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -40,6 +42,7 @@ class VitGolden : public testing::TestWithParam<const char*> {
     return out;
   }
   Vit model() const { return Vit::from_tensors(config(), weights(), "golden", std::nullopt); }
+  std::string prefix() const { return config().at("model_type") == "dinov2" ? "dinov2." : "vit."; }
 
   core::Safetensors file_;
 };
@@ -61,7 +64,7 @@ TEST_P(VitGradients, OfEveryWeightEqualTransformers) {
   EXPECT_LE(relative_error(loss, stored("loss")), kTolerance);
   loss.backward();
   for (const auto& [name, weight] : weights) {
-    const std::string stored_name = name.starts_with("classifier.") ? name : "vit." + name;
+    const std::string stored_name = name.starts_with("classifier.") ? name : prefix() + name;
     const core::TensorView* expected = file_.find("gradient/" + stored_name);
     ASSERT_NE(expected, nullptr) << name;
     ASSERT_TRUE(weight.grad().defined()) << name;
@@ -92,11 +95,46 @@ TEST_P(VitGolden, ConfigAndWeightsReadBackTheSame) {
   EXPECT_EQ(parameters, vit.config().backbone_parameters());
 }
 
+class VitOtherSizes : public VitGolden {};
+
+TEST_P(VitOtherSizes, InterpolatedPositionsEqualTransformers) {
+  const Vit original = model();
+  for (const int64_t size : {8, 28}) {
+    Vit vit = original.resized(size);
+    const at::Tensor images = stored(fmt::format("{}/images", size));
+    EXPECT_LE(relative_error(vit.features(images), stored(fmt::format("{}/features", size))), kTolerance) << size;
+    EXPECT_LE(relative_error(vit.logits(images), stored(fmt::format("{}/logits", size))), kTolerance) << size;
+  }
+  Vit same = original.resized(12);
+  EXPECT_TRUE(same.features(stored("images")).equal(model().features(stored("images"))));
+  EXPECT_THROW(original.resized(10), core::UserError);
+  EXPECT_THROW(original.resized(0), core::UserError);
+}
+
+TEST_P(VitOtherSizes, AreWrittenAndReadBackAsModelsOfTheirSize) {
+  TemporaryDirectory folder;
+  std::vector<at::Tensor> keep;
+  const Vit original = model(), resized = original.resized(28);
+  for (const auto& [path, vit] : {std::pair{folder / "original", &original}, {folder / "resized", &resized}}) {
+    std::filesystem::create_directories(path);
+    const NamedTensors weights(vit->weights().begin(), vit->weights().end());
+    core::write_atomically(path / "model.safetensors", core::serialize_safetensors(views_of(weights, keep), {}));
+    core::write_atomically(path / "config.json", vit->config().to_json().dump());
+  }
+  Vit asked = Vit::from_directory(folder / "original", at::kFloat, 28);
+  Vit again = Vit::from_directory(folder / "resized", at::kFloat);
+  EXPECT_EQ(again.config().image_size, 28);
+  EXPECT_TRUE(again.features(stored("28/images")).equal(asked.features(stored("28/images"))));
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, VitOtherSizes, testing::Values("dinov2", "dinov2_swiglu"),
+                         [](const auto& test) { return std::string(test.param); });
+
 TEST_P(VitGolden, AMissingOrForeignKeyIsNamed) {
   auto tensors = weights();
-  std::erase_if(tensors, [](const auto& view) {
-    return view.name.ends_with("1.mlp.fc1.bias") || view.name.ends_with("layer.1.intermediate.dense.bias");
-  });
+  const std::string missing = fmt::format("encoder.layer.1.{}.bias", block_names(model().config()).up);
+  std::erase_if(tensors,
+                [&](const auto& view) { return view.name.ends_with(missing) || view.name == "blocks.1.mlp.fc1.bias"; });
   core::TensorView foreign = tensors.front();
   foreign.name = "reg_token";
   tensors.push_back(foreign);
@@ -104,15 +142,16 @@ TEST_P(VitGolden, AMissingOrForeignKeyIsNamed) {
     Vit::from_tensors(config(), tensors, "golden", std::nullopt);
     FAIL() << "accepted";
   } catch (const core::UserError& error) {
-    EXPECT_THAT(error.what(), HasSubstr("encoder.layer.1.intermediate.dense.bias"));
+    EXPECT_THAT(error.what(), HasSubstr(missing));
     EXPECT_THAT(error.what(), HasSubstr("reg_token"));
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, VitGolden, testing::Values("vit", "vit_no_qkv_bias", "vit_timm"),
+INSTANTIATE_TEST_SUITE_P(Layouts, VitGolden,
+                         testing::Values("vit", "vit_no_qkv_bias", "vit_timm", "dinov2", "dinov2_swiglu"),
                          [](const auto& test) { return std::string(test.param); });
 
-INSTANTIATE_TEST_SUITE_P(Layouts, VitGradients, testing::Values("vit", "vit_no_qkv_bias"),
+INSTANTIATE_TEST_SUITE_P(Layouts, VitGradients, testing::Values("vit", "vit_no_qkv_bias", "dinov2", "dinov2_swiglu"),
                          [](const auto& test) { return std::string(test.param); });
 
 TEST(VitConfig, WrongValuesAreNamedTogether) {
@@ -153,6 +192,9 @@ TEST(VitConfig, KeysThatMayChangeTheModelAreNotPassedOver) {
   EXPECT_THAT(refusal({{"model_type", "vit"}, {"use_mask_token", true}}), HasSubstr("'use_mask_token' = true"));
   EXPECT_THAT(refusal({{"model_type", "vit"}, {"quantization_config", {{"bits", 4}}}}),
               HasSubstr("quantization_config"));
+  EXPECT_EQ(refusal({{"model_type", "dinov2"}, {"use_mask_token", true}, {"drop_path_rate", 0.1}}), "accepted");
+  EXPECT_THAT(refusal({{"model_type", "dinov2"}, {"num_register_tokens", 4}}), HasSubstr("num_register_tokens"));
+  EXPECT_THAT(refusal({{"model_type", "dinov2"}, {"mlp_ratio", -1}}), HasSubstr("mlp_ratio"));
   const core::Json timm = {
       {"architecture", "vit_tiny_patch4_8"}, {"num_classes", 5}, {"pretrained_cfg", {{"mean", 0.5}}}};
   const auto with = [&](const char* key, const core::Json& value) {
@@ -166,6 +208,35 @@ TEST(VitConfig, KeysThatMayChangeTheModelAreNotPassedOver) {
   EXPECT_THAT(with("model_args", {{"num_heads", 2}, {"pre_norm", true}}), HasSubstr("pre_norm"));
   EXPECT_THAT(with("global_pool", "avg"), HasSubstr("global_pool"));
   EXPECT_THAT(with("architecture", "vit_base_patch16_clip_quickgelu_224"), HasSubstr("quickgelu"));
+}
+
+// Published figure: dinov2-small has 22,056,576 parameters with its mask token [1, 384] and 518 / 14 = 37 patches a
+// side.
+TEST(VitConfig, ParametersOfDinov2SmallAreThePublishedOnes) {
+  const VitConfig config = VitConfig::from_json(
+      {{"model_type", "dinov2"}, {"hidden_size", 384}, {"num_attention_heads", 6}, {"image_size", 518}}, "config.json");
+  EXPECT_EQ(config.backbone_parameters(), 22'056'576 - 384);
+}
+
+TEST(Dinov2Small, PublishedWeightsGiveTransformersFeatures) {
+  const std::filesystem::path directory = MORAINE_SOURCE_DIR "/.cache/models/dinov2-small";
+  if (!std::filesystem::exists(directory)) GTEST_SKIP() << "no model there: run scripts/fetch_model dinov2-small";
+  const auto golden = core::Safetensors::open(MORAINE_SOURCE_DIR "/tests/models/golden/fetched_models.safetensors");
+  Vit vit = Vit::from_directory(directory, std::nullopt, 42);
+  EXPECT_EQ(vit.config().num_patches(), 9);
+  // Twelve float32 layers of width 384 and another order of summation.
+  EXPECT_LE(relative_error(vit.features(copy_of(*golden.find("dinov2-small/images"))),
+                           copy_of(*golden.find("dinov2-small/features"))),
+            2 * kTolerance);
+}
+
+TEST(Vit, RandomLayerScalesHaveTheirInitialValue) {
+  VitConfig config;
+  config.family = VitFamily::kDinov2;
+  config.image_size = 8, config.patch_size = 4, config.num_channels = 1, config.hidden_size = 8,
+  config.intermediate_size = 32, config.num_layers = 1, config.num_heads = 2, config.layerscale_value = 0.25;
+  const Vit vit = Vit::from_config(config, 1, at::kFloat);
+  EXPECT_TRUE((vit.weights().at("encoder.layer.0.layer_scale2.lambda1") == 0.25).all().item<bool>());
 }
 
 TEST(Vit, ImagesOfAnotherSizeAreRefused) {

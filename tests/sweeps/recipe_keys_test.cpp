@@ -388,6 +388,7 @@ train: {steps: 4, batch_size: 2}
       {"workers.arithmetic", {.change = {"workers.arithmetic=portable"}}},
       {"run_dir", {.change = {"run_dir=elsewhere"}}},
       {"model.path", path_change("model.path", "model1", "model2")},
+      {"model.image_size", {.change = {"model.image_size=9"}, .refused = true}},
       {"tasks.0.name", {.change = {"tasks.0.name=links"}}},
       {"tasks.0.path", path_change("tasks.0.path", "text/left.h5", "text/public.h5")},
       {"tokenizer", {.change = {"tokenizer=hf:other"}, .refused = true}},
@@ -434,13 +435,15 @@ adapters: [{name: one, adapter: {rank: 2}}]
 train: {steps: 4, batch_size: 2}
 )";
   const std::map<std::string, Change> named = {
+      {"model.image_size", {.change = {"model.image_size=9"}}},
       {"adapters.0.head_only", {.change = {"adapters=[{name: one, head_only: true}]"}}}};
-  return {{"finetune", recipe, std::move(changes), {}},
-          {"finetune", completions, {}, {"tasks.0.packing"}},
-          {"finetune",
-           images,
-           named,
-           {"tasks.0.mean", "tasks.0.deviation", "tasks.0.validation_share", "adapters.0.head_only"}}};
+  return {
+      {"finetune", recipe, std::move(changes), {}},
+      {"finetune", completions, {}, {"tasks.0.packing"}},
+      {"finetune",
+       images,
+       named,
+       {"tasks.0.mean", "tasks.0.deviation", "tasks.0.validation_share", "adapters.0.head_only", "model.image_size"}}};
 }
 
 std::vector<Sweep> RecipeKeys::sweeps_of(const std::string& method) {
