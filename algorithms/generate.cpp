@@ -128,7 +128,7 @@ Evaluation score_prompt(models::Decoder& model, std::span<const int64_t> prompt,
                                       model.config().max_position_embeddings),
                           "shorten the prompt, or prepare it as a data set and evaluate that by --data");
   const at::NoGradGuard no_grad;
-  const models::Decoder::Loss loss = model.loss(as_batch(prompt, model.device()), /*count_correct=*/true);
+  const models::TokenLoss loss = model.loss(as_batch(prompt, model.device()), /*count_correct=*/true);
   Evaluation out;
   out.nats = loss.sum.item<double>();
   out.tokens = loss.count;

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <iterator>
 
-#include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/finetune/finetune.h"
 #include "core/error.h"
 #include "core/hash.h"

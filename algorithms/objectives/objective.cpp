@@ -136,6 +136,10 @@ TaskFacts inspect_images(const fs::path& path, const std::string& split, const T
     throw core::UserError(fmt::format("algorithms/objectives: {} has images of {} channels, the model takes {}",
                                       path.string(), info.channels, model.channels),
                           "only grey images can be repeated over a model's channels");
+  if (!scaled && (info.height != model.image_size || info.width != model.image_size))
+    throw core::UserError(fmt::format("algorithms/objectives: {} has images of {} x {}, the model takes {} x {}",
+                                      path.string(), info.height, info.width, model.image_size, model.image_size),
+                          "set model.image_size to the size to scale them to, a multiple of the model's patch size");
   const ImageRows rows = image_rows(static_cast<int64_t>(dataset.labels("train").size()), options.validation_share);
   if (rows.train.empty() || (split == "validation" && rows.validation.empty()))
     throw core::UserError(fmt::format("algorithms/objectives: {} leaves no image for {}", path.string(),

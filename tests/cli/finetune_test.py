@@ -7,6 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
 from run_test import BINARY, SOURCE, World, expect_in
 
 RECIPE = f"""
@@ -109,6 +113,130 @@ def an_adapter_is_trained_further(world: Finetuning) -> None:
     expect_in(world.run("third", "seeds=[1]", "adapters=[{name: more, start: nowhere}]", expect=2).stderr, "adapters.0.start", "nowhere")
 
 
+def save_model(directory: Path, config: dict, shapes: dict) -> None:
+    """A model with random weights, norms at one."""
+    rng = numpy.random.default_rng(1)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    norm = lambda name: "norm" in name.lower()
+    save_file({name: (numpy.ones(shape) if norm(name) and name.endswith("weight") else rng.normal(0, 0.2, shape)).astype(numpy.float32) for name, shape in shapes.items()},
+              directory / "model.safetensors")
+
+
+def blocks_of(names: dict, layers: int = 2) -> dict:
+    return {f"encoder.layer.{layer}.{name}": shape for layer in range(layers) for name, shape in names.items()}
+
+
+def linear(name: str, out: int, inputs: int) -> dict:
+    return {f"{name}.weight": (out, inputs), f"{name}.bias": (out,)}
+
+
+def tiny_bert(directory: Path) -> None:
+    d, h = 16, 32
+    block = {**linear("intermediate.dense", h, d), **linear("output.dense", d, h), **linear("attention.output.dense", d, d)}
+    for part in ("query", "key", "value"):
+        block |= linear(f"attention.self.{part}", d, d)
+    for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
+        block |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    embeddings = {"embeddings.word_embeddings.weight": (257, d), "embeddings.position_embeddings.weight": (64, d), "embeddings.token_type_embeddings.weight": (2, d),
+                  "embeddings.LayerNorm.weight": (d,), "embeddings.LayerNorm.bias": (d,)}
+    save_model(directory, {"model_type": "bert", "vocab_size": 257, "hidden_size": d, "intermediate_size": h, "num_hidden_layers": 2, "num_attention_heads": 2,
+                           "max_position_embeddings": 64}, {**embeddings, **blocks_of(block), **linear("pooler.dense", d, d)})
+
+
+def tiny_vit(directory: Path) -> None:
+    d, h = 16, 32
+    block = {**linear("intermediate.dense", h, d), **linear("output.dense", d, h), **linear("attention.output.dense", d, d)}
+    for part in ("query", "key", "value"):
+        block |= linear(f"attention.attention.{part}", d, d)
+    for norm in ("layernorm_before", "layernorm_after"):
+        block |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+    rest = {"embeddings.cls_token": (1, 1, d), "embeddings.position_embeddings": (1, 5, d), "embeddings.patch_embeddings.projection.weight": (d, 1, 4, 4),
+            "embeddings.patch_embeddings.projection.bias": (d,), "layernorm.weight": (d,), "layernorm.bias": (d,)}
+    save_model(directory, {"model_type": "vit", "hidden_size": d, "intermediate_size": h, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+                           "patch_size": 4, "num_channels": 1}, {**rest, **blocks_of(block)})
+
+
+def prepare(script: str, *arguments) -> None:
+    subprocess.run([sys.executable, SOURCE / f"scripts/{script}.py", *map(str, arguments)], check=True, capture_output=True)
+
+
+def classes_are_learnt_by_a_head_and_exported_with_it(world: Finetuning) -> None:
+    """Letters a to d against letters e to h, and images of a light left or right half: easy for whoever reads them at all."""
+    tiny_bert(world.directory / "bert")
+    tiny_vit(world.directory / "vit")
+    rng = numpy.random.default_rng(3)
+    texts = [{"text": "".join(rng.choice(list(letters), 12)), "label": letters} for letters in ("abcd", "efgh") for _ in range(150)]
+    (world.directory / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    prepare("prepare_examples", "classification", "--name", "letters", "--out", world.directory / "texts.h5", world.directory / "texts.jsonl")
+    rows = []
+    for number in range(200):
+        image = rng.integers(0, 80, (8, 8))
+        image[:, :4] += 120 * (number % 2)
+        rows.append(",".join(map(str, [number % 2, *image.flatten()])))
+    (world.directory / "images.csv").write_text("\n".join(["label," + ",".join(f"p{i}" for i in range(64)), *rows]))
+    prepare("prepare_images", "--name", "halves", "--out", world.directory / "images.h5", "--table", world.directory / "images.csv", "--shape", "1x8x8")
+    entries = "adapters=[{name: head, head_only: true}, {name: lora, adapter: {rank: 2, alpha: 4}}, {name: whole, learning_rate: 1e-3}]"
+    for model, data, prefix, module in (("bert", "texts", "bert.", "classifier"), ("vit", "images", "vit.", "classifier")):
+        world.run(data, f"model.path={world.directory / model}", f"tasks=[{{name: task, path: {world.directory / data}.h5}}]", entries, "seeds=[1]", "train.steps=150",
+                  "train.batch_size=16", "evaluation.sequences=0")
+        scores = {row["adapter"]: row.get("task task") for row in world.table(data, "Accuracy")}
+        assert scores["base"] is None and scores["lora"] > 90 and scores["whole"] > 90 and scores["head"] > 60, scores
+        for name in ("head", "lora", "whole"):
+            out = world.directory / f"{data}-{name}"
+            done = subprocess.run([BINARY, "export", world.directory / data, out, "--to", "hf", "--what", f"{name}/task/seed1"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            config = json.loads((out / "config.json").read_text())
+            assert config["architectures"][0].endswith("Classification") and len(config["id2label"]) == 2, config
+            with safe_open(out / "model.safetensors", "numpy") as file:
+                names = set(file.keys())
+            assert f"{module}.weight" in names and all(name.startswith((prefix, module)) for name in names), names
+        peft = world.directory / data / "adapters/lora/task/seed1"
+        config = json.loads((peft / "adapter_config.json").read_text())
+        assert config["modules_to_save"] == [module] and config["task_type"] == ("SEQ_CLS" if model == "bert" else None), config
+        with safe_open(peft / "adapter_model.safetensors", "numpy") as file:
+            assert {f"base_model.model.{module}.weight", f"base_model.model.{module}.bias"} <= set(file.keys())
+            assert all(name.startswith(f"base_model.model.{prefix}encoder") for name in file.keys() if module not in name)
+
+
+def completions_and_choices_are_learnt(world: Finetuning) -> None:
+    """What follows a letter is its successor."""
+    pairs = [(a, b) for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu")]
+    records = [{"question": f"{number} after {a} comes", "choices": [b, "z", "0"], "answer": b, "completion": f" {b}"} for number in range(20) for a, b in pairs]
+    (world.directory / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare("prepare_examples", "choice", "--name", "choice", "--out", world.directory / "choice.h5", world.directory / "r.jsonl")
+    prepare("prepare_examples", "completion", "--name", "completion", "--out", world.directory / "completion.h5", "--prompt", "question", "--completion", "completion",
+            world.directory / "r.jsonl")
+    base = ("seeds=[1]", "train.steps=60", "evaluation.sequences=0", "adapters=[{name: lora, adapter: {rank: 4, alpha: 8}}]")
+    world.run("choice", "tasks=[{name: choice, path: choice.h5}]", *base)
+    before, after = (row["task choice"] for row in world.table("choice", "Accuracy"))
+    assert after > 90 > before, (before, after)
+    world.run("apart", "tasks=[{name: completion, path: completion.h5}]", *base)
+    world.run("packed", "tasks=[{name: completion, path: completion.h5, packing: true}]", *base, "seq_len=64")
+    for run in ("apart", "packed"):
+        before, after = (row["task completion"] for row in world.table(run, "Bits per byte"))
+        assert after < before / 2, (run, before, after)
+    both = "tasks=[{name: completion, path: completion.h5}, {name: left, path: left.h5}, {name: choice, path: choice.h5}]"
+    world.run("mixed", both, *base, "train.steps=2")
+    columns = next(t for t in json.loads((world.directory / "mixed/summary.json").read_text())["tables"] if t["title"].startswith("Scores"))["columns"]
+    assert [c["label"] for c in columns][4:] == ["completion (bits per byte)", "left (bits per byte)", "choice (accuracy, %)"], columns
+    expect_in(world.run("refused", "tasks=[{name: choice, path: choice.h5}]", *base, "seq_len=8", expect=2).stderr, "longer than", "seq_len")
+    expect_in(world.run("refused", "tasks=[{name: choice, path: choice.h5}]", *base, "adapters=[{name: h, head_only: true}]", expect=2).stderr, "no head to train")
+    tiny_vit(world.directory / "vit")
+    expect_in(world.run("refused", f"model.path={world.directory / 'vit'}", *base, expect=2).stderr, "text needs a decoder or an encoder")
+
+
+def first_ranks_are_scored_alone(world: Finetuning) -> None:
+    world.run("ranks", "seeds=[1]", "evaluation.ranks=[2, 1]", "tasks=[{name: left, path: left.h5}]",
+              "adapters=[{name: nested, adapter: {type: matryoshka, rank: 4, alpha: 8}}, {name: plain, adapter: {rank: 4, alpha: 8}}, {name: dora, adapter: {type: dora, rank: 4}}]")
+    rows = world.table("ranks", "The first ranks alone")
+    assert [row["adapter"] for row in rows] == ["nested", "plain"], rows
+    for row in rows:
+        r1, r2, r4 = (row[f"rank{r}"] for r in (1, 2, 4))
+        assert abs(row["area"] - ((r1 + r2) / 2 + (r2 + r4)) / 3) < 1e-12, row
+        assert abs(row["area_log2"] - ((r1 + r2) / 2 + (r2 + r4) / 2) / 2) < 1e-12, row
+
+
 def bad_recipes_are_refused(world: Finetuning) -> None:
     cases = {
         ("adapters=[]",): ("adapters must not be empty",),
@@ -129,7 +257,8 @@ def bad_recipes_are_refused(world: Finetuning) -> None:
 
 def main() -> None:
     claims = {f.__name__: f for f in (workers_kills_and_seeds_decide_what_they_should, exports_are_what_was_scored,
-                                      an_adapter_is_trained_further, bad_recipes_are_refused)}
+                                      an_adapter_is_trained_further, classes_are_learnt_by_a_head_and_exported_with_it,
+                                      completions_and_choices_are_learnt, first_ranks_are_scored_alone, bad_recipes_are_refused)}
     with tempfile.TemporaryDirectory() as directory:
         claims[sys.argv[2]](Finetuning(Path(directory)))
     print("ok")
