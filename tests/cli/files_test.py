@@ -283,6 +283,9 @@ def prompting(world: World) -> None:
     assert hot == draw() == draw("--seed", 0) and hot["tokens"] != draw("--seed", 1)["tokens"]
     assert draw("--top-k", 1)["tokens"][:20] == draw("--top-p", 1e-9)["tokens"][:20] == written["tokens"]
 
+    latin = subprocess.run([BINARY, "eval", base, "--prompt", b"gr\xfcn", "--format", "json"], capture_output=True, check=True)
+    assert json.loads(latin.stdout)["prompt_tokens"] == list(b"gr\xfcn"), latin
+
     full = as_json("eval", base, "--prompt", "a" * 60, "--generate")   # 64 positions
     assert full["stopped"] in ("context", "end_of_text") and len(full["tokens"]) <= 4, full
     refused = lambda *line: moraine("eval", *line, expect=2).stderr

@@ -47,13 +47,17 @@ class Finished(World):
             "eval": ["eval", run, "--data", here / "left.h5", "--seq-len", "32", "--sequences", "1"], "help": ["help"],
         }
 
+    def writing_on(self) -> list:
+        """The command that prints before it knows everything."""
+        return ["eval", self.directory / "run", "--prompt", "ab", "--generate", "3"]
+
     def takes_format(self) -> list[str]:
         return [name for name in commands() if b"--format" in call(name, "--help").stdout]
 
 
 def output_that_cannot_be_written_is_an_error(world: Finished) -> None:
     assert set(world.lines()) == set(commands()), set(world.lines()) ^ set(commands())
-    for name, line in world.lines().items():
+    for name, line in [*world.lines().items(), ("eval", world.writing_on())]:
         with open("/dev/full", "wb") as full:
             done = subprocess.run([BINARY, *line], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
         assert done.returncode == 3, f"{name}: {done.returncode}\n{done.stderr}"
@@ -68,7 +72,7 @@ def output_that_cannot_be_written_is_an_error(world: Finished) -> None:
 
 
 def a_reader_that_leaves_ends_commands_quietly(world: Finished) -> None:
-    for name, line in world.lines().items():
+    for name, line in [*world.lines().items(), ("eval", world.writing_on())]:
         read, write = os.pipe()
         os.close(read)
         done = subprocess.run([BINARY, *line], stdout=write, stderr=subprocess.PIPE, text=True, timeout=300)
