@@ -66,7 +66,7 @@ TEST(BranchTrainMerge, LossIsThatOfTheMixtureOfProbabilities) {
   for (const uint64_t seed : {1, 2, 3}) members.push_back(tiny(seed));
   at::Tensor sequences = models::random_tokens(2, 9, 40, 4);
   sequences[1].slice(0, 6).fill_(-1);  // padding
-  const TokenLoss loss = branch_train_merge_loss(members, sequences, 2);
+  const models::TokenLoss loss = branch_train_merge_loss(members, sequences, 2);
   double expected = 0;
   int64_t count = 0;
   for (int64_t b = 0; b < 2; ++b) {
@@ -94,11 +94,11 @@ TEST(BranchTrainMerge, LossIsThatOfTheMixtureOfProbabilities) {
 TEST(BranchTrainMerge, OfOneModelIsThatModel) {
   const at::Tensor sequences = models::random_tokens(3, 9, 40, 5);
   Decoder model = tiny(1);
-  const TokenLoss alone = model.loss(sequences, /*count_correct=*/true);
+  const models::TokenLoss alone = model.loss(sequences, /*count_correct=*/true);
   for (const size_t copies : {1, 3}) {
     std::vector<Decoder> members;
     for (size_t i = 0; i < copies; ++i) members.push_back(tiny(1));
-    const TokenLoss loss = branch_train_merge_loss(members, sequences, 2);
+    const models::TokenLoss loss = branch_train_merge_loss(members, sequences, 2);
     EXPECT_EQ(loss.count, alone.count);
     EXPECT_EQ(loss.correct, alone.correct);
     EXPECT_LE(models::relative_error(loss.sum, alone.sum), 1e-6);  // one float32 rounding per token
