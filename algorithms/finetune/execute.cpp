@@ -53,11 +53,13 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
   const TrainConfig train = train_config(spec.train, config_.train);
   models::Decoder model = load_base(spec.base, train.dtype, context)->share();
   const auto text = load_text(spec.data, context);
-  TrainJob job{train, {}, nullptr, text->seq_len()};
+  TrainJob job{
+      train, {}, language_model_loss(model, text, spec.data_seed, train.batch_size, context.device()), text->seq_len()};
   std::optional<adapters::Adapter> adapter;
   if (spec.adapter) {
     adapter = spec.start.empty()
-                  ? adapters::Adapter::create(*spec.adapter, model, spec.adapter_seed, context.device())
+                  ? adapters::Adapter::create(*spec.adapter, model, spec.adapter_seed, context.device(),
+                                              adapters::calibration_of(model, job.loss, train))
                   : adapters::Adapter::load(start_directory(spec.start), model, at::kFloat, context.device());
     adapter->attach(model);
     job.parameters = adapter->parameters();
@@ -65,7 +67,6 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
   } else {
     job.parameters = model.make_trainable();
   }
-  job.loss = language_model_loss(model, text, spec.data_seed, train.batch_size, context.device());
   const TrainOutcome outcome = context.train(std::move(job));
   core::Json meta = {{"base", spec.base}, {"task", spec.data.name}, {"curve", curve_json(outcome)}};
   if (adapter) return adapter->to_artefact(std::move(meta), spec.adapter_seed);
