@@ -41,18 +41,29 @@ const core::Schema<EntryConfig>& entry_schema() {
           .doc("Name of this way to fit the model, in tables and files")
           .optional_object("adapter", &C::adapter, adapters::adapter_schema())
           .doc("What is trained beside the frozen model; left out, without `start`: all its weights")
+          .optional_object("galore", &C::galore, galore::galore_schema())
+          .joined_later()
+          .doc("Of all weights: the optimiser's moments lie in subspaces of the gradients")
           .field("start", &C::start)
           .path()
           .doc("PEFT directory of an adapter to train further, instead of a fresh one")
           .field("learning_rate", &C::learning_rate)
           .above(0)
           .doc("Instead of train.learning_rate")
+          .field("optimizer", &C::optimizer)
+          .joined_later()
+          .choices({"adamw", "adamw8bit", "sgd"})
+          .doc("Instead of train.optimizer")
           .check([](const C& c) -> Violation {
             if (!c.adapter || c.start.empty()) return std::nullopt;
             return fmt::format(
                 "'{}': adapter or start: an adapter that is trained further "
                 "keeps its configuration",
                 c.name);
+          })
+          .check([](const C& c) -> Violation {
+            if (!c.galore || (!c.adapter && c.start.empty())) return std::nullopt;
+            return fmt::format("'{}': galore is a way to train all weights: leave adapter and start out", c.name);
           });
   return schema;
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "algorithms/adapters/config.h"
+#include "algorithms/galore/galore.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
 #include "core/config.h"
@@ -26,8 +27,10 @@ struct TaskConfig {
 struct EntryConfig {
   std::string name;
   std::optional<adapters::AdapterConfig> adapter;  // neither this nor `start` = all weights are trained
+  std::optional<galore::GaLoreConfig> galore;      // of all weights: moments in subspaces
   std::string start;                               // PEFT directory: its adapter is trained further
   std::optional<double> learning_rate;             // instead of train.learning_rate
+  std::optional<std::string> optimizer;            // instead of train.optimizer
 };
 
 struct EvaluationConfig {

@@ -66,6 +66,7 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
     job.groups = adapter->groups();
   } else {
     job.parameters = model.make_trainable();
+    if (spec.galore) job.space = galore::make_space(*spec.galore, model.slots(), job.parameters);
   }
   const TrainOutcome outcome = context.train(std::move(job));
   core::Json meta = {{"base", spec.base}, {"task", spec.data.name}, {"curve", curve_json(outcome)}};

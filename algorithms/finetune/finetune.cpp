@@ -43,6 +43,12 @@ std::optional<adapters::AdapterConfig> Finetune::adapter_of(const EntryConfig& e
   return entry.start.empty() ? entry.adapter : started_.at(entry.name).config;
 }
 
+std::string Finetune::type_name(const EntryConfig& entry) const {
+  const auto adapter = adapter_of(entry);
+  if (adapter) return adapter->type;
+  return entry.galore ? "galore" : "all weights";
+}
+
 void Finetune::open_starts(core::Problems& problems) {
   for (size_t i = 0; i < config_.adapters.size(); ++i) {
     const EntryConfig& entry = config_.adapters[i];
@@ -66,8 +72,9 @@ void Finetune::check_adapters(core::Problems& problems) const {
   const auto slots = models::decoder_slots(architecture_);
   for (size_t i = 0; i < config_.adapters.size(); ++i) {
     const EntryConfig& entry = config_.adapters[i];
-    const std::string key = fmt::format("adapters.{}.adapter", i);
+    const std::string key = fmt::format("adapters.{}.{}", i, entry.galore ? "galore" : "adapter");
     try {
+      if (entry.galore) (void)galore::targets_of(*entry.galore, slots);
       const auto matching = entry.start.empty() ? adapters::Matching::kEveryName : adapters::Matching::kAnyName;
       if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, slots, matching);
     } catch (const core::UserError& error) {
@@ -115,7 +122,7 @@ ParameterTable Finetune::parameters() const {
     const auto adapter = adapter_of(entry);
     const adapters::Counts numbers = counts(adapter, !entry.start.empty());
     table.rows.push_back(
-        {entry.name, adapter ? adapter->type : "all weights", numbers.trained,
+        {entry.name, type_name(entry), numbers.trained,
          100.0 * static_cast<double>(numbers.trained) / static_cast<double>(architecture_.total_parameters()),
          numbers.stored});
   }

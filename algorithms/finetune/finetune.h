@@ -76,6 +76,8 @@ class Finetune final : public Method {
   TextSpec text_spec(const TaskConfig& task, const std::string& split) const;
   /// What is trained of an entry; nullopt = all weights.
   std::optional<adapters::AdapterConfig> adapter_of(const EntryConfig& entry) const;
+  /// As tables call it.
+  std::string type_name(const EntryConfig& entry) const;
   void open_starts(core::Problems& problems);
   adapters::Counts counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const;
   void check_adapters(core::Problems& problems) const;

@@ -64,10 +64,8 @@ void Finetune::summarize_scores(const Stages& stages, const RunState& state, Jso
   for (const auto& entry : config_.adapters) {
     const auto adapter = adapter_of(entry);
     const adapters::Counts numbers = counts(adapter, !entry.start.empty());
-    Json row = {{"adapter", entry.name},
-                {"type", adapter ? adapter->type : "all weights"},
-                {"trained", numbers.trained},
-                {"stored", numbers.stored}};
+    Json row = {
+        {"adapter", entry.name}, {"type", type_name(entry)}, {"trained", numbers.trained}, {"stored", numbers.stored}};
     std::vector<double> means;
     double spread = 0;
     for (const auto& task : config_.tasks) {

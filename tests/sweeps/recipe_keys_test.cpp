@@ -381,6 +381,12 @@ train: {steps: 4, batch_size: 2}
       {"tokenizer", {.change = {"tokenizer=hf:other"}, .refused = true}},
       {"seeds", {.change = {"seeds=[5]"}}},
       {"adapters.0.name", {.change = {"adapters.0.name=other"}}},
+      {"adapters.0.optimizer", {.change = {"adapters.0.optimizer=sgd"}}},
+      {"adapters.0.galore.rank", {.elsewhere = true}},
+      {"adapters.0.galore.update_proj_gap", {.elsewhere = true}},
+      {"adapters.0.galore.scale", {.elsewhere = true}},
+      {"adapters.0.galore.proj_type", {.elsewhere = true}},
+      {"adapters.0.galore.target_modules", {.elsewhere = true}},
       {"adapters.0.start", {.change = {"adapters.0.start=" + file("adapter1")}, .refused = true}},
       {adapter + "type", {.change = {set("type", "dora")}}},
       {adapter + "options", {.context = {set("type", "dylora")}, .change = {set("options", "{frozen: false}")}}},
@@ -396,7 +402,16 @@ train: {steps: 4, batch_size: 2}
       {adapter + "alpha_pattern.0.module", {.change = {set("alpha_pattern.0.module", "q_proj")}}},
       {"train.momentum", {.context = {"train.optimizer=sgd"}}},
   };
-  return {{"finetune", recipe, std::move(changes), {}}};
+  const Overrides galore = {"adapters.0.adapter=null", "adapters.0.galore.rank=2"};
+  std::map<std::string, Change> in_subspaces;
+  std::set<std::string> keys;
+  for (const std::string key : {"rank", "update_proj_gap", "scale", "proj_type", "target_modules"}) {
+    const std::string at = "adapters.0.galore." + key;
+    in_subspaces[at] = {.context = galore};
+    keys.insert(at);
+  }
+  in_subspaces["adapters.0.galore.target_modules"].change = {"adapters.0.galore.target_modules=[q_proj]"};
+  return {{"finetune", recipe, std::move(changes), {}}, {"finetune", recipe, std::move(in_subspaces), std::move(keys)}};
 }
 
 std::vector<Sweep> RecipeKeys::sweeps_of(const std::string& method) {
