@@ -16,7 +16,9 @@ const core::Schema<TrainConfig>& train_schema() {
         .doc(
             "Sequences per forward pass; 0 = batch_size. Lower it when memory runs out: the result changes by rounding "
             "only.");
-    s.field("optimizer", &C::optimizer).choices({"adamw", "sgd"}).doc("Update rule; as in torch.optim.");
+    s.field("optimizer", &C::optimizer)
+        .choices({"adamw", "adamw8bit", "sgd"})
+        .doc("Update rule, as in torch.optim; adamw8bit keeps its moments in 8 bits, by blocks of 256.");
     s.field("learning_rate", &C::learning_rate).above(0).doc("Peak learning rate.");
     s.field("beta1", &C::beta1).min(0).max(0.9999999).doc("AdamW: decay of the gradient's mean.");
     s.field("beta2", &C::beta2).min(0).max(0.9999999).doc("AdamW: decay of the gradient's square.");

@@ -20,7 +20,7 @@ struct TrainConfig {
   int64_t steps = 100;
   int64_t batch_size = 16;          // sequences per optimiser step
   int64_t micro_batch_size = 0;     // sequences per forward; 0 = batch_size
-  std::string optimizer = "adamw";  // adamw | sgd
+  std::string optimizer = "adamw";  // adamw | adamw8bit | sgd
   double learning_rate = 1e-3;
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.0;
   double weight_decay = 0.0;
@@ -48,6 +48,22 @@ struct ParameterGroup {
   std::optional<double> weight_decay;  // instead of TrainConfig's
 };
 
+/// Where the optimiser moves some parameters instead of in the parameters themselves: it gets gradients of another
+/// shape, keeps moments of that shape, and what it would add there is brought back. Used by one thread.
+class UpdateSpace {
+ public:
+  virtual ~UpdateSpace() = default;
+  /// Shape of what moves instead of a parameter; nullopt: the parameter itself moves.
+  virtual std::optional<std::vector<int64_t>> shape(const std::string& parameter) const = 0;
+  /// A parameter's gradient, scaled and clipped, in the space. Called once for every update of the parameter, so the
+  /// space may move with it.
+  virtual at::Tensor project(const std::string& parameter, const at::Tensor& gradient) = 0;
+  /// The change of the parameter that a change in the space means.
+  virtual at::Tensor project_back(const std::string& parameter, const at::Tensor& change) const = 0;
+  /// What a resumed run needs, by names "<parameter>/<what>"; live tensors: copying into them restores the space.
+  virtual models::NamedTensors state() const = 0;
+};
+
 /// One training job as a method sees it: which tensors, which loss. The worker owns the loop.
 struct TrainJob {
   TrainConfig config;
@@ -67,6 +83,7 @@ struct TrainJob {
   /// Called at every member before the first micro-batch of a step and after the step's update, `step` from 0. What
   /// they draw comes from derive_seed and the step, so that a resumed run keeps its bits.
   std::function<void(int64_t step)> before_step = nullptr, after_update = nullptr;
+  std::shared_ptr<UpdateSpace> space = nullptr;
 };
 
 /// Steps between the points of TrainOutcome::curve. Not log_every: curves are stored in artefacts, which do not depend

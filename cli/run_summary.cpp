@@ -96,7 +96,7 @@ core::Json timing(const algorithms::Plan& plan, const coordinator::RunRecord& ru
 // What training cost, by the second part of the units' labels ("train/<adapter>/..."), as their workers measured it.
 std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
   struct Cost {
-    int64_t units = 0, tokens = 0, peak = 0;
+    int64_t units = 0, tokens = 0, peak = 0, optimizer = 0;
     double seconds = 0;
   };
   std::map<std::string, const coordinator::UnitRecord*> records;
@@ -114,6 +114,7 @@ std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coo
     ++cost.units;
     cost.tokens += stats.value("trained_tokens", int64_t{0});
     cost.seconds += stats.value("train_seconds", 0.0);
+    cost.optimizer = std::max(cost.optimizer, stats.value("optimizer_bytes", int64_t{0}));
     cost.peak = std::max(cost.peak, stats.value("peak_rss_bytes", int64_t{0}));
   }
   if (costs.empty()) return std::nullopt;
@@ -124,6 +125,7 @@ std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coo
                     {"units", cost.units},
                     {"seconds", cost.seconds},
                     {"speed", static_cast<double>(cost.tokens) / std::max(1e-9, cost.seconds)},
+                    {"optimizer", static_cast<double>(cost.optimizer) / (1 << 20)},
                     {"peak", static_cast<double>(cost.peak) / (1 << 20)}});
   }
   return core::Json{
@@ -133,6 +135,7 @@ std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coo
         {{"key", "units"}, {"label", "units"}},
         {{"key", "seconds"}, {"label", "seconds"}, {"digits", 1}},
         {{"key", "speed"}, {"label", "sequences or tokens per second"}, {"digits", 0}},
+        {{"key", "optimizer"}, {"label", "optimiser's state, MiB"}, {"digits", 2}},
         {{"key", "peak"}, {"label", "most memory of the process, MiB"}, {"digits", 0}}}},
       {"rows", rows},
       {"notes", {"as the workers measured it, resumed parts excluded; memory: of the whole process until then"}}};

@@ -119,6 +119,7 @@ algorithms::TrainOutcome UnitContext::train(algorithms::TrainJob job) {
   train_seconds_ += result.seconds;
   trained_tokens_ += result.tokens;
   resumed_steps_ += result.resumed_at;
+  optimizer_bytes_ = std::max(optimizer_bytes_, result.optimizer_bytes);
   return std::move(result.outcome);
 }
 
@@ -184,6 +185,7 @@ core::Json UnitContext::stats() const {
   return {{"train_seconds", train_seconds_},
           {"trained_tokens", trained_tokens_},
           {"resumed_steps", resumed_steps_},
+          {"optimizer_bytes", optimizer_bytes_},
           {"peak_rss_bytes", int64_t{usage.ru_maxrss} * 1024}};
 }
 

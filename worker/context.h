@@ -70,7 +70,8 @@ class UnitContext : public algorithms::WorkerContext {
   void flush();
   /// Files of this unit's training jobs: to be removed once its result is accepted.
   std::vector<std::filesystem::path> checkpoints() const;
-  /// {"train_seconds", "trained_tokens", "resumed_steps", "peak_rss_bytes"}: measured, never part of an artefact.
+  /// {"train_seconds", "trained_tokens", "resumed_steps", "optimizer_bytes", "peak_rss_bytes"}: measured, never part of
+  /// an artefact.
   core::Json stats() const;
   const algorithms::Unit& unit() const { return unit_; }
 
@@ -98,7 +99,7 @@ class UnitContext : public algorithms::WorkerContext {
   double done_ = 0, total_ = 0;
   bool progress_pending_ = false;
   std::chrono::steady_clock::time_point last_tick_;
-  int64_t trainings_ = 0, trained_tokens_ = 0, resumed_steps_ = 0;
+  int64_t trainings_ = 0, trained_tokens_ = 0, resumed_steps_ = 0, optimizer_bytes_ = 0;
   double train_seconds_ = 0;
 };
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <map>
 #include <numbers>
+#include <utility>
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_add.h>
@@ -15,6 +16,8 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/util/accumulate.h>
+#include <fmt/format.h>
 
 #include "core/error.h"
 
@@ -47,8 +50,11 @@ double scale_and_clip_gradients(std::span<const at::Tensor> parameters, double s
 }
 
 Optimizer::Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters,
-                     const std::vector<algorithms::ParameterGroup>& groups)
-    : adamw_(config.optimizer == "adamw"),
+                     const std::vector<algorithms::ParameterGroup>& groups,
+                     std::shared_ptr<algorithms::UpdateSpace> space)
+    : space_(std::move(space)),
+      adamw_(config.optimizer != "sgd"),
+      eight_bit_(config.optimizer == "adamw8bit"),
       beta1_(config.beta1),
       beta2_(config.beta2),
       epsilon_(config.epsilon),
@@ -58,12 +64,29 @@ Optimizer::Optimizer(const algorithms::TrainConfig& config, const models::NamedT
                   "a trained tensor must be a float32 leaf that requires a gradient: {}", name);
     names_.push_back(name);
     parameters_.push_back(tensor);
-    if (adamw_ || momentum_ != 0) first_.push_back(at::zeros_like(tensor));
-    if (adamw_) {
-      second_.push_back(at::zeros_like(tensor));
-      steps_.push_back(at::zeros(at::IntArrayRef{}, tensor.options()));
-    }
+    const auto shape = space_ ? space_->shape(name) : std::nullopt;
+    in_space_.push_back(shape.has_value());
+    keep_moments(shape ? at::IntArrayRef(*shape) : tensor.sizes(), tensor.device());
   }
+  make_groups(config, groups);
+}
+
+void Optimizer::keep_moments(at::IntArrayRef sizes, at::Device device) {
+  const auto options = at::TensorOptions(at::kFloat).device(device);
+  quantized_.emplace_back();
+  if (eight_bit_ && c10::multiply_integers(sizes) >= kMin8Bit) {
+    quantized_.back().emplace(Quantized{{sizes, true, device}, {sizes, false, device}});
+    first_.emplace_back();
+    second_.emplace_back();
+  } else {
+    if (adamw_ || momentum_ != 0) first_.push_back(at::zeros(sizes, options));
+    if (adamw_) second_.push_back(at::zeros(sizes, options));
+  }
+  if (adamw_) steps_.push_back(at::zeros(at::IntArrayRef{}, options));
+}
+
+void Optimizer::make_groups(const algorithms::TrainConfig& config,
+                            const std::vector<algorithms::ParameterGroup>& groups) {
   std::map<std::string, size_t> left;
   for (size_t i = 0; i < names_.size(); ++i) left[names_[i]] = i;
   for (const auto& group : groups) {
@@ -90,6 +113,10 @@ void Optimizer::step(const Group& group, double learning_rate) {
   std::vector<at::Tensor> parameters, gradients, first, second, steps;
   for (const size_t i : group.members) {
     if (!parameters_[i].grad().defined()) continue;
+    if (in_space_[i] || quantized_[i]) {
+      step_alone(i, group, learning_rate);
+      continue;
+    }
     parameters.push_back(parameters_[i]);
     gradients.push_back(parameters_[i].grad());
     if (!first_.empty()) first.push_back(first_[i]);
@@ -99,30 +126,75 @@ void Optimizer::step(const Group& group, double learning_rate) {
     }
   }
   if (parameters.empty()) return;
-  if (adamw_) {
-    at::_foreach_add_(steps, 1);
-    at::_fused_adamw_(parameters, gradients, first, second, /*max_exp_avg_sqs=*/{}, steps, learning_rate, beta1_,
-                      beta2_, group.weight_decay, epsilon_, /*amsgrad=*/false, /*maximize=*/false);
-  } else {
-    // Never "the first step": a buffer that starts at zero takes over the first gradient as it is when dampening is 0.
-    at::_fused_sgd_(parameters, gradients, first, group.weight_decay, momentum_, learning_rate, /*dampening=*/0,
-                    /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false);
-  }
+  update(parameters, gradients, first, second, steps, learning_rate, group.weight_decay);
   for (const at::Tensor& parameter : parameters) parameter.mutable_grad().reset();
 }
 
+void Optimizer::step_alone(size_t i, const Group& group, double learning_rate) {
+  const at::Tensor& parameter = parameters_[i];
+  const at::Tensor gradient =
+      in_space_[i] ? space_->project(names_[i], parameter.grad()).contiguous() : parameter.grad();
+  parameter.mutable_grad().reset();
+  const at::Tensor moving = in_space_[i] ? at::zeros_like(gradient) : parameter;
+  std::vector<at::Tensor> first, second, steps;
+  if (quantized_[i]) {
+    first = {quantized_[i]->first.values()};
+    second = {quantized_[i]->second.values()};
+  } else {
+    if (!first_.empty()) first = {first_[i]};
+    if (adamw_) second = {second_[i]};
+  }
+  if (adamw_) steps = {steps_[i]};
+  update({moving}, {gradient}, first, second, steps, learning_rate, in_space_[i] ? 0 : group.weight_decay);
+  if (quantized_[i]) {
+    quantized_[i]->first.store(first[0]);
+    quantized_[i]->second.store(second[0]);
+  }
+  if (!in_space_[i]) return;
+  parameter.add_(space_->project_back(names_[i], moving));
+  if (group.weight_decay != 0) parameter.mul_(1 - learning_rate * group.weight_decay);
+}
+
+void Optimizer::update(const std::vector<at::Tensor>& moving, const std::vector<at::Tensor>& gradients,
+                       const std::vector<at::Tensor>& first, const std::vector<at::Tensor>& second,
+                       const std::vector<at::Tensor>& steps, double learning_rate, double weight_decay) const {
+  if (adamw_) {
+    at::_foreach_add_(steps, 1);
+    at::_fused_adamw_(moving, gradients, first, second, /*max_exp_avg_sqs=*/{}, steps, learning_rate, beta1_, beta2_,
+                      weight_decay, epsilon_, /*amsgrad=*/false, /*maximize=*/false);
+  } else {
+    // Never "the first step": a buffer that starts at zero takes over the first gradient as it is when dampening is 0.
+    at::_fused_sgd_(moving, gradients, first, weight_decay, momentum_, learning_rate, /*dampening=*/0,
+                    /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false);
+  }
+}
+
 models::NamedTensors Optimizer::state() const {
-  models::NamedTensors state;
+  models::NamedTensors state = space_ ? space_->state() : models::NamedTensors();
   for (size_t i = 0; i < names_.size(); ++i) {
-    if (adamw_) {
-      state.emplace_back(names_[i] + "/exp_avg", first_[i]);
-      state.emplace_back(names_[i] + "/exp_avg_sq", second_[i]);
-      state.emplace_back(names_[i] + "/step", steps_[i]);
+    const auto keep = [&](const char* what, const at::Tensor& tensor) {
+      state.emplace_back(fmt::format("{}/{}", names_[i], what), tensor);
+    };
+    if (quantized_[i]) {
+      keep("exp_avg/codes", quantized_[i]->first.codes());
+      keep("exp_avg/scales", quantized_[i]->first.scales());
+      keep("exp_avg_sq/codes", quantized_[i]->second.codes());
+      keep("exp_avg_sq/scales", quantized_[i]->second.scales());
+    } else if (adamw_) {
+      keep("exp_avg", first_[i]);
+      keep("exp_avg_sq", second_[i]);
     } else if (!first_.empty()) {
-      state.emplace_back(names_[i] + "/momentum", first_[i]);
+      keep("momentum", first_[i]);
     }
+    if (adamw_) keep("step", steps_[i]);
   }
   return state;
+}
+
+int64_t Optimizer::state_bytes() const {
+  int64_t bytes = 0;
+  for (const auto& [name, tensor] : state()) bytes += static_cast<int64_t>(tensor.nbytes());
+  return bytes;
 }
 
 }  // namespace moraine::worker

@@ -1,13 +1,17 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
 
 #include "algorithms/worker_context.h"
 #include "models/slot.h"
+#include "worker/blockwise_moment.h"
 
 namespace moraine::worker {
 
@@ -28,33 +32,59 @@ double scale_and_clip_gradients(std::span<const at::Tensor> parameters, double s
 /// (torch.optim.SGD, dampening 0, decay added to the gradient) on float32 leaves, in one fused pass over all of them.
 /// Weight decay applies to every parameter unless its group says otherwise. A parameter without a gradient is not
 /// updated and its state does not move. Deterministic for a given thread count. Not thread-safe.
+///
+/// adamw8bit is AdamW whose moments of at least kMin8Bit values are kept in 8 bits (worker/blockwise_moment.h); an
+/// update is computed in float32 from what was kept and what comes, then both moments are rounded.
+///
+/// Parameters in an UpdateSpace: the update rule moves zeros of the space's shape by the projected gradient, and what
+/// they moved is brought back and added. Weight decay is decoupled there, of the whole parameter, after the update.
 class Optimizer {
  public:
   /// Throws InternalError if a parameter is not a float32 leaf that requires a gradient, or a group names one that is
   /// not there or stands in two.
   Optimizer(const algorithms::TrainConfig& config, const models::NamedTensors& parameters,
-            const std::vector<algorithms::ParameterGroup>& groups = {});
+            const std::vector<algorithms::ParameterGroup>& groups = {},
+            std::shared_ptr<algorithms::UpdateSpace> space = nullptr);
+  static constexpr int64_t kMin8Bit = 4096;
 
   /// One update at `learning_rate` from the gradients the leaves hold; then forgets the gradients.
   void step(double learning_rate);
   const std::vector<at::Tensor>& parameters() const { return parameters_; }
-  /// Everything a resumed run needs, float32: "<name>/exp_avg", "<name>/exp_avg_sq", "<name>/step"; "<name>/momentum".
-  /// Live tensors: copying into them restores the state.
+  /// Everything a resumed run needs: float32 "<name>/exp_avg", "<name>/exp_avg_sq", "<name>/step"; "<name>/momentum";
+  /// of moments in 8 bits "<name>/exp_avg/codes" and "/scales"; and what the space keeps. Live tensors: copying into
+  /// them restores the state.
   models::NamedTensors state() const;
+  /// Bytes of all of state().
+  int64_t state_bytes() const;
 
  private:
   struct Group {
     double lr_factor = 1, weight_decay = 0;
     std::vector<size_t> members;  // by index
   };
+  struct Quantized {
+    BlockwiseMoment first, second;
+  };
+  void keep_moments(at::IntArrayRef sizes, at::Device device);
+  void make_groups(const algorithms::TrainConfig& config, const std::vector<algorithms::ParameterGroup>& groups);
   void step(const Group& group, double learning_rate);
+  /// One parameter that lies in the space or whose moments are in 8 bits.
+  void step_alone(size_t parameter, const Group& group, double learning_rate);
+  /// The update rule on tensors that move together.
+  void update(const std::vector<at::Tensor>& moving, const std::vector<at::Tensor>& gradients,
+              const std::vector<at::Tensor>& first, const std::vector<at::Tensor>& second,
+              const std::vector<at::Tensor>& steps, double learning_rate, double weight_decay) const;
 
   std::vector<std::string> names_;
   std::vector<at::Tensor> parameters_;
-  bool adamw_;
+  std::shared_ptr<algorithms::UpdateSpace> space_;
+  std::vector<bool> in_space_;
+  bool adamw_, eight_bit_;
   double beta1_, beta2_, epsilon_, momentum_;
-  std::vector<Group> groups_;                       // the last one holds who stands in none
-  std::vector<at::Tensor> first_, second_, steps_;  // SGD: first_ is the momentum buffer, the others stay empty
+  std::vector<Group> groups_;  // the last one holds who stands in none
+  // SGD: first_ is the momentum buffer, the others stay empty. Undefined where quantized_ has the moments.
+  std::vector<at::Tensor> first_, second_, steps_;
+  std::vector<std::optional<Quantized>> quantized_;
 };
 
 }  // namespace moraine::worker

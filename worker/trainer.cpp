@@ -67,7 +67,7 @@ class Loop {
       : job_(job),
         site_(site),
         group_(*site.group),
-        optimizer_(job.config, job.parameters, job.groups),
+        optimizer_(job.config, job.parameters, job.groups, job.space),
         exchange_(group_, optimizer_.parameters(), site.exchange) {
     for (const auto& [name, tensor] : job.parameters) checkpointed_.emplace_back("parameter/" + name, tensor);
     for (const auto& [name, tensor] : job.state) checkpointed_.emplace_back("kept/" + name, tensor);
@@ -93,6 +93,7 @@ class Loop {
     result.outcome.curve = state_.curve;
     result.outcome.final_loss = state_.curve.empty() ? 0 : state_.curve.back().second;
     result.resumed_at = resumed_at_;
+    result.optimizer_bytes = optimizer_.state_bytes();
     result.tokens = (steps - resumed_at_) * job_.config.batch_size * job_.tokens_per_sequence;
     result.seconds = seconds_since(start);
     return result;
@@ -123,7 +124,7 @@ class Loop {
       if (group_.index() == 0) continue;
       if (bytes.size() != mine.nbytes())
         throw GroupFailed(fmt::format("the members train different tensors: {} of {}", name, site_.label));
-      at::Tensor(tensor).copy_(models::borrow({name, core::DType::kF32, mine.sizes().vec(), bytes.span()}));
+      at::Tensor(tensor).copy_(models::borrow({name, models::dtype_of(mine), mine.sizes().vec(), bytes.span()}));
     }
   }
 

@@ -31,6 +31,7 @@ struct TrainResult {
   int64_t resumed_at = 0;  // steps a checkpoint had already done
   int64_t tokens = 0;      // trained in this process
   double seconds = 0;
+  int64_t optimizer_bytes = 0;  // Optimizer::state_bytes()
 };
 
 /// Runs a job to its end: per step, micro-batches accumulate gradients of their summed losses; the sum is divided by

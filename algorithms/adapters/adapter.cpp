@@ -83,7 +83,7 @@ AdapterConfig in_order(AdapterConfig config) {
 }  // namespace
 
 Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, const models::Backbone* model,
-                      uint64_t seed, at::Device device, bool fresh) {
+                      uint64_t seed, at::Device device, bool fresh, const Calibration* calibration) {
   const Parametrisation& type = parametrisation(config.type);
   MORAINE_CHECK(model != nullptr || !(type.traits().reads_base || starts_from_base(config)),
                 "an adapter of type {} needs the base's weights", config.type);
@@ -94,7 +94,8 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
     const auto known = adapter.shared_.find(name);
     return known != adapter.shared_.end() ? known->second : adapter.shared_.emplace(name, make_one()).first->second;
   };
-  for (const Target& target : adapter.targets_)
+  const auto add = [&](size_t i, const at::Tensor& gradient) {
+    const Target& target = adapter.targets_[i];
     adapter.functions_.push_back(type.make({.target = target,
                                             .targets = adapter.targets_,
                                             .config = adapter.config_,
@@ -102,12 +103,31 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
                                             .seed = seed,
                                             .device = device,
                                             .fresh = fresh,
+                                            .gradient = gradient,
+                                            .first_learning_rate = calibration ? calibration->first_learning_rate : 0,
                                             .shared = shared}));
+  };
+  if (fresh && type.traits().needs_examples) {
+    if (calibration == nullptr)
+      throw core::UserError(
+          fmt::format("algorithms/adapters: type {} starts from examples, which this procedure does not give it",
+                      config.type),
+          "use it with method: finetune, or choose another type");
+    calibration->gradients(adapter.targets_, option_of(config, "examples").get<int64_t>(), add);
+    MORAINE_CHECK_EQ(adapter.functions_.size(), adapter.targets_.size());
+  } else {
+    for (size_t i = 0; i < adapter.targets_.size(); ++i) add(i, {});
+  }
   return adapter;
 }
 
 Adapter Adapter::create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device) {
   return make(in_order(config), targets_of(config, model.slots()), &model, seed, device, /*fresh=*/true);
+}
+
+Adapter Adapter::create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device,
+                        const Calibration& calibration) {
+  return make(in_order(config), targets_of(config, model.slots()), &model, seed, device, /*fresh=*/true, &calibration);
 }
 
 Adapter Adapter::create(const AdapterConfig& config, std::span<const models::Slot> slots, uint64_t seed,

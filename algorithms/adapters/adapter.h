@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "algorithms/adapters/calibration.h"
 #include "algorithms/adapters/config.h"
 #include "algorithms/adapters/parametrisation.h"
 #include "algorithms/worker_context.h"
@@ -31,6 +32,10 @@ class Adapter {
   /// A fresh one, float32 on `device`. What a slot starts with depends on `seed`, its path and, where
   /// Traits::reads_base, the frozen weight. Throws UserError as targets_of().
   static Adapter create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device);
+  /// The same where a type with Traits::needs_examples may start from those of `calibration`; others ignore it. The
+  /// forms without one throw UserError for such a type.
+  static Adapter create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device,
+                        const Calibration& calibration);
   /// The same of shapes alone. InternalError if the parametrisation reads the base.
   static Adapter create(const AdapterConfig& config, std::span<const models::Slot> slots, uint64_t seed,
                         at::Device device);
@@ -78,7 +83,7 @@ class Adapter {
  private:
   Adapter() = default;
   static Adapter make(const AdapterConfig& config, std::vector<Target> targets, const models::Backbone* model,
-                      uint64_t seed, at::Device device, bool fresh);
+                      uint64_t seed, at::Device device, bool fresh, const Calibration* calibration = nullptr);
   models::NamedTensors named(models::NamedTensors (SlotAdapter::*of)() const) const;
   /// By their names in a file in PEFT's form: of the slots, and what is kept of the shared ones.
   models::NamedTensors in_peft_file(models::NamedTensors (SlotAdapter::*of)() const) const;

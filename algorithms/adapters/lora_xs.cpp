@@ -4,47 +4,13 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_svd.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/ScalarType.h>
+
+#include "algorithms/adapters/frozen_factors.h"
 
 namespace moraine::algorithms::adapters {
 namespace {
 
 constexpr double kStartDeviation = 1e-5;
-
-class LoraXsSlot final : public SlotAdapter {
- public:
-  struct Frozen {
-    at::Tensor a, b;
-    double scale = 1, dropout = 0;
-    std::string path = {};
-  };
-  LoraXsSlot(at::Tensor r, Frozen frozen) : r_(std::move(r)), frozen_(std::move(frozen)) {}
-
-  at::Tensor forward(const at::Tensor& x, const models::SlotBase& base, const models::Pass& pass) override {
-    const at::Tensor y = base.forward(x);
-    const at::ScalarType type = c10::promoteTypes(at::kFloat, x.scalar_type());
-    const at::Tensor in = dropped(x.to(type), frozen_.dropout, pass, frozen_.path);
-    const at::Tensor inner = at::linear(at::linear(in, frozen_.a.to(type)), r_.to(type));
-    return y.add(at::linear(inner, frozen_.b.to(type)), frozen_.scale).to(y.scalar_type());
-  }
-  models::NamedTensors parameters() const override { return {{"lora_R", r_}}; }
-  models::NamedTensors state() const override { return {{"lora_A", frozen_.a}, {"lora_B", frozen_.b}}; }
-  std::optional<at::Tensor> delta(const models::SlotBase& base) const override {
-    const Factored factors = *factored(base);
-    return at::matmul(factors.parts[0].first, factors.parts[0].second).mul(factors.scale);
-  }
-  std::optional<Factored> factored(const models::SlotBase&) const override {
-    const at::NoGradGuard no_grad;
-    return Factored{{{at::matmul(frozen_.b, r_), frozen_.a}}, frozen_.scale};
-  }
-
- private:
-  at::Tensor r_;
-  Frozen frozen_;
-};
 
 class LoraXs final : public Parametrisation {
  public:
@@ -58,16 +24,12 @@ class LoraXs final : public Parametrisation {
     return std::nullopt;
   }
   Counts count(std::span<const Target> targets, const AdapterConfig&) const override {
-    int64_t trained = 0;
-    for (const Target& target : targets) trained += target.rank * target.rank;
-    return {trained, trained + lora_parameters(targets)};
+    return frozen_factors_count(targets);
   }
   std::shared_ptr<SlotAdapter> make(const SlotInit& init) const override {
     const at::NoGradGuard no_grad;
     const int64_t rank = init.target.rank;
-    LoraXsSlot::Frozen frozen{at::zeros({rank, init.target.slot.in}, at::kFloat),
-                              at::zeros({init.target.slot.out, rank}, at::kFloat), init.target.scale,
-                              init.config.dropout, init.target.slot.path};
+    FrozenFactors frozen = frozen_factors(init, init.target.scale);
     if (init.fresh) {
       const auto [u, s, vh] =
           at::linalg_svd(init.base->weight.detach().to(at::kCPU, at::kFloat), /*full_matrices=*/false);
@@ -78,7 +40,7 @@ class LoraXs final : public Parametrisation {
     frozen.b = frozen.b.to(init.device);
     const at::Tensor r =
         at::empty({rank, rank}, at::kFloat).normal_(0, kStartDeviation, generator_for(init, ".lora_R"));
-    return std::make_shared<LoraXsSlot>(leaf(r, init.device), std::move(frozen));
+    return std::make_shared<FrozenFactorsSlot>(leaf(r, init.device), std::move(frozen));
   }
 };
 

@@ -57,7 +57,7 @@ struct Traits {
   bool rank_fits = true;        // a rank is at most min(in, out) of its slot
   bool nested_ranks = false;    // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
-  bool needs_examples = false;  // start values need a gradient of the loss: SlotInit::gradient
+  bool needs_examples = false;  // start values need SlotInit::gradient, over as many examples as its option `examples`
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
 };
 
@@ -69,8 +69,11 @@ struct SlotInit {
   const models::SlotBase* base = nullptr;  // nullptr when neither Traits::reads_base nor starts_from_base()
   uint64_t seed = 0;
   at::Device device = at::kCPU;
-  bool fresh = true;         // false: values will be overwritten, only shapes count
-  at::Tensor gradient = {};  // of the loss by the weight, [out, in] float32; only if Traits::needs_examples
+  bool fresh = true;  // false: values will be overwritten, only shapes count
+  // Only if Traits::needs_examples, of a fresh one: the gradient of the loss by the weight, [out, in] float32, and the
+  // learning rate of the first step (calibration.h).
+  at::Tensor gradient = {};
+  double first_learning_rate = 0;
   /// A tensor that all slots of the adapter share, made once under its name. One that requires a gradient is trained.
   std::function<at::Tensor(const std::string& name, const std::function<at::Tensor()>& make)> shared = {};
 

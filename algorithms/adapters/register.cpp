@@ -7,6 +7,7 @@
 #include "algorithms/adapters/dylora.h"
 #include "algorithms/adapters/ia3.h"
 #include "algorithms/adapters/lora.h"
+#include "algorithms/adapters/lora_sb.h"
 #include "algorithms/adapters/lora_xs.h"
 #include "algorithms/adapters/matryoshka.h"
 #include "algorithms/adapters/nola.h"
@@ -19,9 +20,9 @@
 namespace moraine::algorithms::adapters {
 
 const std::vector<const Parametrisation*>& parametrisations() {
-  static const std::vector<const Parametrisation*> all = {&adaptertune(), &bitfit(), &compacter(), &dora(),
-                                                          &dylora(),      &ia3(),    &lora(),      &lora_xs(),
-                                                          &matryoshka(),  &nola(),   &shira(),     &vera()};
+  static const std::vector<const Parametrisation*> all = {
+      &adaptertune(), &bitfit(),  &compacter(),  &dora(), &dylora(), &ia3(), &lora(),
+      &lora_sb(),     &lora_xs(), &matryoshka(), &nola(), &shira(),  &vera()};
   return all;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/continual/learner.h"
 #include "algorithms/continual/metrics.h"
 #include "core/error.h"
@@ -178,6 +179,8 @@ Violation cross_check(const ContinualConfig& c) {
   for (const TrainConfig* train :
        {&c.train, c.lora_train ? &*c.lora_train : &c.train, c.model.train ? &*c.model.train : &c.train})
     if (train->dtype != "float32") return "vision transformers train in float32: set dtype: float32";
+  if (adapters::parametrisation(c.lora.type).traits().needs_examples)
+    return fmt::format("lora: type {} starts from examples, which a stream of tasks does not give it", c.lora.type);
   return std::nullopt;
 }
 

@@ -61,6 +61,9 @@ const core::Schema<EntryConfig>& entry_schema() {
           .doc("Name of this way to fit the model, in tables and files")
           .optional_object("adapter", &C::adapter, adapters::adapter_schema())
           .doc("What is trained beside the frozen model; left out, without start and head_only: all its weights")
+          .optional_object("galore", &C::galore, galore::galore_schema())
+          .joined_later()
+          .doc("Of all weights: the optimiser's moments lie in subspaces of the gradients")
           .field("start", &C::start)
           .path()
           .doc("PEFT directory of an adapter to train further, instead of a fresh one")
@@ -69,12 +72,21 @@ const core::Schema<EntryConfig>& entry_schema() {
           .field("learning_rate", &C::learning_rate)
           .above(0)
           .doc("Instead of train.learning_rate")
+          .field("optimizer", &C::optimizer)
+          .joined_later()
+          .choices({"adamw", "adamw8bit", "sgd"})
+          .doc("Instead of train.optimizer")
           .check([](const C& c) -> Violation {
             if (c.adapter.has_value() + !c.start.empty() + c.head_only <= 1) return std::nullopt;
             return fmt::format(
                 "'{}': one of adapter, start and head_only: an adapter that is trained further keeps its "
                 "configuration",
                 c.name);
+          })
+          .check([](const C& c) -> Violation {
+            if (!c.galore || (!c.adapter && c.start.empty() && !c.head_only)) return std::nullopt;
+            return fmt::format("'{}': galore is a way to train all weights: leave adapter, start and head_only out",
+                               c.name);
           });
   return schema;
 }
@@ -147,6 +159,9 @@ const core::Schema<FinetuneConfig>& finetune_schema() {
         .min(0)
         .max(0.9)
         .doc("Share of every target that training spreads over all classes or tokens")
+        .field("gradient_checkpointing", &C::gradient_checkpointing)
+        .changes_nothing()
+        .doc("Keep the input of every layer alone and compute it again for gradients: less memory, a third more time")
         .object("train", &C::train, train_schema())
         .doc("Training of one result")
         .object("evaluation", &C::evaluation, evaluation_schema())

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "algorithms/adapters/config.h"
+#include "algorithms/galore/galore.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
 #include "core/config.h"
@@ -32,9 +33,11 @@ struct TaskConfig {
 struct EntryConfig {
   std::string name;
   std::optional<adapters::AdapterConfig> adapter;  // none of these three = all weights are trained
+  std::optional<galore::GaLoreConfig> galore;      // of all weights: moments in subspaces
   std::string start;                               // PEFT directory: its adapter is trained further
   bool head_only = false;                          // nothing but the task's head
   std::optional<double> learning_rate;             // instead of train.learning_rate
+  std::optional<std::string> optimizer;            // instead of train.optimizer
 };
 
 struct EvaluationConfig {
@@ -53,6 +56,7 @@ struct FinetuneConfig : RunConfig {
   int64_t seq_len = 256;
   std::string tokenizer;  // "" = the files' own
   double label_smoothing = 0;
+  bool gradient_checkpointing = false;  // not part of a unit's identity
   TrainConfig train;
   EvaluationConfig evaluation;
 

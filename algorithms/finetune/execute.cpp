@@ -68,23 +68,29 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
   const auto objective = load_objective(spec.data, context);
   const auto head = objectives::Head::fresh(spec.data.classes, *facts_, spec.adapter_seed, context.device());
   TrainJob job{train, {}, nullptr, objective->tokens_per_row()};
+  job.loss = [&](int64_t step, int64_t first, int64_t count) {
+    const models::PassScope scope(*model, {.training = true,
+                                           .step = step,
+                                           .first = first,
+                                           .seed = spec.data_seed,
+                                           .recompute = config_.gradient_checkpointing});
+    return objective->loss(*model, head, {spec.data_seed, step * train.batch_size + first, count});
+  };
   std::optional<adapters::Adapter> adapter;
   if (spec.adapter) {
     adapter = spec.start.empty()
-                  ? adapters::Adapter::create(*spec.adapter, *model, spec.adapter_seed, context.device())
+                  ? adapters::Adapter::create(*spec.adapter, *model, spec.adapter_seed, context.device(),
+                                              adapters::calibration_of(*model, job.loss, train))
                   : adapters::Adapter::load(start_directory(spec.start), *model, at::kFloat, context.device());
     adapter->attach(*model);
     job.parameters = adapter->parameters();
     job.groups = adapter->groups();
   } else if (!spec.head_only) {
     job.parameters = model->make_trainable();
+    if (spec.galore) job.space = galore::make_space(*spec.galore, model->slots(), job.parameters);
   }
   for (auto& entry : head.tensors()) job.parameters.push_back(std::move(entry));
   std::ranges::sort(job.parameters, {}, &std::pair<std::string, at::Tensor>::first);
-  job.loss = [&](int64_t step, int64_t first, int64_t count) {
-    const models::PassScope scope(*model, {.training = true, .step = step, .first = first, .seed = spec.data_seed});
-    return objective->loss(*model, head, {spec.data_seed, step * train.batch_size + first, count});
-  };
   const TrainOutcome outcome = context.train(std::move(job));
   core::Json meta = {{"base", spec.base}, {"task", spec.data.name}, {"curve", curve_json(outcome)}};
   models::NamedTensors tensors;

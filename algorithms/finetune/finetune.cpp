@@ -61,8 +61,9 @@ void Finetune::open_starts(core::Problems& problems) {
 void Finetune::check_adapters(core::Problems& problems) const {
   for (size_t i = 0; i < config_.adapters.size(); ++i) {
     const EntryConfig& entry = config_.adapters[i];
-    const std::string key = fmt::format("adapters.{}.adapter", i);
+    const std::string key = fmt::format("adapters.{}.{}", i, entry.galore ? "galore" : "adapter");
     try {
+      if (entry.galore) (void)galore::targets_of(*entry.galore, facts_->slots);
       const auto matching = entry.start.empty() ? adapters::Matching::kEveryName : adapters::Matching::kAnyName;
       if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, facts_->slots, matching);
       for (const auto& [task, facts] : tasks_)
@@ -113,7 +114,7 @@ adapters::Counts Finetune::counts(const EntryConfig& entry) const {
 
 std::string Finetune::type_of(const EntryConfig& entry) const {
   const auto adapter = adapter_of(entry);
-  return adapter ? adapter->type : entry.head_only ? "head alone" : "all weights";
+  return adapter ? adapter->type : entry.head_only ? "head alone" : entry.galore ? "galore" : "all weights";
 }
 
 ParameterTable Finetune::parameters() const {

@@ -39,11 +39,13 @@ Unit Finetune::train_unit(const Result& result) const {
   const auto seed = static_cast<uint64_t>(result.seed);
   TrainConfig train = config_.train;
   if (result.entry->learning_rate) train.learning_rate = *result.entry->learning_rate;
+  if (result.entry->optimizer) train.optimizer = *result.entry->optimizer;
   const auto adapter = adapter_of(*result.entry);
   const TrainSpec spec{.type_version = adapter ? adapters::parametrisation(adapter->type).result_version() : 1,
                        .compute = compute_identity(config_.workers),
                        .base = model_id_,
                        .adapter = adapter,
+                       .galore = result.entry->galore,
                        .start = result.entry->start.empty() ? "" : started_.at(result.entry->name).hash,
                        .head_only = result.entry->head_only,
                        .data = data_spec(*result.task, "train"),

@@ -12,6 +12,8 @@ const core::Schema<TrainSpec>& TrainSpec::schema() {
                                  .field("compute", &C::compute)
                                  .field("base", &C::base)
                                  .optional_object("adapter", &C::adapter, adapters::adapter_schema())
+                                 .optional_object("galore", &C::galore, galore::galore_schema())
+                                 .joined_later()
                                  .field("start", &C::start)
                                  .field("head_only", &C::head_only)
                                  .object("data", &C::data, objectives::data_schema())

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "algorithms/adapters/config.h"
+#include "algorithms/galore/galore.h"
 #include "algorithms/objectives/objective.h"
 #include "core/config.h"
 #include "core/json.h"
@@ -29,6 +30,7 @@ struct TrainSpec {
   core::Json compute = {};
   std::string base = {};
   std::optional<adapters::AdapterConfig> adapter = {};
+  std::optional<galore::GaLoreConfig> galore = {};
   std::string start = {};  // SHA-256 of the adapter to start from; "" = fresh
   bool head_only = false;
   objectives::DataSpec data = {};

@@ -119,8 +119,16 @@ void expect_same_files(const std::filesystem::path& directory, const std::filesy
 
 }  // namespace
 
+Calibration made_up_calibration() {
+  const auto gradients = [](std::span<const Target> targets, int64_t, const Calibration::Each& each) {
+    for (size_t i = 0; i < targets.size(); ++i)
+      each(i, models::random_tensor({targets[i].slot.out, targets[i].slot.in}, 40 + i).to(at::kFloat));
+  };
+  return {gradients, 0.01};
+}
+
 Adapter trained_adapter(const AdapterConfig& config, const models::Backbone& model, uint64_t seed) {
-  Adapter adapter = Adapter::create(config, model, seed, at::kCPU);
+  Adapter adapter = Adapter::create(config, model, seed, at::kCPU, made_up_calibration());
   add_noise(adapter);
   return adapter;
 }
@@ -161,7 +169,7 @@ void expect_zero_at_init(const AdapterConfig& config) {
   for (at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
     models::Decoder model = golden_base(dtype);
     const at::Tensor before = model.forward(tokens);
-    const Adapter adapter = Adapter::create(config, model, 1, at::kCPU);
+    const Adapter adapter = Adapter::create(config, model, 1, at::kCPU, made_up_calibration());
     adapter.attach(model);
     EXPECT_TRUE(at::equal(model.forward(tokens), before)) << config.type;
     {
@@ -175,7 +183,7 @@ void expect_zero_at_init(const AdapterConfig& config) {
 
 void expect_gradients(const AdapterConfig& config, const models::Decoder& base, const std::vector<std::string>& still) {
   models::Decoder model = base.share();
-  const Adapter adapter = Adapter::create(config, model, 1, at::kCPU);
+  const Adapter adapter = Adapter::create(config, model, 1, at::kCPU, made_up_calibration());
   adapter.attach(model);
   const models::PassScope scope(model, {.training = true});
   model.loss(golden_tensor("tokens")).sum.backward();

@@ -35,6 +35,9 @@ void expect_close(const at::Tensor& actual, const at::Tensor& expected, const st
 /// Numbers trained and stored by the shapes of real models.
 Counts count_of(const AdapterConfig& config, const std::vector<models::Slot>& slots);
 
+/// Made-up gradients for types that start from examples: numbers of the target's place in the list.
+Calibration made_up_calibration();
+
 /// A fresh adapter whose trained tensors all got noise.
 Adapter trained_adapter(const AdapterConfig& config, const models::Backbone& model, uint64_t seed = 1);
 

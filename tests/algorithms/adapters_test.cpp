@@ -14,6 +14,7 @@
 #include "algorithms/adapters/adapter.h"
 #include "core/error.h"
 #include "models/vit.h"
+#include "tests/algorithms/adapter_cases.h"
 #include "tests/models/random_tensors.h"
 
 namespace moraine::algorithms::adapters {
@@ -95,7 +96,7 @@ TEST_P(EveryType, AFreshOneChangesNoBitWhereItSaysSoAndDetachRestoresTheBase) {
     const Subject s = subject(dtype);
     const at::NoGradGuard no_grad;
     const at::Tensor before = s.output();
-    const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU);
+    const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU, made_up_calibration());
     adapter.attach(*s.model);
     // A start near zero may still round to no change, depending on the machine.
     if (type().traits().zero_at_init) {
@@ -111,7 +112,7 @@ TEST_P(EveryType, AFreshOneChangesNoBitWhereItSaysSoAndDetachRestoresTheBase) {
 TEST_P(EveryType, HasTheNumbersItCounts) {
   const Subject s = subject(at::kFloat);
   const AdapterConfig config = small(type());
-  const Adapter adapter = Adapter::create(config, *s.model, 1, at::kCPU);
+  const Adapter adapter = Adapter::create(config, *s.model, 1, at::kCPU, made_up_calibration());
   int64_t trained = 0, kept = 0;
   for (const auto& [name, tensor] : adapter.parameters()) trained += tensor.numel();
   for (const auto& [name, tensor] : adapter.state()) kept += tensor.numel();
@@ -122,7 +123,7 @@ TEST_P(EveryType, HasTheNumbersItCounts) {
 
 TEST_P(EveryType, TrainsNothingButItsOwn) {
   const Subject s = subject(at::kFloat);
-  const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU);
+  const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU, made_up_calibration());
   move(adapter);  // from where some start, others get no gradient
   adapter.attach(*s.model);
   const models::PassScope scope(*s.model, {.training = true, .step = 3, .first = 0, .seed = 9});
@@ -140,7 +141,7 @@ TEST_P(EveryType, TrainsNothingButItsOwn) {
 TEST_P(EveryType, ReadsBackWhatItWroteBitForBit) {
   const Subject s = subject(at::kFloat);
   const at::NoGradGuard no_grad;
-  const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU);
+  const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU, made_up_calibration());
   move(adapter);
   adapter.attach(*s.model);
   const at::Tensor wanted = s.output();
@@ -156,7 +157,7 @@ TEST_P(EveryType, ReadsBackWhatItWroteBitForBit) {
 TEST_P(EveryType, ComesFromItsSeedAlone) {
   const Subject s = subject(at::kFloat);
   const auto id = [&](uint64_t seed) {
-    return Adapter::create(small(type()), *s.model, seed, at::kCPU).to_artefact({}, seed)->id();
+    return Adapter::create(small(type()), *s.model, seed, at::kCPU, made_up_calibration()).to_artefact({}, seed)->id();
   };
   EXPECT_EQ(id(1), id(1));
 }
@@ -164,7 +165,7 @@ TEST_P(EveryType, ComesFromItsSeedAlone) {
 TEST_P(EveryType, PassesAreDrawnFromTheStepAloneAndEvaluationDrawsNothing) {
   const Subject s = subject(at::kFloat);
   const at::NoGradGuard no_grad;
-  const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU);
+  const Adapter adapter = Adapter::create(small(type()), *s.model, 1, at::kCPU, made_up_calibration());
   move(adapter);
   adapter.attach(*s.model);
   const auto at_step = [&](int64_t step, bool training) {
@@ -184,7 +185,7 @@ TEST(Adapters, TheirChangeAddedToTheWeightsIsTheAttachedModel) {
     models::Decoder model =
         models::Decoder::from_config(models::tiny_config(models::DecoderConfig::Family::kOlmo2), 3, at::kDouble);
     const at::NoGradGuard no_grad;
-    const Adapter adapter = Adapter::create(small(*type), model, 1, at::kCPU);
+    const Adapter adapter = Adapter::create(small(*type), model, 1, at::kCPU, made_up_calibration());
     move(adapter);
     const auto tokens = models::random_tokens(2, 7, model.config().vocab_size, 4);
     std::optional<at::Tensor> merged;

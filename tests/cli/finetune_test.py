@@ -24,6 +24,8 @@ adapters:
   - {{name: small, adapter: {{type: lora, rank: 2, alpha: 4, dropout: 0.1}}}}
   - {{name: pissa, adapter: {{type: lora, rank: 2, alpha: 2, init: pissa}}}}
   - {{name: dora, adapter: {{type: dora, rank: 2, alpha: 4, target_modules: [q_proj, up_proj]}}}}
+  - {{name: sb, learning_rate: 1e-3, adapter: {{type: lora_sb, rank: 4, options: {{examples: 6}}}}}}
+  - {{name: galore, learning_rate: 1e-3, optimizer: adamw8bit, galore: {{rank: 8, update_proj_gap: 4, scale: 1}}}}
   - {{name: whole, learning_rate: 1e-3}}
 seeds: [1, 2]
 seq_len: 32
@@ -53,10 +55,15 @@ class Finetuning(World):
 def workers_kills_and_seeds_decide_what_they_should(world: Finetuning) -> None:
     world.run("one", "workers.local=1")
     rows = world.table("one", "Bits per byte")
-    assert [row["adapter"] for row in rows] == ["base", "small", "pissa", "dora", "whole"], rows
+    assert [row["adapter"] for row in rows] == ["base", "small", "pissa", "dora", "sb", "galore", "whole"], rows
     for row in rows[1:]:
         assert row["task left"] < rows[0]["task left"] and row["mean"] < rows[0]["mean"], (row, rows[0])
         assert row["spread"] > 0, row   # two seeds differ
+    memory = {row["training"]: row["optimizer"] for row in world.table("one", "What training cost")}
+    trained = {row["adapter"]: row["trained"] for row in rows}
+    # Two float32 moments a number, and a count of steps a tensor.
+    assert 0 <= memory["whole"] * 2**20 / (8 * trained["whole"]) - 1 < 1e-3, memory
+    assert memory["galore"] < memory["whole"] / 2, memory
     world.run("four", "workers.local=4")
     assert world.hash("four") == world.hash("one")
     for sign in (signal.SIGKILL, signal.SIGTERM):
@@ -75,7 +82,7 @@ def exports_are_what_was_scored(world: Finetuning) -> None:
     model = SOURCE / "recipes/models/tiny-public"
     world.run("run", "seeds=[1]")
     scores = {row["adapter"]: row["task left"] for row in world.table("run", "Bits per byte")}
-    for name in ("small", "pissa", "dora", "whole"):
+    for name in ("small", "pissa", "dora", "sb", "galore", "whole"):
         merged = world.directory / f"{name}-merged"
         done = subprocess.run([BINARY, "export", world.directory / "run", merged, "--to", "hf", "--what", f"{name}/left/seed1"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

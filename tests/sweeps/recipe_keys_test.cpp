@@ -395,6 +395,12 @@ train: {steps: 4, batch_size: 2}
       {"seeds", {.change = {"seeds=[5]"}}},
       {"adapters.0.name", {.change = {"adapters.0.name=other"}}},
       {"adapters.0.learning_rate", {.change = {"adapters.0.learning_rate=0.01"}}},
+      {"adapters.0.optimizer", {.change = {"adapters.0.optimizer=sgd"}}},
+      {"adapters.0.galore.rank", {.elsewhere = true}},
+      {"adapters.0.galore.update_proj_gap", {.elsewhere = true}},
+      {"adapters.0.galore.scale", {.elsewhere = true}},
+      {"adapters.0.galore.proj_type", {.elsewhere = true}},
+      {"adapters.0.galore.target_modules", {.elsewhere = true}},
       {"adapters.0.start", {.change = {"adapters.0.start=" + file("adapter1")}, .refused = true}},
       {adapter + "type", {.change = {set("type", "dora")}}},
       {adapter + "options",
@@ -417,6 +423,15 @@ train: {steps: 4, batch_size: 2}
       {"tasks.0.validation_share", {.elsewhere = true}},
       {"evaluation.ranks", {.context = {set("rank_pattern", "[]")}, .change = {"evaluation.ranks=[1]"}}},
   };
+  const Overrides galore = {"adapters.0.adapter=null", "adapters.0.galore.rank=2"};
+  std::map<std::string, Change> in_subspaces;
+  std::set<std::string> keys;
+  for (const std::string key : {"rank", "update_proj_gap", "scale", "proj_type", "target_modules"}) {
+    const std::string at = "adapters.0.galore." + key;
+    in_subspaces[at] = {.context = galore};
+    keys.insert(at);
+  }
+  in_subspaces["adapters.0.galore.target_modules"].change = {"adapters.0.galore.target_modules=[q_proj]"};
   const std::string completions = R"(
 name: sweep
 method: finetune
@@ -439,6 +454,7 @@ train: {steps: 4, batch_size: 2}
       {"adapters.0.head_only", {.change = {"adapters=[{name: one, head_only: true}]"}}}};
   return {
       {"finetune", recipe, std::move(changes), {}},
+      {"finetune", recipe, std::move(in_subspaces), std::move(keys)},
       {"finetune", completions, {}, {"tasks.0.packing"}},
       {"finetune",
        images,

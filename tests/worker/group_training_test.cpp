@@ -12,6 +12,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "algorithms/galore/galore.h"
 #include "comm/local/channel.h"
 #include "comm/threads/group.h"
 #include "core/error.h"
@@ -97,6 +98,22 @@ TEST(GroupTraining, MicroBatchesBucketsAndOverlapKeepTheBits) {
     EXPECT_EQ(usual.parameters, with(4, true, micro).parameters) << "each tensor alone";
     EXPECT_EQ(usual.outcome.curve, with(4, false, micro).outcome.curve);
   }
+}
+
+TEST(GroupTraining, SubspacesOfGradientsAreOfTheWholeBatch) {
+  const auto in_subspaces = [](int, algorithms::TrainJob& job, TrainSite&) {
+    job.parameters[0].first = "inner.weight";  // [5, 4]
+    algorithms::galore::GaLoreConfig config;
+    config.rank = 2;
+    config.update_proj_gap = 4;
+    job.space = algorithms::galore::make_space(
+        config, std::vector<models::Slot>{{"inner", models::SlotKind::kLinear, 4, 5}}, job.parameters);
+  };
+  const Trained one = train_in_group(1, in_subspaces);
+  EXPECT_GT(largest_difference(one.parameters, train_in_group(1).parameters), 1e-3) << "subspaces matter";
+  // As above, and a subspace turns by the rounding of its gradient over the gap between singular values.
+  for (const int size : {2, 3})
+    EXPECT_LT(largest_difference(one.parameters, train_in_group(size, in_subspaces).parameters), 1e-4) << size;
 }
 
 TEST(GroupTraining, AllStartFromTheLeadersParameters) {
