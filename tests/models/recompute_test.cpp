@@ -29,7 +29,7 @@ TEST(Recomputed, GivesTheSameAndCallsItsPartAgainForTheGradientAlone) {
   (y * y).sum().backward();
   EXPECT_EQ(calls, 2);
   const at::Tensor of_x = x.grad().clone(), of_weight = weight.grad().clone();
-  x.mutable_grad() = {}, weight.mutable_grad() = {};
+  x.mutable_grad() = at::Tensor(), weight.mutable_grad() = at::Tensor();
   const at::Tensor plain = part(x);
   (plain * plain).sum().backward();
   EXPECT_TRUE(same_bits(plain, y) && same_bits(x.grad(), of_x) && same_bits(weight.grad(), of_weight));
@@ -68,7 +68,7 @@ void expect_same_bits(Backbone& model, const std::function<at::Tensor()>& output
       } else {
         gradients.push_back(weight.grad());
       }
-      weight.mutable_grad() = {};
+      weight.mutable_grad() = at::Tensor();
     }
   }
   EXPECT_TRUE(same_bits(outputs[0], outputs[1]));
