@@ -10,6 +10,7 @@ namespace moraine::data {
 /// all of it, a block at a time. Throws as Hdf5File::read().
 std::string text_fingerprint(const core::Hdf5File& file);
 std::string image_fingerprint(const core::Hdf5File& file);
+std::string examples_fingerprint(const core::Hdf5File& file);
 
 /// Throws UserError if the attribute `fingerprint` is not `content_of(file)`: units are named by it, so that content
 /// edited under an old fingerprint would get old results. A file whose place, size and times have not changed is read
