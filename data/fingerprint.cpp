@@ -82,14 +82,14 @@ std::string image_fingerprint(const core::Hdf5File& file) {
 }
 
 std::string examples_fingerprint(const core::Hdf5File& file) {
-  const core::Json names = core::parse_json(file.text_attribute("class_names").value_or("[]"), file.path().string());
-  std::string text = fmt::format("moraine-text-examples 1\n{}\n{} {}\n{}\n", file.text_attribute("task").value_or(""),
-                                 file.text_attribute("tokenizer").value_or(""),
-                                 file.int_attribute("vocab_size").value_or(0), names.dump());
+  std::string text = fmt::format(
+      "moraine-text-examples 1\n{} {}\n{} {} {}\n", file.text_attribute("task").value_or(""),
+      core::sha256(file.text_attribute("class_names").value_or("[]")), file.text_attribute("tokenizer").value_or(""),
+      file.int_attribute("vocab_size").value_or(0), file.int_attribute("end_of_document").value_or(0));
   for (const std::string split : {"train", "validation", "test"}) {
     text += line_of<uint32_t>(file, split + "/tokens");
-    for (const char* part : {"examples", "prompts", "labels", "groups", "bytes"})
-      text += line_of<int64_t>(file, fmt::format("{}/{}", split, part));
+    for (const char* name : {"/examples", "/prompts", "/labels", "/groups", "/bytes"})
+      text += line_of<int64_t>(file, split + name);
   }
   return core::sha256(text);
 }

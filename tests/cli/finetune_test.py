@@ -211,7 +211,8 @@ def completions_and_choices_are_learnt(world: Finetuning) -> None:
     pairs = [(a, b) for a, b in zip("abcdefghijklmnopqrst", "bcdefghijklmnopqrstu")]
     records = [{"question": f"{number} after {a} comes", "choices": [b, "z", "0"], "answer": b, "completion": f" {b}"} for number in range(20) for a, b in pairs]
     (world.directory / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    prepare("prepare_examples", "choice", "--name", "choice", "--out", world.directory / "choice.h5", world.directory / "r.jsonl")
+    prepare("prepare_examples", "choice", "--name", "choice", "--out", world.directory / "choice.h5", "--prompt", "question", "--separator", " ",
+            world.directory / "r.jsonl")
     prepare("prepare_examples", "completion", "--name", "completion", "--out", world.directory / "completion.h5", "--prompt", "question", "--completion", "completion",
             world.directory / "r.jsonl")
     base = ("seeds=[1]", "train.steps=60", "evaluation.sequences=0", "adapters=[{name: lora, adapter: {rank: 4, alpha: 8}}]")

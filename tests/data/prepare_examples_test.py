@@ -1,177 +1,169 @@
-"""Tests of scripts/prepare_examples.py. Test names are claims; docs/data.md states the rules. Exit code 77: a package is missing."""
+"""Tests of scripts/prepare_examples.py. Test names are claims; docs/data.md states the rules."""
 import contextlib
+import csv
 import hashlib
 import io
 import json
 import pathlib
-import sys
+import random
 import tempfile
 import unittest
 
-try:
-    import h5py
-    import numpy as np
-    import tokenizers
-except ImportError as error:
-    print(f"skipped: {error}: run scripts/setup")
-    sys.exit(77)
+import example_fixtures as fixtures
+from example_fixtures import prepare_examples
+from text_fixtures import side
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "scripts"))
-import prepare_examples
+import h5py
+import tokenizers
 
-SPLITS = ("train", "validation", "test")
+CLASSIFICATION = ("classification", "--text", "q", "--label", "label")
+COMPLETION = ("completion", "--prompt", "q", "--completion", "a")
+CHOICE = ("choice", "--prompt", "q", "--choices", "choices", "--answer", "right")
 
 
-class ExamplesCase(unittest.TestCase):
+def bert_tokenizer(path):
+    """One token per character, [CLS] before and [SEP] behind a text."""
+    vocabulary = {token: number for number, token in enumerate(["[UNK]", "[CLS]", "[SEP]"] + [chr(c) for c in range(32, 127)])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.save(str(path))
+    return vocabulary
+
+
+class PrepareExamples(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
 
-    def write(self, name, records):
+    def write(self, rows, name="rows.jsonl"):
         path = self.folder / name
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        return path
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
 
     def run_tool(self, task, *arguments):
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            code = prepare_examples.main([task, "--name", "d", "--out", str(self.folder / "d.h5"), *map(str, arguments)])
+            code = prepare_examples.main([*task, "--name", "e", "--out", str(self.folder / "e.h5"), *arguments])
         return code, output.getvalue()
 
-    def prepared(self, task, *arguments):
+    def prepare(self, task, *arguments):
+        """{split: [(tokens, prompt, label)]}, the attributes and the counts."""
         code, output = self.run_tool(task, *arguments)
         self.assertEqual(code, 0, output)
-        with h5py.File(self.folder / "d.h5") as file:
-            return {split: {name: data[:] for name, data in file[split].items()} for split in file}, dict(file.attrs)
+        splits = {}
+        with h5py.File(self.folder / "e.h5") as file:
+            attributes = {key: value.decode() if isinstance(value, bytes) else value for key, value in file.attrs.items()}
+            for split in prepare_examples.SPLITS:
+                tokens, starts = file[split]["tokens"][:].tolist(), file[split]["examples"][:].tolist()
+                splits[split] = [(tokens[a:b], p, label) for a, b, p, label in
+                                 zip(starts, starts[1:], file[split]["prompts"][:].tolist(), file[split]["labels"][:].tolist())]
+        return splits, attributes, json.loads(attributes["provenance"])["records"]
 
-    def refused(self, parts, task, *arguments):
+    def refusal(self, task, *arguments):
         code, output = self.run_tool(task, *arguments)
         self.assertEqual(code, 2, output)
-        for part in (*parts, "hint:"):
-            self.assertIn(part, output)
-        self.assertFalse((self.folder / "d.h5").exists())
+        self.assertIn("hint:", output)
+        self.assertFalse((self.folder / "e.h5").exists())
+        return output
 
-    def tokenizer(self):
-        """A word is a token; [CLS] and [SEP] stand around a text."""
-        words = ["[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        tokenizer.add_special_tokens(words[:3])
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-        path = self.folder / "tokenizer.json"
-        tokenizer.save(str(path))
-        return path
+    def test_does_not_depend_on_order_or_packaging_of_the_records(self):
+        rows = fixtures.rows()
+        for task in (CLASSIFICATION, COMPLETION, CHOICE):
+            _, first, _ = self.prepare(task, self.write(rows))
+            shuffled = random.Random(1).sample(rows, len(rows))
+            table = self.folder / "part.csv"
+            with open(table, "w", newline="") as out:
+                writer = csv.DictWriter(out, list(rows[0]))
+                writer.writeheader()
+                writer.writerows({**row, "choices": json.dumps(row["choices"])} for row in shuffled[:20])
+            _, second, _ = self.prepare(task, str(table), self.write(shuffled[20:], "rest.jsonl"))
+            self.assertEqual(first["fingerprint"], second["fingerprint"], task[0])
 
+    def test_the_fingerprint_is_the_documented_hash(self):
+        for task in (CLASSIFICATION, CHOICE):
+            _, attributes, _ = self.prepare(task, self.write(fixtures.rows()))
+            names = ["tokens", "examples", "prompts", "labels"] + ["groups"] * (task == CHOICE) + ["bytes"]
+            lines = ["moraine-text-examples 1", f"{task[0]} {hashlib.sha256(attributes['class_names'].encode()).hexdigest()}", "bytes-v1 257 256"]
+            with h5py.File(self.folder / "e.h5") as file:
+                for split in ("train", "validation", "test"):
+                    self.assertEqual(sorted(file[split]), sorted(names))
+                    lines += [f"{split}/{n} " + hashlib.sha256(file[split][n][:].astype("<u4" if n == "tokens" else "<i8").tobytes()).hexdigest() for n in names]
+            self.assertEqual(attributes["fingerprint"], hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest())
 
-def examples(split):
-    """(tokens, label, prompt) of a split."""
-    bounds = split["examples"]
-    return [(tuple(split["tokens"][a:b].tolist()), int(label), int(prompt)) for a, b, label, prompt in zip(bounds, bounds[1:], split["labels"], split["prompts"])]
+    def test_special_tokens_surround_a_text_and_only_precede_a_prompt(self):
+        ids = bert_tokenizer(self.folder / "tokenizer.json")
+        rows = self.write([{"q": f"{n:03d}", "label": n % 2, "a": "x"} for n in range(60)])
+        splits, _, _ = self.prepare(CLASSIFICATION, "--tokenizer", str(self.folder / "tokenizer.json"), rows)
+        expected = {(1, *(ids[c] for c in f"{n:03d}"), 2): n % 2 for n in range(60)}
+        self.assertEqual({tuple(tokens): label for part in splits.values() for tokens, _, label in part}, expected)
+        splits, _, _ = self.prepare(COMPLETION, "--tokenizer", str(self.folder / "tokenizer.json"), rows)
+        for tokens, prompt, _ in splits["train"]:
+            self.assertEqual((tokens[0], prompt, tokens[4:]), (1, 4, [ids["x"], 2]))
 
+    def test_what_is_too_long_is_cut_for_classification_and_dropped_otherwise(self):
+        ids = bert_tokenizer(self.folder / "tokenizer.json")
+        rows = self.write([{"q": f"{n:03d}" + "y" * (10 * (n % 3 == 0)), "label": n % 2, "a": "x"} for n in range(90)])
+        splits, _, counts = self.prepare(CLASSIFICATION, "--tokenizer", str(self.folder / "tokenizer.json"), "--max-tokens", "6", rows)
+        self.assertEqual(counts["truncated"], 30)
+        self.assertEqual(sum(tokens[-2:] == [ids["y"], 2] and len(tokens) == 6 for part in splits.values() for tokens, _, _ in part), 30)
+        splits, _, counts = self.prepare(COMPLETION, "--max-tokens", "6", rows)
+        self.assertEqual((counts["too_long"], sum(map(len, splits.values()))), (30, 60))
 
-class Classification(ExamplesCase):
-    records = [{"text": f"text number {i}", "label": ("odd" if i % 2 else "even")} for i in range(200)]
+    def test_equal_texts_stay_on_one_side(self):
+        rows = [{"q": f"prompt {n}", "a": f"{k}"} for n in range(40) for k in range(3)]
+        splits, _, counts = self.prepare(COMPLETION, "--validation", "0.2", "--test", "0.2", self.write(rows + rows[:5]))
+        self.assertEqual(counts["exact_duplicates"], 5)
+        for split, part in splits.items():
+            self.assertEqual({bytes(tokens[:prompt]).decode() for tokens, prompt, _ in part}, {r["q"] for r in rows if side(r["q"].encode(), 0.2, 0.2) == split})
+            self.assertEqual(len(part) % 3, 0)
 
-    def test_every_text_stands_once_with_its_class(self):
-        splits, attributes = self.prepared("classification", self.write("a.jsonl", self.records))
-        self.assertEqual(json.loads(attributes["class_names"]), ["even", "odd"])
-        found = [example for split in SPLITS for example in examples(splits[split])]
-        self.assertEqual(sorted(found), sorted((tuple(r["text"].encode()), int(r["label"] == "odd"), len(r["text"])) for r in self.records))
-        for split in ("validation", "test"):
-            self.assertTrue(5 < len(examples(splits[split])) < 40)   # 20 expected, deviation 4.2
+    def test_a_text_of_a_given_test_split_is_held_out_of_the_others(self):
+        rows = [{"q": f"prompt {n}", "a": "x"} for n in range(40)]
+        splits, _, counts = self.prepare(COMPLETION, "--test-file", self.write(rows[:10], "test.jsonl"), self.write(rows[5:]))
+        self.assertEqual((len(splits["test"]), counts["held_out"], sum(map(len, splits.values()))), (10, 5, 40))
+        named = self.write([{**row, "part": ("train", "dev", "test")[n % 3]} for n, row in enumerate(rows)])
+        splits, _, _ = self.prepare(COMPLETION, "--split-column", "part", named)
+        self.assertEqual([len(splits[split]) for split in prepare_examples.SPLITS], [14, 13, 13])
 
-    def test_files_their_order_and_copies_do_not_matter(self):
-        one = self.prepared("classification", self.write("a.jsonl", self.records))
-        halves = self.write("b.jsonl", self.records[100:] + self.records[:7]), self.write("c.jsonl", self.records[:100][::-1])
-        two = self.prepared("classification", *halves)
-        self.assertEqual(one[1]["fingerprint"], two[1]["fingerprint"])
+    def test_a_text_with_two_labels_is_refused_or_left_out(self):
+        rows = self.write([{"q": f"text {n}", "label": n % 2} for n in range(60)] + [{"q": "text 3", "label": 0}])
+        self.assertIn("the same text has several labels: '0'", self.refusal(CLASSIFICATION, rows))
+        splits, _, counts = self.prepare(CLASSIFICATION, "--drop-conflicts", rows)
+        self.assertEqual((counts["conflicting"], sum(map(len, splits.values()))), (2, 59))
 
-    def test_the_fingerprint_is_the_documented_one(self):
-        splits, attributes = self.prepared("classification", self.write("a.jsonl", self.records))
-        text = 'moraine-text-examples 1\nclassification\nbytes-v1 257\n["even","odd"]\n'
-        for split in SPLITS:
-            for name in ("tokens", "examples", "prompts", "labels", "bytes"):
-                values = splits[split][name].astype("<u4" if name == "tokens" else "<i8")
-                text += f"{split}/{name} {hashlib.sha256(values.tobytes()).hexdigest()}\n"
-        self.assertEqual(attributes["fingerprint"].decode() if isinstance(attributes["fingerprint"], bytes) else attributes["fingerprint"],
-                         hashlib.sha256(text.encode()).hexdigest())
+    def test_an_answer_is_a_choice_or_its_place(self):
+        rows = [{"q": f"q{n}", "choices": ["1", "0", "two"], "right": ("0", "two", 0, "2")[n % 4]} for n in range(80)]
+        splits, _, _ = self.prepare(CHOICE, self.write(rows))
+        right = {bytes(tokens[:prompt]).decode(): bytes(tokens[prompt:-1]).decode() for part in splits.values() for tokens, prompt, label in part if label}
+        self.assertEqual(right, {f"q{n}": ("0", "two", "1", "two")[n % 4] for n in range(80)})
 
-    def test_special_tokens_are_the_tokenizers_and_long_texts_keep_them(self):
-        records = [{"text": " ".join("abcdefgh"[(i + j) % 8] for j in range(2 + i % 5)), "label": str(i % 2)} for i in range(60)]
-        splits, _ = self.prepared("classification", "--tokenizer", self.tokenizer(), "--max-tokens", 5, self.write("a.jsonl", records))
-        for tokens, _, prompt in (example for split in SPLITS for example in examples(splits[split])):
-            self.assertEqual((tokens[0], tokens[-1], prompt), (1, 2, len(tokens)))
-            self.assertLessEqual(len(tokens), 5)
+    def test_a_cap_keeps_the_smallest_hashes(self):
+        rows = fixtures.rows()
+        splits, _, counts = self.prepare(COMPLETION, "--max-examples", "40", self.write(rows))
+        kept = sorted((r["q"] for r in rows), key=lambda q: hashlib.sha256(q.encode()).digest())[:40]
+        self.assertEqual({bytes(tokens[:prompt]).decode() for part in splits.values() for tokens, prompt, _ in part}, set(kept))
+        self.assertEqual(counts["beyond_cap"], 20)
 
-    def test_classes_can_be_the_most_frequent_and_capped(self):
-        records = [{"text": f"{name} {i}", "label": name} for name, count in (("a", 90), ("b", 60), ("c", 30)) for i in range(count)]
-        splits, attributes = self.prepared("classification", "--top-classes", 2, "--max-per-class", 50, self.write("a.jsonl", records))
-        self.assertEqual(json.loads(attributes["class_names"]), ["a", "b"])
-        labels = np.concatenate([splits[split]["labels"] for split in SPLITS])
-        self.assertEqual(np.bincount(labels).tolist(), [50, 50])
-
-    def test_bad_input_is_refused(self):
-        path = self.write("a.jsonl", self.records)
-        self.refused(("no field 'intent'", "it has: text, label", "--label"), "classification", "--label", "intent", path)
-        self.refused(("only the class odd",), "classification", self.write("b.jsonl", self.records[1::2]))
-        self.refused(("the text is empty",), "classification", self.write("c.jsonl", [*self.records, {"text": " ", "label": "odd"}]))
-        self.refused(("holds no records",), "classification", self.write("d.txt", self.records))
-        self.refused(("is one of the inputs",), "classification", "--out", path, path)
-        rare = [*self.records, *({"text": f"rare {i}", "label": "rare"} for i in range(1))]
-        code, output = self.run_tool("classification", "--validation", 0.45, "--test", 0.45, self.write("e.jsonl", rare))
-        self.assertTrue(code == 0 or (code == 2 and "no example in the training split" in output), output)
-
-
-class Completion(ExamplesCase):
-    records = [{"q": f"{i}+1=", "a": str(i + 1)} for i in range(80)]
-
-    def test_prompt_and_completion_meet_where_they_should(self):
-        splits, _ = self.prepared("completion", "--prompt", "Q {q}", "--completion", "a", self.write("a.jsonl", self.records))
-        found = [example for split in SPLITS for example in examples(splits[split])]
-        wanted = [((*f"Q {r['q']}{r['a']}".encode(), 256), -1, len(f"Q {r['q']}")) for r in self.records]
-        self.assertEqual(sorted(found), sorted(wanted))
-        self.assertEqual(sorted(np.concatenate([splits[split]["bytes"] for split in SPLITS])), sorted(len(r["a"]) for r in self.records))
-
-    def test_a_prompt_keeps_what_begins_a_text_and_not_what_ends_it(self):
-        records = [{"q": " ".join(pair), "a": "h"} for pair in ((x, y) for x in "abcdefg" for y in "abcdefg")]
-        splits, _ = self.prepared("completion", "--tokenizer", self.tokenizer(), "--prompt", "q", "--completion", "a", self.write("a.jsonl", records))
-        for tokens, _, prompt in (example for split in SPLITS for example in examples(splits[split])):
-            self.assertEqual((tokens[0], prompt, tokens[3:]), (1, 3, (10, 2)))   # [CLS] x y | h [SEP]
-
-    def test_long_ones_are_dropped_and_counted(self):
-        code, output = self.run_tool("completion", "--prompt", "q", "--completion", "a", "--max-tokens", 6, self.write("a.jsonl", self.records))
-        self.assertEqual(code, 0, output)
-        self.assertIn("71 too long", output)   # 9 of "0+1=" to "8+1=" and the end are 6 tokens
-
-    def test_bad_templates_are_refused(self):
-        path = self.write("a.jsonl", self.records)
-        self.refused(("--prompt", "write {{ and }}"), "completion", "--prompt", "{q", "--completion", "a", path)
-        self.refused(("braces without a name",), "completion", "--prompt", "{}", "--completion", "a", path)
-        self.refused(("no field 'x'", "--completion"), "completion", "--prompt", "q", "--completion", "{x}", path)
-
-
-class Choice(ExamplesCase):
-    records = [{"question": f"twice {i} is", "choices": [str(2 * i), str(i + 100), "none"], "answer": str(2 * i) if i % 2 else 0} for i in range(60)]
-
-    def test_choices_of_a_question_follow_each_other_and_one_is_right(self):
-        splits, _ = self.prepared("choice", self.write("a.jsonl", self.records))
-        seen = 0
-        for split in SPLITS:
-            rows = examples(splits[split])
-            self.assertEqual(splits[split]["groups"].tolist(), [i // 3 for i in range(len(rows))])
-            for first in range(0, len(rows), 3):
-                tokens, _, prompt = rows[first]
-                number = int(bytes(tokens[6:prompt]).split()[0])
-                self.assertEqual([bytes(row[0][row[2]:-1]).decode() for row in rows[first:first + 3]], [f" {2 * number}", f" {number + 100}", " none"])
-                self.assertEqual([row[1] for row in rows[first:first + 3]], [1, 0, 0])
-                seen += 1
-        self.assertEqual(seen, 60)
-
-    def test_bad_questions_are_refused(self):
-        for change, parts in (({"choices": ["x"]}, ("no list of two",)), ({"answer": "other"}, ("none of its 3 choices",)), ({"answer": 3}, ("none of its 3 choices",)),
-                              ({"answer": True}, ("none of its 3 choices",)), ({"choices": "[1,"}, ("no JSON list",))):
-            self.refused(parts, "choice", self.write("a.jsonl", [*self.records, {**self.records[0], **change}]))
+    def test_refuses_by_place_what_it_cannot_use(self):
+        good = {"q": "q", "label": "l", "a": "a", "choices": ["a", "b"], "right": 0}
+        for task, change, message in ((CLASSIFICATION, {"label": None}, "rows.jsonl:1: the label is null"),
+                                      (CLASSIFICATION, {"q": 3}, "rows.jsonl:1: --text is 3, not text"),
+                                      (CLASSIFICATION, {"q": "a\0"}, "is binary"),
+                                      (CLASSIFICATION, {}, "a single class"),
+                                      (COMPLETION, {"a": ["x"]}, 'rows.jsonl:1: --completion is ["x"], not text'),
+                                      (CHOICE, {"choices": ["a"]}, "no list of two or more"),
+                                      (CHOICE, {"choices": ["a", "a"]}, "two choices are the same"),
+                                      (CHOICE, {"choices": "a, b"}, "not a JSON list"),
+                                      (CHOICE, {"right": 2}, "the answer 2 is none of the 2 choices"),
+                                      (CHOICE, {"right": True}, "the answer true is none"),
+                                      (COMPLETION, {}, "falls into the")):
+            self.assertIn(message, self.refusal(task, self.write([{**good, **change}])))
+        self.assertIn("has no field 'q' (it has: body)", self.refusal(COMPLETION, self.write([{"body": ""}])))
+        self.assertIn("is no file of records", self.refusal(COMPLETION, self.write([good], "rows.txt")))
+        self.assertIn("is no split", self.refusal((*COMPLETION, "--split-column", "a"), self.write([good])))
 
 
 if __name__ == "__main__":
