@@ -5,7 +5,10 @@
 
 #include <gtest/gtest.h>
 
+#include "algorithms/language_model.h"
 #include "algorithms/register.h"
+#include "models/vit.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::algorithms {
 namespace {
@@ -27,10 +30,20 @@ bool runs(const std::string& tests, const std::string& method) {
   return std::regex_search(tests, std::regex("[\"']" + method + "[\"']|method[=:] ?" + method + "\\b"));
 }
 
-// As a user reads it, but for a fetched model: the one of the repository stands for that.
+// As a user reads it, but for a fetched model: the one of the repository, or a small one of the same kind, stands for
+// that.
 ParsedRecipe parsed(const fs::path& recipe) {
-  if (text_of(recipe).find("model: {path: ../../.cache/") == std::string::npos) return load_recipe(recipe, {});
-  return load_recipe(recipe, {"model.path=" + (kSource / "recipes/models/tiny-public").string()});
+  const std::string text = text_of(recipe);
+  if (text.find("model: {path: ../../.cache/") == std::string::npos) return load_recipe(recipe, {});
+  if (text.find("method: continual") == std::string::npos)
+    return load_recipe(recipe, {"model.path=" + (kSource / "recipes/models/tiny-public").string()});
+  const TemporaryDirectory directory;
+  models::VitConfig config;
+  config.image_size = 28, config.patch_size = 14, config.hidden_size = 8, config.intermediate_size = 12;
+  config.num_layers = 1, config.num_heads = 2;
+  const auto model = models::Vit::from_config(config, 1, at::kFloat);
+  write_model_directory(directory / "vit", config.to_json(), {model.weights().begin(), model.weights().end()});
+  return load_recipe(recipe, {"model.path=" + (directory / "vit").string()});
 }
 
 // Adapters and objectives are many small things, federated what a family of methods has in common, galore a way to

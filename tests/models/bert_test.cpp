@@ -189,7 +189,7 @@ class Added final : public SlotFunction {
 TEST(Bert, SlotsAreNamedAsModulesAndTakeFunctions) {
   const GoldenFile golden("bert_classifier");
   Bert bert = golden.model(at::kDouble);
-  EXPECT_EQ(bert.slots().size(), 2u * 6 + 2);
+  EXPECT_EQ(bert.slots().size(), 2u * 7 + 2);
   const std::string path = "bert.encoder.layer.1.attention.self.query";
   const at::Tensor delta = random_tensor({16, 16}, 4, 0.3), tokens = golden("tokens"), plain = bert.logits(tokens);
   bert.attach(path, std::make_shared<Added>(delta));

@@ -52,7 +52,7 @@ INSTANTIATE_TEST_SUITE_P(Decoder, EveryFamily,
 
 TEST_P(EveryFamily, EverySlotChangesTheLogitsAndDetachRestoresEveryBit) {
   const at::Tensor plain = decoder_.forward(kTokens);
-  EXPECT_EQ(decoder_.slots().size(), decoder_.config().is_mixture() ? 11u : 17u);
+  EXPECT_EQ(decoder_.slots().size(), decoder_.config().is_mixture() ? 13u : 19u);
   for (const Slot& slot : decoder_.slots()) {
     const auto before = decoder_.attached(slot.path);
     EXPECT_EQ(before != nullptr, decoder_.config().is_mixture() && slot.kind == SlotKind::kFfn) << slot.path;
@@ -83,6 +83,9 @@ TEST_P(EveryFamily, SlotShapesAreThoseOfTheirWeights) {
     const SlotBase& base = decoder_.base(slot.path);
     if (slot.kind == SlotKind::kLinear) {
       EXPECT_EQ(base.weight.sizes(), (Shape{slot.out, slot.in})) << slot.path;
+    } else if (slot.kind == SlotKind::kBlock) {
+      EXPECT_FALSE(base.weight.defined() || base.gate.defined()) << slot.path;
+      EXPECT_EQ(slot.in, slot.out) << slot.path;
     } else {
       EXPECT_EQ(base.gate.sizes(), (Shape{slot.inner, slot.in})) << slot.path;
       EXPECT_EQ(base.up.sizes(), (Shape{slot.inner, slot.in})) << slot.path;

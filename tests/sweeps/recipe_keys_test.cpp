@@ -336,6 +336,7 @@ lora_train: {steps: 3, batch_size: 8}
       {"workers.arithmetic", {.change = {"workers.arithmetic=portable"}}},
       {"run_dir", {.change = {"run_dir=elsewhere"}}},
       {"model.path", {.change = {"model.path=" + file("model1")}, .refused = true}},
+      {"model.image_size", {.change = {"model.image_size=12"}, .refused = true}},
       {"model.data_path", path_change("model.data_path", "images/others.h5", "images/strangers.h5")},
       {"model.architecture.image_size", {.change = {"model.architecture.image_size=12"}}},
       {"model.architecture.patch_size", {.change = {"model.architecture.patch_size=2"}}},
