@@ -123,6 +123,9 @@ void Finetune::summarize_scores(const Stages& stages, const RunState& state, Jso
   if (seeds) columns.push_back({{"key", "spread"}, {"label", "largest deviation over seeds"}, {"digits", 4}});
   Json rows = {base_row(stages, state)};
   for (const auto& entry : config_.adapters) rows.push_back(score_row(stages, state, entry));
+  if (stages.complete && one_metric()) out["headline"] = headline(rows);
+  if (!several)
+    for (Json& row : rows) row.erase("mean");
   Json notes = Json::array();
   const bool heads = std::ranges::any_of(tasks_, [](const auto& task) { return task.second.classes > 0; });
   if (heads) notes.push_back("numbers without the head that every task with classes trains beside");
@@ -137,7 +140,6 @@ void Finetune::summarize_scores(const Stages& stages, const RunState& state, Jso
                            {"highlight", true},
                            {"best_in", "column"},
                            {"notes", notes}});
-  if (stages.complete && one_metric()) out["headline"] = headline(rows);
 }
 
 std::string Finetune::headline(const Json& rows) const {
