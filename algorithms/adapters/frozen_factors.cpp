@@ -34,6 +34,11 @@ at::Tensor FrozenFactorsSlot::forward(const at::Tensor& x, const models::SlotBas
   return y.add(at::linear(inner, frozen_.b.to(type)), frozen_.scale).to(y.scalar_type());
 }
 
+models::NamedTensors FrozenFactorsSlot::peft_tensors() const {
+  const at::NoGradGuard no_grad;
+  return {{"lora_A.weight", frozen_.a}, {"lora_B.weight", at::matmul(frozen_.b, r_)}};
+}
+
 std::optional<at::Tensor> FrozenFactorsSlot::delta(const models::SlotBase& base) const {
   const Factored factors = *factored(base);
   return at::matmul(factors.parts[0].first, factors.parts[0].second).mul(factors.scale);

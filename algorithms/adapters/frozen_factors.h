@@ -28,6 +28,8 @@ class FrozenFactorsSlot final : public SlotAdapter {
   at::Tensor forward(const at::Tensor& x, const models::SlotBase& base, const models::Pass& pass) override;
   models::NamedTensors parameters() const override { return {{"lora_R", r_}}; }
   models::NamedTensors state() const override { return {{"lora_A", frozen_.a}, {"lora_B", frozen_.b}}; }
+  /// A LoRA of the same scale: A, and B R as its B.
+  models::NamedTensors peft_tensors() const override;
   std::optional<at::Tensor> delta(const models::SlotBase& base) const override;
   std::optional<Factored> factored(const models::SlotBase&) const override;
 

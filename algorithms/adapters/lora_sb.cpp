@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "algorithms/adapters/frozen_factors.h"
+#include "algorithms/adapters/lora.h"
 #include "core/error.h"
 
 namespace moraine::algorithms::adapters {
@@ -33,6 +34,14 @@ class LoraSb final : public Parametrisation {
   }
   Counts count(std::span<const Target> targets, const AdapterConfig&) const override {
     return frozen_factors_count(targets);
+  }
+  std::string peft_type() const override { return "LORA"; }
+  core::Json peft_config(const AdapterConfig& config) const override {
+    AdapterConfig lora = config;  // of scale 1, so alpha is the rank everywhere
+    lora.alpha = static_cast<double>(config.rank);
+    for (const auto& [module, rank] : config.rank_pattern)
+      lora.alpha_pattern.push_back({module, static_cast<double>(rank)});
+    return lora_peft_config(lora);
   }
   std::shared_ptr<SlotAdapter> make(const SlotInit& init) const override {
     const at::NoGradGuard no_grad;

@@ -17,6 +17,7 @@
 #include "core/error.h"
 #include "tests/algorithms/adapter_cases.h"
 #include "tests/models/random_tensors.h"
+#include "tests/temporary_directory.h"
 
 namespace moraine::algorithms::adapters {
 namespace {
@@ -193,6 +194,21 @@ TEST(LoraSb, KeepsThePromisesOfATypeOfAdapter) {
   expect_round_trip(config, golden_base());
   expect_round_trip(config, golden_base(at::kBFloat16));
   expect_depends_on_seed(config, /*differs=*/false);
+}
+
+TEST(LoraSb, ItsFileForPeftIsALoraOfTheSameChange) {
+  AdapterConfig config = sb_config();
+  config.rank_pattern = {{"q_proj", 5}};
+  const models::Decoder base = golden_base();
+  const Adapter adapter = trained_adapter(config, base);
+  const TemporaryDirectory directory;
+  adapter.save(directory.path());
+  const Adapter lora = Adapter::load(directory.path(), base, std::nullopt, at::kCPU);
+  EXPECT_EQ(lora.config().type, "lora");
+  const auto expected = adapter.deltas(base), found = lora.deltas(base);
+  ASSERT_EQ(found.size(), expected.size());
+  for (size_t i = 0; i < found.size(); ++i)
+    expect_close(found[i].second.detach(), expected[i].second, expected[i].first);
 }
 
 TEST(LoraSb, IsRefusedWithoutExamplesAndWithAnotherScaleOrStart) {
