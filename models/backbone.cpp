@@ -1,6 +1,7 @@
 #include "models/backbone.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include <ATen/TensorOperators.h>
@@ -67,12 +68,21 @@ at::Tensor Backbone::apply(size_t slot, const at::Tensor& x) const {
 
 at::Tensor Backbone::through(const at::Tensor& x, const std::function<at::Tensor(const at::Tensor&)>& layer) {
   if (!pass_.recompute) return layer(x);
+  std::vector<at::Tensor> leaves;
+  std::set<const void*> known;  // several slots may share one
+  const auto take = [&](const at::Tensor& tensor) {
+    if (tensor.requires_grad() && known.insert(tensor.unsafeGetTensorImpl()).second) leaves.push_back(tensor);
+  };
+  for (const auto& function : functions_)
+    if (function)
+      for (const auto& [name, tensor] : function->parameters()) take(tensor);
+  for (const auto& [name, weight] : weights_) take(weight);
   return recomputed(
       [this, layer, pass = pass_](const at::Tensor& input) {
         const PassScope scope(*this, pass);  // gradients are taken when the pass of the first time is over
         return layer(input);
       },
-      x);
+      x, leaves);
 }
 
 Weights Backbone::frozen_weights(at::Device device) const {

@@ -66,6 +66,8 @@ def workers_kills_and_seeds_decide_what_they_should(world: Finetuning) -> None:
     assert memory["galore"] < memory["whole"] / 2, memory
     world.run("four", "workers.local=4")
     assert world.hash("four") == world.hash("one")
+    world.run("recomputed", "gradient_checkpointing=true")
+    assert world.hash("recomputed") == world.hash("one")
     for sign in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(world.command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for line in process.stderr:

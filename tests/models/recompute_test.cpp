@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
@@ -24,7 +25,7 @@ TEST(Recomputed, GivesTheSameAndCallsItsPartAgainForTheGradientAlone) {
     ++calls;
     return (input.matmul(weight)).tanh();
   };
-  const at::Tensor y = recomputed(part, x);
+  const at::Tensor y = recomputed(part, x, {weight});
   EXPECT_EQ(calls, 1);
   (y * y).sum().backward();
   EXPECT_EQ(calls, 2);
@@ -36,14 +37,14 @@ TEST(Recomputed, GivesTheSameAndCallsItsPartAgainForTheGradientAlone) {
   {
     const at::NoGradGuard no_grad;
     calls = 0;
-    EXPECT_FALSE(recomputed(part, x).requires_grad());
+    EXPECT_FALSE(recomputed(part, x, {weight}).requires_grad());
     EXPECT_EQ(calls, 1);
   }
 }
 
 TEST(Recomputed, AnInputWithoutGradientDoesNotStopThoseOfThePart) {
   const at::Tensor weight = random_tensor({3, 3}, 1).set_requires_grad(true), x = random_tensor({2, 3}, 2);
-  recomputed([&](const at::Tensor& input) { return input.matmul(weight); }, x).sum().backward();
+  recomputed([&](const at::Tensor& input) { return input.matmul(weight); }, x, {weight}).sum().backward();
   EXPECT_LT(relative_error(weight.grad(), x.sum(0).unsqueeze(1).expand({3, 3})), 1e-14);
 }
 
@@ -58,7 +59,10 @@ void expect_same_bits(Backbone& model, const std::function<at::Tensor()>& output
       const PassScope scope(model, {.training = true, .step = 1, .recompute = recompute});
       y = output();
     }
-    y.pow(2).sum().backward();
+    // As training does: of the weights alone, and of those that the pass did not use as well.
+    std::vector<at::Tensor> wanted;
+    for (const auto& [name, weight] : weights) wanted.push_back(weight);
+    y.pow(2).sum().backward({}, std::nullopt, false, wanted);
     outputs.push_back(y.detach());
     for (size_t i = 0; i < weights.size(); ++i) {
       at::Tensor weight = weights[i].second;
