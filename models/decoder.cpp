@@ -243,20 +243,23 @@ at::Tensor Decoder::ffn(const Block& block, const at::Tensor& x) {
                at::silu(apply(block.first_slot + kGate, x)) * apply(block.first_slot + kUp, x));
 }
 
-// Rows [B * T, d] through one layer. With ffn_inputs it notes what its FFN sees.
+// Rows [B * T, d] through one layer. With ffn_inputs it notes what its FFN sees; behind the last of these nothing is
+// asked for.
 at::Tensor Decoder::layer(const Block& block, at::Tensor x, const Extent& extent, KeyValueCache* cache,
                           std::vector<at::Tensor>* ffn_inputs) {
-  const auto note = [&](const at::Tensor& input) {
-    if (ffn_inputs != nullptr) ffn_inputs->push_back(input.view({extent.batch, extent.length, config_.hidden_size}));
+  const auto last_noted = [&](const at::Tensor& input) {
+    if (ffn_inputs == nullptr) return false;
+    ffn_inputs->push_back(input.view({extent.batch, extent.length, config_.hidden_size}));
+    return &block == &blocks_.back();
   };
   if (config_.post_norm()) {
     x = x + norm(attention(block, x, extent, cache), block.post_attention_norm);
-    note(x);
+    if (last_noted(x)) return x;
     x = x + norm(ffn(block, x), block.post_ffn_norm);
   } else {
     x = x + attention(block, norm(x, block.input_norm), extent, cache);
     const at::Tensor input = norm(x, block.post_attention_norm);
-    note(input);
+    if (last_noted(input)) return x;
     x = x + ffn(block, input);
   }
   return taken(block.first_slot + kBlock) ? apply(block.first_slot + kBlock, x) : x;

@@ -42,7 +42,8 @@ std::shared_ptr<const objectives::Objective> Finetune::load_objective(const obje
 std::unique_ptr<models::Backbone> fitted(const models::Backbone& base, const core::ArtefactPtr& result) {
   if (!result || result->kind() != kWeights) return base.shared_on(base.device());
   std::vector<core::TensorView> weights = result->file().tensors();
-  std::erase_if(weights, [](const core::TensorView& tensor) { return tensor.name.starts_with("head."); });
+  std::erase_if(weights,
+                [](const core::TensorView& tensor) { return tensor.name.starts_with(objectives::Head::kPrefix); });
   return base.with_tensors(weights, result->file().origin(), result)->shared_on(base.device());
 }
 

@@ -72,9 +72,7 @@ class Choice final : public Objective {
 }  // namespace
 
 std::shared_ptr<const Objective> choice_objective(const std::filesystem::path& path, const DataSpec& spec) {
-  auto dataset = data::ExampleDataset::open(path, spec.split, spec.options.tokenizer);
-  require_lengths(dataset, all_rows(dataset.size()), spec.options.seq_len + 1, path.string());
-  return std::make_shared<Choice>(std::move(dataset), spec.options);
+  return std::make_shared<Choice>(open_completions(path, spec), spec.options);
 }
 
 }  // namespace moraine::algorithms::objectives

@@ -15,14 +15,15 @@ namespace moraine::algorithms::objectives {
 
 CompletionLoss::CompletionLoss(data::ExampleDataset dataset, std::vector<int64_t> rows, const TaskOptions& options)
     : dataset_(std::move(dataset)), rows_(std::move(rows)), options_(options) {
-  for (const int64_t row : rows_) lengths_.push_back(dataset_.length(row) - 1);  // the last token is a target alone
+  for (int64_t row = 0; row < dataset_.size(); ++row)
+    lengths_.push_back(dataset_.length(row) - 1);  // the last token is a target alone
 }
 
 int64_t CompletionLoss::tokens_per_row() const {
   if (options_.packing) return options_.seq_len;
   int64_t tokens = 0;
-  for (const int64_t length : lengths_) tokens += length;
-  return std::max<int64_t>(1, tokens / static_cast<int64_t>(lengths_.size()));
+  for (const int64_t row : rows_) tokens += lengths_[static_cast<size_t>(row)];
+  return std::max<int64_t>(1, tokens / static_cast<int64_t>(rows_.size()));
 }
 
 // Rows of an epoch depend on its order alone, so where a step's rows lie follows from the epochs before it.
@@ -34,8 +35,7 @@ std::vector<std::vector<int64_t>> CompletionLoss::packed_rows(const Objective::R
   int64_t start = 0;  // of an epoch, in rows
   for (int64_t epoch = 0; static_cast<int64_t>(out.size()) < rows.count; ++epoch) {
     if (epoch == static_cast<int64_t>(packed_.size()))
-      packed_.push_back(
-          packed(data::batch_of(all_rows(size), rows.seed, epoch * size, size), lengths_, options_.seq_len));
+      packed_.push_back(packed(data::batch_of(rows_, rows.seed, epoch * size, size), lengths_, options_.seq_len));
     const auto& own = packed_[static_cast<size_t>(epoch)];
     for (int64_t row = std::max<int64_t>(0, rows.first + static_cast<int64_t>(out.size()) - start);
          row < static_cast<int64_t>(own.size()) && static_cast<int64_t>(out.size()) < rows.count; ++row)
@@ -46,22 +46,26 @@ std::vector<std::vector<int64_t>> CompletionLoss::packed_rows(const Objective::R
 }
 
 TrainJob::MicroLoss CompletionLoss::loss(models::Backbone& model, const Objective::Rows& rows) const {
-  std::vector<std::vector<int64_t>> places;
+  std::vector<std::vector<int64_t>> chosen;
   if (options_.packing)
-    places = packed_rows(rows);
+    chosen = packed_rows(rows);
   else
-    for (const int64_t place :
-         data::batch_of(all_rows(static_cast<int64_t>(rows_.size())), rows.seed, rows.first, rows.count))
-      places.push_back({place});
+    for (const int64_t row : data::batch_of(rows_, rows.seed, rows.first, rows.count)) chosen.push_back({row});
   std::vector<std::vector<data::Example>> examples;
-  for (const auto& row : places) {
+  for (const auto& row : chosen) {
     examples.emplace_back();
-    for (const int64_t place : row) examples.back().push_back(dataset_.at(rows_[static_cast<size_t>(place)]));
+    for (const int64_t example : row) examples.back().push_back(dataset_.at(example));
   }
   const ExampleBatch batch = completions(examples, model.device());
   const models::TokenLoss loss =
       model.token_loss(batch.input, batch.targets, {.few_targets = true, .label_smoothing = options_.label_smoothing});
   return {loss.sum, loss.count};
+}
+
+data::ExampleDataset open_completions(const std::filesystem::path& path, const DataSpec& spec) {
+  auto dataset = data::ExampleDataset::open(path, spec.split, spec.options.tokenizer);
+  require_lengths(dataset, spec.options.seq_len + 1, path.string());
+  return dataset;
 }
 
 models::TokenLoss completion_nats(models::Backbone& model, const std::vector<data::Example>& examples) {
@@ -114,9 +118,7 @@ class Completion final : public Objective {
 }  // namespace
 
 std::shared_ptr<const Objective> completion_objective(const std::filesystem::path& path, const DataSpec& spec) {
-  auto dataset = data::ExampleDataset::open(path, spec.split, spec.options.tokenizer);
-  require_lengths(dataset, all_rows(dataset.size()), spec.options.seq_len + 1, path.string());
-  return std::make_shared<Completion>(std::move(dataset), spec.options);
+  return std::make_shared<Completion>(open_completions(path, spec), spec.options);
 }
 
 }  // namespace moraine::algorithms::objectives

@@ -20,13 +20,16 @@ class CompletionLoss {
   std::vector<std::vector<int64_t>> packed_rows(const Objective::Rows& rows) const;
 
   data::ExampleDataset dataset_;
-  std::vector<int64_t> rows_;     // of the data set
-  std::vector<int64_t> lengths_;  // parallel: what a row's inputs take
+  std::vector<int64_t> rows_;     // of the data set, those that are trained on
+  std::vector<int64_t> lengths_;  // of all of the data set: what an example's inputs take
   TaskOptions options_;
   mutable std::mutex mutex_;
   mutable uint64_t packed_seed_ = 0;
-  mutable std::vector<std::vector<std::vector<int64_t>>> packed_;  // by epoch: rows of places in rows_
+  mutable std::vector<std::vector<std::vector<int64_t>>> packed_;  // by epoch: examples of each row
 };
+
+/// The split that `spec` names; UserError as ExampleDataset::open(), and for examples longer than seq_len.
+data::ExampleDataset open_completions(const std::filesystem::path& path, const DataSpec& spec);
 
 /// What is behind the prompts, summed for each example: TokenLoss::rows.
 models::TokenLoss completion_nats(models::Backbone& model, const std::vector<data::Example>& examples);

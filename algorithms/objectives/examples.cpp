@@ -62,17 +62,16 @@ ExampleBatch completions(std::span<const std::vector<data::Example>> rows, at::D
   return batch;
 }
 
-void require_lengths(const data::ExampleDataset& dataset, const std::vector<int64_t>& rows, int64_t longest,
-                     const std::string& path) {
+void require_lengths(const data::ExampleDataset& dataset, int64_t longest, const std::string& path) {
   int64_t over = 0, most = 0;
-  for (const int64_t row : rows) {
+  for (int64_t row = 0; row < dataset.size(); ++row) {
     over += dataset.length(row) > longest;
     most = std::max(most, dataset.length(row));
   }
   if (over > 0)
     throw core::UserError(fmt::format("algorithms/objectives: {} of {} examples of {} are longer than {} tokens, one "
                                       "has {}",
-                                      over, rows.size(), path, longest, most),
+                                      over, dataset.size(), path, longest, most),
                           "raise seq_len, or prepare the file with a smaller --max-tokens");
 }
 

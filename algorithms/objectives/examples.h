@@ -21,15 +21,14 @@ models::Input texts(std::span<const data::Example> examples, at::Device device);
 /// `rows[i]` are the examples of row i; segments are set when any row has more than one.
 ExampleBatch completions(std::span<const std::vector<data::Example>> rows, at::Device device);
 
-/// Which of `examples` have a length of at most `longest`, all of them; UserError naming the file otherwise.
-void require_lengths(const data::ExampleDataset& dataset, const std::vector<int64_t>& rows, int64_t longest,
-                     const std::string& path);
+/// Throws UserError, with how many, if examples are longer than `longest` tokens.
+void require_lengths(const data::ExampleDataset& dataset, int64_t longest, const std::string& path);
 
 /// 0 .. size - 1.
 std::vector<int64_t> all_rows(int64_t size);
 
 /// Fills rows of at most `capacity` tokens with examples in their order: a new row whenever the next does not fit.
-/// Places in `lengths`.
+/// `order` names examples by their place in `lengths`.
 std::vector<std::vector<int64_t>> packed(std::span<const int64_t> order, const std::vector<int64_t>& lengths,
                                          int64_t capacity);
 

@@ -118,7 +118,7 @@ TaskFacts inspect_examples(const Kind& kind, const fs::path& path, const std::st
       tokens += dataset.length(row);
     }
     require_positions(longest, "examples", model);
-    if (kind.predicts_tokens) require_lengths(dataset, all_rows(dataset.size()), options.seq_len + 1, path.string());
+    if (kind.predicts_tokens) require_lengths(dataset, options.seq_len + 1, path.string());
     facts.fingerprint = info.fingerprint;
     facts.classes = static_cast<int64_t>(info.class_names.size());
     (part == "train" ? facts.train : facts.evaluated) = dataset.groups();
