@@ -96,7 +96,7 @@ core::Json timing(const algorithms::Plan& plan, const coordinator::RunRecord& ru
 // What training cost, by the second part of the units' labels ("train/<adapter>/..."), as their workers measured it.
 std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coordinator::RunRecord& run) {
   struct Cost {
-    int64_t units = 0, tokens = 0, peak = 0, optimizer = 0;
+    int64_t units = 0, tokens = 0, peak = 0, device = 0, optimizer = 0;
     double seconds = 0;
   };
   std::map<std::string, const coordinator::UnitRecord*> records;
@@ -116,6 +116,7 @@ std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coo
     cost.seconds += stats.value("train_seconds", 0.0);
     cost.optimizer = std::max(cost.optimizer, stats.value("optimizer_bytes", int64_t{0}));
     cost.peak = std::max(cost.peak, stats.value("peak_rss_bytes", int64_t{0}));
+    cost.device = std::max(cost.device, stats.value("peak_device_bytes", int64_t{0}));
   }
   if (costs.empty()) return std::nullopt;
   core::Json rows = core::Json::array();
@@ -128,7 +129,7 @@ std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coo
                     {"optimizer", static_cast<double>(cost.optimizer) / (1 << 20)},
                     {"peak", static_cast<double>(cost.peak) / (1 << 20)}});
   }
-  return core::Json{
+  core::Json table = {
       {"title", "What training cost"},
       {"columns",
        {{{"key", "training"}, {"label", "training"}},
@@ -139,6 +140,13 @@ std::optional<core::Json> training_costs(const algorithms::Plan& plan, const coo
         {{"key", "peak"}, {"label", "most memory of the process, MiB"}, {"digits", 0}}}},
       {"rows", rows},
       {"notes", {"as the workers measured it, resumed parts excluded; memory: of the whole process until then"}}};
+  if (std::any_of(costs.begin(), costs.end(), [](const auto& cost) { return cost.second.device > 0; })) {
+    table["columns"].push_back({{"key", "device"}, {"label", "most memory of the device, MiB"}, {"digits", 0}});
+    table["notes"].push_back("memory of the device: tensors of one unit, without what the allocator keeps free");
+    for (core::Json& row : table["rows"])
+      row["device"] = static_cast<double>(costs[row.at("training")].device) / (1 << 20);
+  }
+  return table;
 }
 
 }  // namespace

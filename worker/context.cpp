@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>
 #include <sys/resource.h>
@@ -36,6 +37,13 @@ std::string why_no_cuda(int index) {
                        index + 1, devices);
   }
   return "";
+}
+
+// What counts the device's memory; nullptr on the CPU, and while nothing was taken.
+c10::DeviceAllocator* device_memory(const WorkerOptions& options) {
+  if (options.device != "cuda") return nullptr;
+  auto* allocator = c10::getDeviceAllocator(at::kCUDA);
+  return allocator->initialized() ? allocator : nullptr;
 }
 
 }  // namespace
@@ -93,7 +101,9 @@ UnitContext::UnitContext(const algorithms::Unit& unit, int64_t attempt, const Wo
       attempt_(attempt),
       options_(options),
       signals_(signals),
-      last_tick_(std::chrono::steady_clock::now()) {}
+      last_tick_(std::chrono::steady_clock::now()) {
+  if (auto* memory = device_memory(options)) memory->resetPeakStats(options.cuda_device().index());
+}
 
 algorithms::TrainOutcome UnitContext::train(algorithms::TrainJob job) {
   const int64_t training = trainings_++;
@@ -182,11 +192,16 @@ std::vector<std::filesystem::path> UnitContext::checkpoints() const {
 core::Json UnitContext::stats() const {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return {{"train_seconds", train_seconds_},
-          {"trained_tokens", trained_tokens_},
-          {"resumed_steps", resumed_steps_},
-          {"optimizer_bytes", optimizer_bytes_},
-          {"peak_rss_bytes", int64_t{usage.ru_maxrss} * 1024}};
+  core::Json stats = {{"train_seconds", train_seconds_},
+                      {"trained_tokens", trained_tokens_},
+                      {"resumed_steps", resumed_steps_},
+                      {"optimizer_bytes", optimizer_bytes_},
+                      {"peak_rss_bytes", int64_t{usage.ru_maxrss} * 1024}};
+  if (auto* memory = device_memory(options_)) {
+    const auto bytes = memory->getDeviceStats(options_.cuda_device().index()).allocated_bytes;
+    stats["peak_device_bytes"] = bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  }
+  return stats;
 }
 
 ChannelContext::ChannelContext(const algorithms::Unit& unit, int64_t attempt, const WorkerOptions& options,

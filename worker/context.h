@@ -70,8 +70,8 @@ class UnitContext : public algorithms::WorkerContext {
   void flush();
   /// Files of this unit's training jobs: to be removed once its result is accepted.
   std::vector<std::filesystem::path> checkpoints() const;
-  /// {"train_seconds", "trained_tokens", "resumed_steps", "optimizer_bytes", "peak_rss_bytes"}: measured, never part of
-  /// an artefact.
+  /// {"train_seconds", "trained_tokens", "resumed_steps", "optimizer_bytes", "peak_rss_bytes"} and, on a CUDA device,
+  /// "peak_device_bytes" of this unit's tensors: measured, never part of an artefact.
   core::Json stats() const;
   const algorithms::Unit& unit() const { return unit_; }
 
