@@ -1,7 +1,7 @@
 // Ragged-rank expert kernels on a GPU: median time by graph replay against the floor max(FLOP / peak, bytes / copy
 // speed). Copy speed is measured here; the bf16 peak is given in TFLOP/s on the command line (default 790, an H200's
 // 8192^3 product). The second argument is the instruction family, mma (default) or wgmma. Routing, forward and backward
-// are captured together; inputs are random. Not yet run on a GPU.
+// are captured together; inputs are random. Peers: scripts/gpu_peers.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>

@@ -5,9 +5,10 @@
 // single owner. Nothing is allocated and nothing waits for the stream except where check_inputs asks for it; no
 // floating-point atomics. Activations and weights must be 16-byte aligned with widths that are multiples of 8. Traffic:
 // expand writes and combine reads 4 P width bytes of pair rows in scratch.
-// Verified by running these kernels on the host, block by block, against the double oracle (tests/kernels); not yet run
-// on a GPU. What the host cannot show: speed, whether wgmma's descriptors, fences and barriers mean on hardware what
-// the manual and its emulation say, and races that no switch of threads exposes.
+// Verified by running these kernels on the host, block by block, against the double oracle (tests/kernels), and on an
+// H200 (scripts/gpu_check.sh; docs/results/gpu.md). What the host cannot show: speed, whether wgmma's descriptors,
+// fences and barriers mean on hardware what the manual and its emulation say, and races that no switch of threads
+// exposes.
 #include <algorithm>
 #include <cstdint>
 #include <string>

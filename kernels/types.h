@@ -25,8 +25,8 @@ enum class Path { kAuto, kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 /// Tensor-core instructions of the CUDA kernels, for 16-bit types. kMma: mma.sync in 64 x 64 tiles. kWgmma: wgmma in
 /// tiles of 128 x 128 and 128 x 256 for the experts Exec::wgmma_min_rank and wgmma_min_pairs name, mma.sync for the
 /// others; refused with a UserError where the device is not of compute capability 9.0, the build has no sm_90a code or
-/// the type is float. kAuto is kMma on every device, because wgmma has only been run in emulation: scripts/gpu_check.sh
-/// on a 9.0 device tests and times both, and its answer decides what kAuto becomes.
+/// the type is float. kAuto is kMma on every device: wgmma wins by a third for high ranks and thousands of tokens alone
+/// (docs/results/gpu.md), and then a token's bits depend on how many others chose its expert (wgmma_min_pairs).
 enum class CudaFamily { kAuto, kMma, kWgmma };
 
 /// Where and how an operation runs.
