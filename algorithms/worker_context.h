@@ -34,6 +34,8 @@ struct TrainConfig {
   int64_t log_every = 10;         // steps; not part of a unit's identity
 };
 const core::Schema<TrainConfig>& train_schema();
+/// What TrainConfig::optimizer may be.
+const std::vector<std::string>& optimizer_names();
 
 /// What determines a training result, as JSON for a unit's spec: TrainConfig without checkpoint_every and log_every.
 core::Json train_identity(const TrainConfig& config);

@@ -74,7 +74,7 @@ const core::Schema<EntryConfig>& entry_schema() {
           .doc("Instead of train.learning_rate")
           .field("optimizer", &C::optimizer)
           .joined_later()
-          .choices({"adamw", "adamw8bit", "sgd"})
+          .choices(optimizer_names())
           .doc("Instead of train.optimizer")
           .check([](const C& c) -> Violation {
             if (c.adapter.has_value() + !c.start.empty() + c.head_only <= 1) return std::nullopt;

@@ -45,6 +45,8 @@ class Choice final : public Objective {
 
   int64_t tokens_per_row() const override { return loss_.tokens_per_row(); }
 
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
+
  private:
   void ask(models::Backbone& model, int64_t question, int64_t batch_size, Evaluation& out) const {
     const auto [begin, end] = dataset_.group(question);

@@ -32,6 +32,8 @@ class Classification final : public Objective {
 
   int64_t tokens_per_row() const override { return std::max<int64_t>(1, tokens_ / dataset_.size()); }
 
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
+
  private:
   Scored logits_of(models::Backbone& model, const Head& head, const std::vector<int64_t>& batch) const {
     std::vector<data::Example> examples;

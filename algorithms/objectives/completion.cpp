@@ -110,6 +110,8 @@ class Completion final : public Objective {
 
   int64_t tokens_per_row() const override { return loss_.tokens_per_row(); }
 
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
+
  private:
   data::ExampleDataset dataset_;
   CompletionLoss loss_;

@@ -40,6 +40,8 @@ class Images final : public Objective {
                          [&](const std::vector<int64_t>& batch) { return logits_of(model, head, batch); });
   }
 
+  const std::string& fingerprint() const override { return source_.dataset().info().fingerprint; }
+
  private:
   Scored logits_of(models::Backbone& model, const Head& head, const std::vector<int64_t>& batch) const {
     const at::Tensor images = source_.batch(split_, batch).to(model.dtype());

@@ -25,6 +25,8 @@ class Text final : public Objective {
 
   int64_t tokens_per_row() const override { return dataset_.seq_len(); }
 
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
+
  private:
   // sequences [B, T + 1]; padding is -1.
   static models::TokenLoss next_tokens(models::Backbone& model, const at::Tensor& sequences,

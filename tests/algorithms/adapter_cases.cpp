@@ -244,6 +244,15 @@ void expect_depends_on_seed(const AdapterConfig& config, bool differs) {
   EXPECT_EQ(any, differs);
 }
 
+void expect_linear_promises(const AdapterConfig& config, const std::vector<std::string>& still, bool differs) {
+  expect_gradients(config, golden_base(), still);
+  expect_merge_is_forward(config, golden_base(at::kDouble));
+  expect_merge_is_forward(config, base_with_biases());
+  expect_round_trip(config, golden_base());
+  expect_round_trip(config, golden_base(at::kBFloat16));
+  expect_depends_on_seed(config, differs);
+}
+
 AdapterConfig checked_config(const core::Json& fields) {
   core::Json json = adapter_schema().to_json(AdapterConfig());
   json.update(fields);
