@@ -44,6 +44,9 @@ struct TrainResult {
 /// checkpoint path. The result differs from one process's by the rounding of sums over the batch, which are cut in m
 /// parts; it is the same every time and for every back end but nccl.
 ///
+/// Where the job's validation is due, every member scores its share of the held-out data; the sums over all members, in
+/// their order, decide alike at each whether the step was the last. Steps and schedule are planned for config.steps.
+///
 /// Every log_every steps (and after the last) records train_loss (mean nats per target since the previous point),
 /// learning_rate, grad_norm (before clipping) and tokens_per_s; `step` counts finished steps.
 /// A checkpoint is written every checkpoint_every steps and after the last step if the job is at least two such

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "algorithms/adapters/config.h"
+#include "algorithms/finetune/early_stopping.h"
 #include "algorithms/galore/galore.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
@@ -58,6 +59,7 @@ struct FinetuneConfig : RunConfig {
   double label_smoothing = 0;
   bool gradient_checkpointing = false;  // not part of a unit's identity
   TrainConfig train;
+  std::optional<EarlyStoppingConfig> early_stopping;
   EvaluationConfig evaluation;
 
   std::vector<int64_t> all_seeds() const { return seeds.empty() ? std::vector<int64_t>{seed} : seeds; }

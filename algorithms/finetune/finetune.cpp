@@ -83,13 +83,27 @@ void Finetune::open_tasks(core::Problems& problems) {
     const TaskConfig& task = config_.tasks[i];
     const std::string key = fmt::format("tasks.{}.path", i);
     try {
-      tasks_[task.name] = objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_,
-                                              {config_.model.path, config_.model.image_size > 0});
+      tasks_[task.name] = objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_, place());
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
+    if (config_.early_stopping) open_validation(task, problems);
   }
 }
+
+void Finetune::open_validation(const TaskConfig& task, core::Problems& problems) {
+  objectives::TaskFacts& facts = tasks_.at(task.name);
+  try {
+    facts.validation = config_.evaluation.split == "validation"
+                           ? facts.evaluated
+                           : objectives::inspect(task.path, "validation", options_of(task), *facts_, place()).evaluated;
+  } catch (const core::UserError& error) {
+    problems.add("early_stopping", "early_stopping",
+                 fmt::format("task '{}' has no validation data to score: {}", task.name, error.what()), error.hint());
+  }
+}
+
+objectives::ModelPlace Finetune::place() const { return {config_.model.path, config_.model.image_size > 0}; }
 
 void Finetune::open_inputs() {
   open_model();

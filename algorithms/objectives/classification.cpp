@@ -24,7 +24,7 @@ class Classification final : public Objective {
     return {class_loss(logits, labels, label_smoothing_), rows.count};
   }
 
-  Evaluation score(models::Backbone& model, const Head& head, int64_t rows, int64_t batch_size,
+  Evaluation score(models::Backbone& model, const Head& head, const ScoredRows& rows, int64_t batch_size,
                    WorkerContext& context) const override {
     return score_classes(rows_, rows, batch_size, context, dataset_.info().name,
                          [&](std::vector<int64_t> batch) { return logits_of(model, head, batch); });

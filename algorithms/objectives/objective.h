@@ -87,8 +87,8 @@ class Objective {
     int64_t first = 0, count = 0;  // first counts from the start of training
   };
   virtual TrainJob::MicroLoss loss(models::Backbone& model, const Head& head, const Rows& rows) const = 0;
-  /// Sums over the first `rows` (0 = all) of the split, without gradients. Throws NumericError if they are not finite.
-  virtual Evaluation score(models::Backbone& model, const Head& head, int64_t rows, int64_t batch_size,
+  /// Sums over rows of the split, without gradients. Throws NumericError if they are not finite.
+  virtual Evaluation score(models::Backbone& model, const Head& head, const ScoredRows& rows, int64_t batch_size,
                            WorkerContext& context) const = 0;
   virtual int64_t tokens_per_row() const { return 1; }
   /// Of its file.
