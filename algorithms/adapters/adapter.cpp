@@ -94,7 +94,8 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
     const auto known = adapter.shared_.find(name);
     return known != adapter.shared_.end() ? known->second : adapter.shared_.emplace(name, make_one()).first->second;
   };
-  const auto add = [&](size_t i, const at::Tensor& gradient) {
+  const Wants wants = fresh ? type.wants(config) : Wants::kNothing;
+  const auto add = [&](size_t i, const at::Tensor& found) {
     const Target& target = adapter.targets_[i];
     adapter.functions_.push_back(type.make({.target = target,
                                             .targets = adapter.targets_,
@@ -103,21 +104,23 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
                                             .seed = seed,
                                             .device = device,
                                             .fresh = fresh,
-                                            .gradient = gradient,
+                                            .gradient = wants == Wants::kGradients ? found : at::Tensor(),
+                                            .input_moments = wants == Wants::kInputMoments ? found : at::Tensor(),
                                             .first_learning_rate = calibration ? calibration->first_learning_rate : 0,
                                             .shared = shared}));
   };
-  if (fresh && type.traits().needs_examples) {
-    if (calibration == nullptr)
-      throw core::UserError(
-          fmt::format("algorithms/adapters: type {} starts from examples, which this procedure does not give it",
-                      config.type),
-          "use it with method: finetune, or choose another type");
-    calibration->gradients(adapter.targets_, option_of(config, "examples").get<int64_t>(), add);
-    MORAINE_CHECK_EQ(adapter.functions_.size(), adapter.targets_.size());
-  } else {
+  if (wants == Wants::kNothing) {
     for (size_t i = 0; i < adapter.targets_.size(); ++i) add(i, {});
   }
+  if (calibration == nullptr)
+    throw core::UserError(
+        fmt::format("algorithms/adapters: this adapter of type {} starts from examples, which this procedure does not "
+                    "give it",
+                    config.type),
+        "use it with method: finetune, or choose another type, init or mask");
+  const auto& of_targets = wants == Wants::kGradients ? calibration->gradients : calibration->input_moments;
+  of_targets(adapter.targets_, option_of(config, "examples").get<int64_t>(), add);
+  MORAINE_CHECK_EQ(adapter.functions_.size(), adapter.targets_.size());
   return adapter;
 }
 

@@ -32,8 +32,8 @@ class Adapter {
   /// A fresh one, float32 on `device`. What a slot starts with depends on `seed`, its path and, where
   /// Traits::reads_base, the frozen weight. Throws UserError as targets_of().
   static Adapter create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device);
-  /// The same where a type with Traits::needs_examples may start from those of `calibration`; others ignore it. The
-  /// forms without one throw UserError for such a type.
+  /// The same where what Parametrisation::wants() something of examples starts from those of `calibration`. The forms
+  /// without one throw UserError for such a configuration.
   static Adapter create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device,
                         const Calibration& calibration);
   /// The same of shapes alone. InternalError if the parametrisation reads the base.

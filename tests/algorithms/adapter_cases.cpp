@@ -124,7 +124,13 @@ Calibration made_up_calibration() {
     for (size_t i = 0; i < targets.size(); ++i)
       each(i, models::random_tensor({targets[i].slot.out, targets[i].slot.in}, 40 + i).to(at::kFloat));
   };
-  return {gradients, 0.01};
+  const auto moments = [](std::span<const Target> targets, int64_t, const Calibration::Each& each) {
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const at::Tensor x = models::random_tensor({2 * targets[i].slot.in, targets[i].slot.in}, 80 + i).to(at::kDouble);
+      each(i, at::matmul(x.t(), x));
+    }
+  };
+  return {gradients, 0.01, moments};
 }
 
 Adapter trained_adapter(const AdapterConfig& config, const models::Backbone& model, uint64_t seed) {

@@ -35,7 +35,7 @@ void expect_close(const at::Tensor& actual, const at::Tensor& expected, const st
 /// Numbers trained and stored by the shapes of real models.
 Counts count_of(const AdapterConfig& config, const std::vector<models::Slot>& slots);
 
-/// Made-up gradients for types that start from examples: numbers of the target's place in the list.
+/// Made-up gradients and moments for what starts from examples: numbers of the target's place in the list.
 Calibration made_up_calibration();
 
 /// A fresh adapter whose trained tensors all got noise.
