@@ -11,6 +11,7 @@
 #include "algorithms/adapters/calibration.h"
 #include "algorithms/adapters/config.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/peft_files.h"
 #include "algorithms/worker_context.h"
 #include "core/artefact.h"
 #include "models/backbone.h"
@@ -47,6 +48,9 @@ class Adapter {
   /// wrong shape, if the file differs from the SHA256SUMS beside it, and as config_from_peft().
   static Adapter load(const std::filesystem::path& directory, const models::Backbone& model,
                       std::optional<at::ScalarType> dtype, at::Device device);
+  /// The same of a directory that was read; a classifier in it is passed over.
+  static Adapter load(const PeftDirectory& read, const models::Backbone& model, std::optional<at::ScalarType> dtype,
+                      at::Device device);
 
   /// Writes a PEFT directory (metadata format "pt", config with sorted keys and indent 2). What load() read is written
   /// back unchanged: every field of the configuration, every tensor byte. A non-empty `base_model` is entered as

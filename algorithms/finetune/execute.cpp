@@ -124,7 +124,11 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
   const TrainConfig train = train_config(spec.train, config_.train);
   const auto model = load_base(spec.base, train.dtype, context)->shared_on(context.device());
   const auto objective = load_objective(spec.data, context);
-  const auto head = objectives::Head::fresh(spec.data.classes, *facts_, spec.adapter_seed, context.device());
+  std::optional<adapters::PeftDirectory> start;
+  if (!spec.start.empty()) start = adapters::read_peft_directory(start_directory(spec.start), &facts_->classifier);
+  const auto head = start && !start->classifier.empty()
+                        ? objectives::Head::start(start->classifier, context.device())
+                        : objectives::Head::fresh(spec.data.classes, *facts_, spec.adapter_seed, context.device());
   TrainJob job{train, {}, nullptr, objective->tokens_per_row()};
   job.loss = [&](int64_t step, int64_t first, int64_t count) {
     const models::PassScope scope(*model, {.training = true,
@@ -134,12 +138,8 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
                                            .recompute = config_.gradient_checkpointing});
     return objective->loss(*model, head, {spec.data_seed, step * train.batch_size + first, count});
   };
-  std::optional<adapters::Adapter> adapter;
-  if (spec.adapter) {
-    adapter = spec.start.empty()
-                  ? adapters::Adapter::create(*spec.adapter, *model, spec.adapter_seed, context.device(),
-                                              adapters::calibration_of(*model, job.loss, train))
-                  : adapters::Adapter::load(start_directory(spec.start), *model, at::kFloat, context.device());
+  const auto adapter = first_adapter(spec, start, *model, job, context);
+  if (adapter) {
     adapter->attach(*model);
     job.parameters = adapter->parameters();
     job.groups = adapter->groups();

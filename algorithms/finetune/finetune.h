@@ -46,7 +46,8 @@ class Finetune final : public Method {
   /// An adapter that a recipe's entry starts from.
   struct Started {
     adapters::AdapterConfig config;
-    std::string hash;  // of its files
+    std::string hash;     // of its files
+    int64_t classes = 0;  // of the head beside it; 0 = none
   };
   /// One result: an adapter, a task and a seed.
   struct Result {
@@ -83,6 +84,7 @@ class Finetune final : public Method {
   void open_starts(core::Problems& problems);
   adapters::Counts counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const;
   void check_adapters(core::Problems& problems) const;
+  void check_head(const EntryConfig& entry, const std::string& task, int64_t classes) const;
 
   core::ArtefactPtr train(const Unit& unit, WorkerContext& context) const;
   /// Watches a training as the spec says; nullptr when it does not. Keeps references to `model`, `head` and `context`.
