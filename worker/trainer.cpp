@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <span>
 
 #include <ATen/core/grad_mode.h>
@@ -13,6 +14,7 @@
 #include "core/hash.h"
 #include "core/log.h"
 #include "models/tensor_io.h"
+#include "worker/backward_updates.h"
 #include "worker/checkpoint.h"
 #include "worker/members.h"
 #include "worker/optimizer.h"
@@ -71,6 +73,13 @@ class Loop {
         group_(*site.group),
         optimizer_(job.config, job.parameters, job.groups, job.space),
         exchange_(group_, optimizer_.parameters(), site.exchange) {
+    if (job.update_in_backward) {
+      const algorithms::TrainConfig& config = job.config;
+      MORAINE_CHECK(group_.size() == 1 && config.clip_norm == 0 &&
+                        (config.micro_batch_size == 0 || config.micro_batch_size >= config.batch_size),
+                    "updates in backward need one process, one micro-batch and no clip_norm: {}", site.label);
+      in_backward_.emplace(optimizer_);
+    }
     for (const auto& [name, tensor] : job.parameters) checkpointed_.emplace_back("parameter/" + name, tensor);
     for (const auto& [name, tensor] : job.state) checkpointed_.emplace_back("kept/" + name, tensor);
     for (const auto& [name, tensor] : optimizer_.state()) checkpointed_.emplace_back("state/" + name, tensor);
@@ -184,10 +193,12 @@ class Loop {
     state_.logged.add(totals.loss_sum, totals.targets);
     state_.kept.add(totals.loss_sum, totals.targets);
     const double rate = learning_rate(job_.config, state_.step);
-    const double norm = scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(totals.targets),
-                                                 job_.config.clip_norm);
+    const double norm =
+        in_backward_ ? in_backward_->finish()
+                     : scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(totals.targets),
+                                                job_.config.clip_norm);
     if (!std::isfinite(norm)) fail("gradient norm", norm);
-    optimizer_.step(rate);
+    if (!in_backward_) optimizer_.step(rate);
     if (job_.after_update) job_.after_update(state_.step);
     ++state_.step;
     state_.ended = validation_ends() || state_.step == job_.config.steps;
@@ -225,6 +236,8 @@ class Loop {
       own.loss_sum += loss.sum.item<double>();
       own.targets += loss.count;
       if (!std::isfinite(own.loss_sum)) continue;  // the step has failed, but members stay in step
+      if (in_backward_ && loss.count > 0)
+        in_backward_->begin(1.0 / static_cast<double>(loss.count), learning_rate(job_.config, state_.step));
       loss.sum.backward({}, std::nullopt, false, optimizer_.parameters());
     }
     if (site_.nan_in_first_step && state_.step == resumed_at_) own.loss_sum = std::numeric_limits<double>::quiet_NaN();
@@ -276,6 +289,7 @@ class Loop {
   comm::Group& group_;
   Optimizer optimizer_;
   GradientExchange exchange_;
+  std::optional<BackwardUpdates> in_backward_;
   models::NamedTensors checkpointed_;
   LoopState state_;
   int64_t resumed_at_ = 0, logged_at_ = 0;

@@ -54,6 +54,8 @@ struct TrainResult {
 /// same bits, provided the thread count is the same: sums over a batch are split by thread, so a unit's bits depend on
 /// it. That is why workers.threads is part of a unit's identity.
 ///
+/// With TrainJob::update_in_backward parameters move during backward (worker/backward_updates.h), to the same bits.
+///
 /// Throws NumericError naming step and unit on a loss or gradient norm that is not finite (the checkpoint is removed,
 /// so a retry starts from the beginning), StopRequested after a checkpoint, InternalError on parameters that are not
 /// float32 leaves, IoError when a checkpoint cannot be written, GroupFailed when another member fails or is gone,

@@ -162,6 +162,11 @@ const core::Schema<FinetuneConfig>& finetune_schema() {
         .field("gradient_checkpointing", &C::gradient_checkpointing)
         .changes_nothing()
         .doc("Keep the input of every layer alone and compute it again for gradients: less memory, a third more time")
+        .field("update_in_backward", &C::update_in_backward)
+        .changes_nothing()
+        .doc(
+            "Update every parameter as soon as its gradient is there and free it: saves the memory of all gradients "
+            "where all weights are trained; needs train.clip_norm 0, whole batches and group_size 1")
         .object("train", &C::train, train_schema())
         .doc("Training of one result")
         .optional_object("early_stopping", &C::early_stopping, early_stopping_schema())

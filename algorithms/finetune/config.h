@@ -57,7 +57,8 @@ struct FinetuneConfig : RunConfig {
   int64_t seq_len = 256;
   std::string tokenizer;  // "" = the files' own
   double label_smoothing = 0;
-  bool gradient_checkpointing = false;  // not part of a unit's identity
+  bool gradient_checkpointing = false;  // not part of a unit's identity, nor is the next
+  bool update_in_backward = false;
   TrainConfig train;
   std::optional<EarlyStoppingConfig> early_stopping;
   EvaluationConfig evaluation;

@@ -130,6 +130,7 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
                         ? objectives::Head::start(start->classifier, context.device())
                         : objectives::Head::fresh(spec.data.classes, *facts_, spec.adapter_seed, context.device());
   TrainJob job{train, {}, nullptr, objective->tokens_per_row()};
+  job.update_in_backward = config_.update_in_backward;
   job.loss = [&](int64_t step, int64_t first, int64_t count) {
     const models::PassScope scope(*model, {.training = true,
                                            .step = step,
