@@ -27,20 +27,24 @@ Evaluation Evaluation::from_json(const core::Json& json) {
           json.at("correct").get<int64_t>()};
 }
 
-Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
-                    WorkerContext& context) {
+std::pair<int64_t, int64_t> ScoredRows::of(int64_t size) const {
+  const int64_t all = count ? std::min(count, size) : size;
+  return {all * member / members, all * (member + 1) / members};
+}
+
+Evaluation evaluate(models::Decoder& model, const data::TextDataset& dataset, const ScoredRows& sequences,
+                    int64_t batch_size, WorkerContext& context) {
   return evaluate([&](const at::Tensor& batch) { return model.loss(batch, /*count_correct=*/true); }, dataset,
                   sequences, batch_size, context);
 }
 
-Evaluation evaluate(const BatchLoss& score, const data::TextDataset& dataset, int64_t sequences, int64_t batch_size,
-                    WorkerContext& context) {
+Evaluation evaluate(const BatchLoss& score, const data::TextDataset& dataset, const ScoredRows& sequences,
+                    int64_t batch_size, WorkerContext& context) {
   const at::NoGradGuard no_grad;
-  const int64_t available = dataset.num_eval_sequences();
-  const int64_t total = sequences ? std::min(sequences, available) : available;
+  const auto [begin, end] = sequences.of(dataset.num_eval_sequences());
   Evaluation out;
-  for (int64_t first = 0; first < total; first += batch_size) {
-    const int64_t count = std::min(batch_size, total - first);
+  for (int64_t first = begin; first < end; first += batch_size) {
+    const int64_t count = std::min(batch_size, end - first);
     std::vector<int64_t> rows = dataset.eval_batch(first, count);
     const at::Tensor batch = at::from_blob(rows.data(), {count, dataset.seq_len() + 1}, at::kLong).to(context.device());
     const models::TokenLoss loss = score(batch);
@@ -48,7 +52,7 @@ Evaluation evaluate(const BatchLoss& score, const data::TextDataset& dataset, in
     out.tokens += loss.count;
     out.correct += loss.correct;
     out.bytes += dataset.eval_bytes(first, count);
-    context.progress(static_cast<double>(first + count), static_cast<double>(total));
+    context.progress(static_cast<double>(first + count - begin), static_cast<double>(end - begin));
   }
   if (!std::isfinite(out.nats))
     throw core::NumericError(fmt::format("algorithms: evaluation loss is not finite on '{}'", dataset.info().name),

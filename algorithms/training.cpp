@@ -4,6 +4,11 @@
 
 namespace moraine::algorithms {
 
+const std::vector<std::string>& optimizer_names() {
+  static const std::vector<std::string> names = {"adamw", "adamw8bit", "sgd"};
+  return names;
+}
+
 const core::Schema<TrainConfig>& train_schema() {
   using C = TrainConfig;
   static const core::Schema<C> schema = [] {
@@ -17,7 +22,7 @@ const core::Schema<TrainConfig>& train_schema() {
             "Sequences per forward pass; 0 = batch_size. Lower it when memory runs out: the result changes by rounding "
             "only.");
     s.field("optimizer", &C::optimizer)
-        .choices({"adamw", "adamw8bit", "sgd"})
+        .choices(optimizer_names())
         .doc("Update rule, as in torch.optim; adamw8bit keeps its moments in 8 bits, by blocks of 256.");
     s.field("learning_rate", &C::learning_rate).above(0).doc("Peak learning rate.");
     s.field("beta1", &C::beta1).min(0).max(0.9999999).doc("AdamW: decay of the gradient's mean.");

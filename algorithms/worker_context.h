@@ -34,6 +34,8 @@ struct TrainConfig {
   int64_t log_every = 10;         // steps; not part of a unit's identity
 };
 const core::Schema<TrainConfig>& train_schema();
+/// What TrainConfig::optimizer may be.
+const std::vector<std::string>& optimizer_names();
 
 /// What determines a training result, as JSON for a unit's spec: TrainConfig without checkpoint_every and log_every.
 core::Json train_identity(const TrainConfig& config);
@@ -64,6 +66,19 @@ class UpdateSpace {
   virtual models::NamedTensors state() const = 0;
 };
 
+/// Scores on held-out data while a job is trained, which may end the training. Used by one thread.
+class Validation {
+ public:
+  virtual ~Validation() = default;
+  /// Whether the parameters are scored when `step` steps are finished.
+  virtual bool due(int64_t step) const = 0;
+  /// Sums over this member's share of the data, the same number of values at every member of the group.
+  virtual std::vector<double> sums(int64_t member, int64_t members) = 0;
+  /// Called at every member with the sums over all members, in their order. True: training ends here, as if `step` were
+  /// the last. What it remembers stands in TrainJob::state, so that a resumed run decides alike.
+  virtual bool scored(int64_t step, const std::vector<double>& sums) = 0;
+};
+
 /// One training job as a method sees it: which tensors, which loss. The worker owns the loop.
 struct TrainJob {
   TrainConfig config;
@@ -77,13 +92,18 @@ struct TrainJob {
   std::function<MicroLoss(int64_t step, int64_t first_sequence, int64_t num_sequences)> loss;
   int64_t tokens_per_sequence = 0;          // for tokens/s
   std::vector<ParameterGroup> groups = {};  // a parameter stands in one at most
-  /// float32 tensors that move without gradients, by the hooks: checkpointed and handed to a group's members like
-  /// parameters.
+  /// Tensors that move without gradients, by the hooks and by `validation`: checkpointed and handed to a group's
+  /// members like parameters.
   models::NamedTensors state = {};
   /// Called at every member before the first micro-batch of a step and after the step's update, `step` from 0. What
   /// they draw comes from derive_seed and the step, so that a resumed run keeps its bits.
   std::function<void(int64_t step)> before_step = nullptr, after_update = nullptr;
   std::shared_ptr<UpdateSpace> space = nullptr;
+  std::shared_ptr<Validation> validation = nullptr;
+  /// Every parameter is updated as soon as backward has its gradient, which is freed then: the gradients of a step are
+  /// never all there. The updates are the same, so it needs a step of one micro-batch in one process, without
+  /// clip_norm.
+  bool update_in_backward = false;
 };
 
 /// Steps between the points of TrainOutcome::curve. Not log_every: curves are stored in artefacts, which do not depend
@@ -94,6 +114,7 @@ constexpr int64_t kCurveEvery = 10;
 struct TrainOutcome {
   double final_loss = 0;                          // mean nats per target since the last but one point of the curve
   std::vector<std::pair<int64_t, double>> curve;  // (step, mean nats per target since the previous point)
+  int64_t steps = 0;                              // TrainConfig::steps, or where TrainJob::validation ended it
 };
 
 /// What a worker offers to Method::execute(). One per unit execution.

@@ -8,6 +8,8 @@ lora_golden.safetensors   a tiny Llama, tokens, and per adapter the logits, the 
 lora_plain/, lora_rs/     the adapters as PEFT writes them
 peft_golden.safetensors   the same of other types of adapters on the same model, with the dense changes of the weights
 dora/, ia3/, vera/        those adapters
+bert_seq_cls/             a LoRA of the classifier in tests/models/golden/bert_classifier.safetensors with its classifier, as
+                          PEFT saves both, and the logits of the tokens there
 lora_matching.json        which modules PEFT selects for various configurations, with rank and scaling
 """
 import json
@@ -16,8 +18,9 @@ from pathlib import Path
 
 import torch
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "algorithms" / "golden"
 BASE = LlamaConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -94,6 +97,26 @@ def selected(fields, base_state):
             for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")}
 
 
+def classifier():
+    """The paths of a regular expression are those of the model with its classifier: "bert." stands before them."""
+    path = GOLDEN.parent.parent / "models" / "golden" / "bert_classifier.safetensors"
+    with safe_open(path, "pt") as file:
+        model = BertForSequenceClassification(BertConfig.from_dict(json.loads(file.metadata()["config"]))).eval()
+    golden = load_file(path)
+    model.load_state_dict({name.removeprefix("weight/"): tensor for name, tensor in golden.items() if name.startswith("weight/")})
+    config = LoraConfig(r=3, lora_alpha=6, task_type="SEQ_CLS", target_modules=r"bert\.encoder\.layer\.\d\.attention\.self\.(query|value)",
+                        rank_pattern={"bert.encoder.layer.1.attention.self.query": 2})
+    model = get_peft_model(model, config)
+    randomise(model, 9)
+    directory = GOLDEN / "bert_seq_cls"
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory)
+    (directory / "README.md").unlink()
+    with torch.no_grad():
+        logits = model(input_ids=golden["tokens"], attention_mask=golden["mask"].long()).logits
+    save_file({"logits": logits}, directory / "logits.safetensors")
+
+
 def main():
     torch.manual_seed(0)
     GOLDEN.mkdir(parents=True, exist_ok=True)
@@ -115,6 +138,7 @@ def main():
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, GOLDEN / "peft_golden.safetensors")
     cases = [{"config": fields, "modules": selected(fields, state)} for fields in MATCHING]
     (GOLDEN / "lora_matching.json").write_text(json.dumps(cases, indent=1, sort_keys=True) + "\n")
+    classifier()
 
 
 if __name__ == "__main__":

@@ -102,16 +102,25 @@ void Optimizer::make_groups(const algorithms::TrainConfig& config,
   Group& others = groups_.emplace_back(1.0, config.weight_decay);
   for (size_t i = 0; i < names_.size(); ++i)
     if (left.contains(names_[i])) others.members.push_back(i);
+  group_of_.resize(names_.size());
+  for (size_t group = 0; group < groups_.size(); ++group)
+    for (const size_t member : groups_[group].members) group_of_[member] = group;
 }
 
 void Optimizer::step(double learning_rate) {
   const at::NoGradGuard no_grad;
-  for (const Group& group : groups_) step(group, learning_rate * group.lr_factor);
+  for (const Group& group : groups_) step(group, group.members, learning_rate * group.lr_factor);
 }
 
-void Optimizer::step(const Group& group, double learning_rate) {
+void Optimizer::step_one(size_t parameter, double learning_rate) {
+  const at::NoGradGuard no_grad;
+  const Group& group = groups_[group_of_[parameter]];
+  step(group, {parameter}, learning_rate * group.lr_factor);
+}
+
+void Optimizer::step(const Group& group, const std::vector<size_t>& members, double learning_rate) {
   std::vector<at::Tensor> parameters, gradients, first, second, steps;
-  for (const size_t i : group.members) {
+  for (const size_t i : members) {
     if (!parameters_[i].grad().defined()) continue;
     if (in_space_[i] || quantized_[i]) {
       step_alone(i, group, learning_rate);

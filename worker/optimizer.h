@@ -49,6 +49,8 @@ class Optimizer {
 
   /// One update at `learning_rate` from the gradients the leaves hold; then forgets the gradients.
   void step(double learning_rate);
+  /// The same of one parameter, which has a gradient.
+  void step_one(size_t parameter, double learning_rate);
   const std::vector<at::Tensor>& parameters() const { return parameters_; }
   /// Everything a resumed run needs: float32 "<name>/exp_avg", "<name>/exp_avg_sq", "<name>/step"; "<name>/momentum";
   /// of moments in 8 bits "<name>/exp_avg/codes" and "/scales"; and what the space keeps. Live tensors: copying into
@@ -67,7 +69,8 @@ class Optimizer {
   };
   void keep_moments(at::IntArrayRef sizes, at::Device device);
   void make_groups(const algorithms::TrainConfig& config, const std::vector<algorithms::ParameterGroup>& groups);
-  void step(const Group& group, double learning_rate);
+  /// Of some of the group's members.
+  void step(const Group& group, const std::vector<size_t>& members, double learning_rate);
   /// One parameter that lies in the space or whose moments are in 8 bits.
   void step_alone(size_t parameter, const Group& group, double learning_rate);
   /// The update rule on tensors that move together.
@@ -81,7 +84,8 @@ class Optimizer {
   std::vector<bool> in_space_;
   bool adamw_, eight_bit_;
   double beta1_, beta2_, epsilon_, momentum_;
-  std::vector<Group> groups_;  // the last one holds who stands in none
+  std::vector<Group> groups_;     // the last one holds who stands in none
+  std::vector<size_t> group_of_;  // of each parameter
   // SGD: first_ is the momentum buffer, the others stay empty. Undefined where quantized_ has the moments.
   std::vector<at::Tensor> first_, second_, steps_;
   std::vector<std::optional<Quantized>> quantized_;

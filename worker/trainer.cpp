@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <span>
 
 #include <ATen/core/grad_mode.h>
@@ -13,6 +14,7 @@
 #include "core/hash.h"
 #include "core/log.h"
 #include "models/tensor_io.h"
+#include "worker/backward_updates.h"
 #include "worker/checkpoint.h"
 #include "worker/members.h"
 #include "worker/optimizer.h"
@@ -37,20 +39,22 @@ struct LoopState {
       return mean;
     }
   };
-  int64_t step = 0;  // finished steps
-  Interval logged;   // since the last metric point: log_every
-  Interval kept;     // since the last point of the curve: kCurveEvery
+  int64_t step = 0;    // finished steps
+  bool ended = false;  // no step follows: all are done, or held-out scores ended the training
+  Interval logged;     // since the last metric point: log_every
+  Interval kept;       // since the last point of the curve: kCurveEvery
   std::vector<std::pair<int64_t, double>> curve;
 
   core::Json to_json() const {
     return {{"step", step},
+            {"ended", ended},
             {"logged", {logged.loss_sum, logged.targets}},
             {"kept", {kept.loss_sum, kept.targets}},
             {"curve", curve}};
   }
   static LoopState from_json(const core::Json& json) {
     const auto interval = [&](const char* key) { return Interval{json.at(key).at(0), json.at(key).at(1)}; };
-    return {json.at("step"), interval("logged"), interval("kept"), json.at("curve")};
+    return {json.at("step"), json.value("ended", false), interval("logged"), interval("kept"), json.at("curve")};
   }
 };
 
@@ -69,6 +73,13 @@ class Loop {
         group_(*site.group),
         optimizer_(job.config, job.parameters, job.groups, job.space),
         exchange_(group_, optimizer_.parameters(), site.exchange) {
+    if (job.update_in_backward) {
+      const algorithms::TrainConfig& config = job.config;
+      MORAINE_CHECK(group_.size() == 1 && config.clip_norm == 0 &&
+                        (config.micro_batch_size == 0 || config.micro_batch_size >= config.batch_size),
+                    "updates in backward need one process, one micro-batch and no clip_norm: {}", site.label);
+      in_backward_.emplace(optimizer_);
+    }
     for (const auto& [name, tensor] : job.parameters) checkpointed_.emplace_back("parameter/" + name, tensor);
     for (const auto& [name, tensor] : job.state) checkpointed_.emplace_back("kept/" + name, tensor);
     for (const auto& [name, tensor] : optimizer_.state()) checkpointed_.emplace_back("state/" + name, tensor);
@@ -79,7 +90,7 @@ class Loop {
     const Clock::time_point start = Clock::now();
     const int64_t steps = job_.config.steps;
     interval_start_ = start;
-    while (state_.step < steps) {
+    while (!state_.ended) {
       const bool stop = one_step();
       if (stop || checkpoint_due()) save();
       site_.progress(static_cast<double>(state_.step), static_cast<double>(steps));
@@ -92,9 +103,10 @@ class Loop {
     TrainResult result;
     result.outcome.curve = state_.curve;
     result.outcome.final_loss = state_.curve.empty() ? 0 : state_.curve.back().second;
+    result.outcome.steps = state_.step;
     result.resumed_at = resumed_at_;
     result.optimizer_bytes = optimizer_.state_bytes();
-    result.tokens = (steps - resumed_at_) * job_.config.batch_size * job_.tokens_per_sequence;
+    result.tokens = (state_.step - resumed_at_) * job_.config.batch_size * job_.tokens_per_sequence;
     result.seconds = seconds_since(start);
     return result;
   }
@@ -106,6 +118,7 @@ class Loop {
     if (group_.size() > 1) share_start(loop);
     if (loop.is_null()) return;
     state_ = LoopState::from_json(loop);
+    state_.ended |= state_.step == job_.config.steps;
     resumed_at_ = logged_at_ = state_.step;
     core::log::info("training resumed: unit={} step={} of={}", site_.label, state_.step, job_.config.steps);
   }
@@ -165,7 +178,7 @@ class Loop {
 
   bool checkpoint_due() const {
     const int64_t every = job_.config.checkpoint_every, steps = job_.config.steps;
-    return steps >= 2 * every && (state_.step % every == 0 || state_.step == steps);
+    return steps >= 2 * every && (state_.step % every == 0 || state_.ended);
   }
 
   /// Returns whether the loop is to stop.
@@ -180,16 +193,33 @@ class Loop {
     state_.logged.add(totals.loss_sum, totals.targets);
     state_.kept.add(totals.loss_sum, totals.targets);
     const double rate = learning_rate(job_.config, state_.step);
-    const double norm = scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(totals.targets),
-                                                 job_.config.clip_norm);
+    const double norm =
+        in_backward_ ? in_backward_->finish()
+                     : scale_and_clip_gradients(optimizer_.parameters(), 1.0 / static_cast<double>(totals.targets),
+                                                job_.config.clip_norm);
     if (!std::isfinite(norm)) fail("gradient norm", norm);
-    optimizer_.step(rate);
+    if (!in_backward_) optimizer_.step(rate);
     if (job_.after_update) job_.after_update(state_.step);
     ++state_.step;
-    const auto due = [&](int64_t every) { return state_.step % every == 0 || state_.step == job_.config.steps; };
+    state_.ended = validation_ends() || state_.step == job_.config.steps;
+    const auto due = [&](int64_t every) { return state_.step % every == 0 || state_.ended; };
     if (due(algorithms::kCurveEvery)) state_.curve.emplace_back(state_.step, state_.kept.take_mean());
     if (due(job_.config.log_every)) log_point(rate, norm);
     return totals.stop > 0;
+  }
+
+  /// All members score their share and decide on the same sums.
+  bool validation_ends() {
+    if (!job_.validation || !job_.validation->due(state_.step)) return false;
+    const std::vector<double> own = job_.validation->sums(group_.index(), group_.size());
+    std::vector<double> all(own.size(), 0.0);
+    for (const core::Bytes& bytes : everybodys(comm::bytes_of(std::as_bytes(std::span(own))))) {
+      std::vector<double> other(own.size());
+      if (bytes.size() != own.size() * sizeof(double)) throw GroupFailed("the members are out of step");
+      std::memcpy(other.data(), bytes.span().data(), bytes.size());
+      for (size_t i = 0; i < all.size(); ++i) all[i] += other[i];
+    }
+    return job_.validation->scored(state_.step, all);
   }
 
   /// Gradients of the step's summed loss over all members.
@@ -206,6 +236,8 @@ class Loop {
       own.loss_sum += loss.sum.item<double>();
       own.targets += loss.count;
       if (!std::isfinite(own.loss_sum)) continue;  // the step has failed, but members stay in step
+      if (in_backward_ && loss.count > 0)
+        in_backward_->begin(1.0 / static_cast<double>(loss.count), learning_rate(job_.config, state_.step));
       loss.sum.backward({}, std::nullopt, false, optimizer_.parameters());
     }
     if (site_.nan_in_first_step && state_.step == resumed_at_) own.loss_sum = std::numeric_limits<double>::quiet_NaN();
@@ -257,6 +289,7 @@ class Loop {
   comm::Group& group_;
   Optimizer optimizer_;
   GradientExchange exchange_;
+  std::optional<BackwardUpdates> in_backward_;
   models::NamedTensors checkpointed_;
   LoopState state_;
   int64_t resumed_at_ = 0, logged_at_ = 0;

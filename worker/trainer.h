@@ -44,12 +44,17 @@ struct TrainResult {
 /// checkpoint path. The result differs from one process's by the rounding of sums over the batch, which are cut in m
 /// parts; it is the same every time and for every back end but nccl.
 ///
+/// Where the job's validation is due, every member scores its share of the held-out data; the sums over all members, in
+/// their order, decide alike at each whether the step was the last. Steps and schedule are planned for config.steps.
+///
 /// Every log_every steps (and after the last) records train_loss (mean nats per target since the previous point),
 /// learning_rate, grad_norm (before clipping) and tokens_per_s; `step` counts finished steps.
 /// A checkpoint is written every checkpoint_every steps and after the last step if the job is at least two such
 /// intervals long, and always before StopRequested is thrown. Resumed or not, parameters, curve and final loss have the
 /// same bits, provided the thread count is the same: sums over a batch are split by thread, so a unit's bits depend on
 /// it. That is why workers.threads is part of a unit's identity.
+///
+/// With TrainJob::update_in_backward parameters move during backward (worker/backward_updates.h), to the same bits.
 ///
 /// Throws NumericError naming step and unit on a loss or gradient norm that is not finite (the checkpoint is removed,
 /// so a retry starts from the beginning), StopRequested after a checkpoint, InternalError on parameters that are not

@@ -1,6 +1,7 @@
 #include "algorithms/adapters/adapter.h"
 
 #include <algorithm>
+#include <functional>
 #include <set>
 
 #include <ATen/core/grad_mode.h>
@@ -18,8 +19,10 @@ void sort_by_name(models::NamedTensors& tensors) {
   std::ranges::sort(tensors, {}, &std::pair<std::string, at::Tensor>::first);
 }
 
-/// Compares names and shapes of a file with what the adapter has; reports all differences at once.
-void check_tensors(const core::Safetensors& file, const models::NamedTensors& wanted) {
+/// Compares names and shapes of a file with what the adapter has; reports all differences at once. The file may hold
+/// more, where `is_beside` says so.
+void check_tensors(const core::Safetensors& file, const models::NamedTensors& wanted,
+                   const std::function<bool(const std::string&)>& is_beside) {
   std::vector<std::string> problems;
   std::set<std::string> expected;
   for (const auto& [name, tensor] : wanted) {
@@ -33,7 +36,7 @@ void check_tensors(const core::Safetensors& file, const models::NamedTensors& wa
     }
   }
   for (const core::TensorView& view : file.tensors()) {
-    if (!expected.contains(view.name) && !view.name.starts_with("head.")) problems.push_back("left over " + view.name);
+    if (!expected.contains(view.name) && !is_beside(view.name)) problems.push_back("left over " + view.name);
   }
   if (problems.empty()) return;
   throw core::UserError(fmt::format("algorithms/adapters: {} does not fit its configuration and this model:\n  {}",
@@ -41,13 +44,18 @@ void check_tensors(const core::Safetensors& file, const models::NamedTensors& wa
                         "use the base model the adapter was trained on, and the configuration it was saved with");
 }
 
+/// Slot paths in a file's names become those of the model whose backbone has this prefix.
+void insert_prefix(const std::string& prefix, models::NamedTensors& tensors) {
+  const std::string before = peft_name("");
+  for (auto& [name, tensor] : tensors)
+    if (name.starts_with(before)) name.insert(before.size(), prefix);
+}
+
 /// Puts a classifier beside an adapter's tensors, as PEFT keeps one: the backbone's modules are then those of the model
 /// with the classifier.
 void add_classifier(const PeftClassifier& classifier, models::NamedTensors& tensors, core::Json& peft) {
-  const std::string before = peft_name("");
-  for (auto& [name, tensor] : tensors)
-    if (name.starts_with(before)) name.insert(before.size(), classifier.prefix);
-  for (const auto& [name, tensor] : classifier.tensors) tensors.emplace_back(before + name, tensor);
+  insert_prefix(classifier.prefix, tensors);
+  for (const auto& [name, tensor] : classifier.tensors) tensors.emplace_back(peft_name(name), tensor);
   sort_by_name(tensors);
   peft["modules_to_save"] = {classifier.module};
   if (!classifier.task_type.empty()) peft["task_type"] = classifier.task_type;
@@ -94,7 +102,8 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
     const auto known = adapter.shared_.find(name);
     return known != adapter.shared_.end() ? known->second : adapter.shared_.emplace(name, make_one()).first->second;
   };
-  const auto add = [&](size_t i, const at::Tensor& gradient) {
+  const Wants wants = fresh ? type.wants(config) : Wants::kNothing;
+  const auto add = [&](size_t i, const at::Tensor& found) {
     const Target& target = adapter.targets_[i];
     adapter.functions_.push_back(type.make({.target = target,
                                             .targets = adapter.targets_,
@@ -103,21 +112,24 @@ Adapter Adapter::make(const AdapterConfig& config, std::vector<Target> targets, 
                                             .seed = seed,
                                             .device = device,
                                             .fresh = fresh,
-                                            .gradient = gradient,
+                                            .gradient = wants == Wants::kGradients ? found : at::Tensor(),
+                                            .input_moments = wants == Wants::kInputMoments ? found : at::Tensor(),
                                             .first_learning_rate = calibration ? calibration->first_learning_rate : 0,
                                             .shared = shared}));
   };
-  if (fresh && type.traits().needs_examples) {
-    if (calibration == nullptr)
-      throw core::UserError(
-          fmt::format("algorithms/adapters: type {} starts from examples, which this procedure does not give it",
-                      config.type),
-          "use it with method: finetune, or choose another type");
-    calibration->gradients(adapter.targets_, option_of(config, "examples").get<int64_t>(), add);
-    MORAINE_CHECK_EQ(adapter.functions_.size(), adapter.targets_.size());
-  } else {
+  if (wants == Wants::kNothing) {
     for (size_t i = 0; i < adapter.targets_.size(); ++i) add(i, {});
+    return adapter;
   }
+  if (calibration == nullptr)
+    throw core::UserError(
+        fmt::format("algorithms/adapters: this adapter of type {} starts from examples, which this procedure does not "
+                    "give it",
+                    config.type),
+        "use it with method: finetune, or choose another type, init or mask");
+  const auto& of_targets = wants == Wants::kGradients ? calibration->gradients : calibration->input_moments;
+  of_targets(adapter.targets_, option_of(config, "examples").get<int64_t>(), add);
+  MORAINE_CHECK_EQ(adapter.functions_.size(), adapter.targets_.size());
   return adapter;
 }
 
@@ -146,25 +158,27 @@ Adapter Adapter::from_artefact(const core::Artefact& artefact, const models::Bac
                          /*fresh=*/false);
   models::NamedTensors all = adapter.parameters();
   for (auto& entry : adapter.state()) all.push_back(std::move(entry));
-  check_tensors(artefact.file(), all);
+  check_tensors(artefact.file(), all, [](const std::string& name) { return name.starts_with("head."); });
   read_tensors(artefact.file(), all, std::nullopt);
   return adapter;
 }
 
 Adapter Adapter::load(const std::filesystem::path& directory, const models::Backbone& model,
                       std::optional<at::ScalarType> dtype, at::Device device) {
-  const std::filesystem::path config_path = directory / "adapter_config.json",
-                              tensors_path = directory / "adapter_model.safetensors";
-  const core::OrderedJson peft = core::read_ordered_json(config_path);
-  const core::Safetensors file = core::open_checked(tensors_path);
-  AdapterConfig config = config_from_peft(peft, config_path.string());
-  if (names_no_target(config)) config.target_modules = modules_with_factors(file);
+  return load(read_peft_directory(directory), model, dtype, device);
+}
+
+Adapter Adapter::load(const PeftDirectory& read, const models::Backbone& model, std::optional<at::ScalarType> dtype,
+                      at::Device device) {
   Adapter adapter =
-      make(config, targets_of(config, model.slots(), Matching::kAnyName), &model, 0, device, /*fresh=*/false);
-  adapter.peft_ = peft;
-  const models::NamedTensors tensors = adapter.in_peft_file(&SlotAdapter::parameters);
-  check_tensors(file, tensors);
-  read_tensors(file, tensors, dtype);
+      make(read.config, targets_of(read.config, model.slots(), Matching::kAnyName), &model, 0, device, /*fresh=*/false);
+  if (read.prefix.empty() && read.classifier.empty()) adapter.peft_ = read.json;
+  models::NamedTensors tensors = adapter.in_peft_file(&SlotAdapter::parameters);
+  insert_prefix(read.prefix, tensors);
+  check_tensors(read.file, tensors, [&](const std::string& name) {
+    return std::ranges::find(read.classifier, name, &core::TensorView::name) != read.classifier.end();
+  });
+  read_tensors(read.file, tensors, dtype);
   return adapter;
 }
 

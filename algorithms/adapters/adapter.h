@@ -11,6 +11,7 @@
 #include "algorithms/adapters/calibration.h"
 #include "algorithms/adapters/config.h"
 #include "algorithms/adapters/parametrisation.h"
+#include "algorithms/adapters/peft_files.h"
 #include "algorithms/worker_context.h"
 #include "core/artefact.h"
 #include "models/backbone.h"
@@ -32,8 +33,8 @@ class Adapter {
   /// A fresh one, float32 on `device`. What a slot starts with depends on `seed`, its path and, where
   /// Traits::reads_base, the frozen weight. Throws UserError as targets_of().
   static Adapter create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device);
-  /// The same where a type with Traits::needs_examples may start from those of `calibration`; others ignore it. The
-  /// forms without one throw UserError for such a type.
+  /// The same where what Parametrisation::wants() something of examples starts from those of `calibration`. The forms
+  /// without one throw UserError for such a configuration.
   static Adapter create(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device,
                         const Calibration& calibration);
   /// The same of shapes alone. InternalError if the parametrisation reads the base.
@@ -47,6 +48,9 @@ class Adapter {
   /// wrong shape, if the file differs from the SHA256SUMS beside it, and as config_from_peft().
   static Adapter load(const std::filesystem::path& directory, const models::Backbone& model,
                       std::optional<at::ScalarType> dtype, at::Device device);
+  /// The same of a directory that was read; a classifier in it is passed over.
+  static Adapter load(const PeftDirectory& read, const models::Backbone& model, std::optional<at::ScalarType> dtype,
+                      at::Device device);
 
   /// Writes a PEFT directory (metadata format "pt", config with sorted keys and indent 2). What load() read is written
   /// back unchanged: every field of the configuration, every tensor byte. A non-empty `base_model` is entered as

@@ -12,9 +12,18 @@ namespace moraine::algorithms::adapters {
 /// out) numbers whatever n. A starts at N(0, 1e-4^2), s and t Glorot-uniform with gain sqrt(2), so a fresh adapter
 /// changes the output a little. H is never built: a row costs n (in + n^2 + out) multiplications.
 ///
-/// The paper puts two of these layers with a non-linearity between behind a sub-layer and trains biases and norms
-/// beside; taken alone, without a bias, it can be merged (inferred). Options: n (4), which has to divide in and out.
-/// Source: Compacter (arXiv 2106.04647), equations 4 and 5; rabeehk/compacter, seq2seq/hypercomplex.
+/// Taken alone like that, without a bias, it can be merged (inferred). With `form: adapter` two of these layers stand
+/// where the paper puts them, on the output of a sub-layer, before the residual stream takes it:
+///
+///   y = base(x),   y <- y + gelu(drop(y) H_down + b_down) H_up + b_up
+///
+/// Shapes: H_down [out, d], H_up [d, out], d = out / reduction; biases, from 0, [d] and [out]: 3 (out + d) numbers for
+/// a slot. gelu is the tanh form. Its slots are the last linear modules of the sub-layers, which target_modules has to
+/// name: [o_proj, down_proj] of a decoder (Compacter; down_proj alone: Compacter++). No change of weights: it cannot be
+/// merged. Norms, which the paper trains beside, stay frozen.
+///
+/// Options: n (4), which has to divide in and out, or out and d; form (linear | adapter); reduction (32), of adapter.
+/// Source: Compacter (arXiv 2106.04647), equations 4 to 6; rabeehk/compacter, seq2seq/hypercomplex.
 const Parametrisation& compacter();
 
 }  // namespace moraine::algorithms::adapters

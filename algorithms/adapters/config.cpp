@@ -188,8 +188,10 @@ const core::Schema<AdapterConfig>& adapter_schema() {
     s.list("rank_pattern", &C::rank_pattern, rank_schema()).doc("Other ranks for some modules.");
     s.list("alpha_pattern", &C::alpha_pattern, alpha_schema()).doc("Other alphas for some modules.");
     s.field("init", &C::init)
-        .choices({"gaussian", "kaiming", "olora", "pissa"})
-        .doc("Start values: of A at random, with B = 0, or of both from the frozen weight, which stays as it is.");
+        .choices({"eva", "gaussian", "kaiming", "olora", "pissa"})
+        .doc(
+            "Start values: of A at random or from the inputs of examples (eva), with B = 0, or of both from the frozen "
+            "weight, which stays as it is.");
     s.field("lr_ratio", &C::lr_ratio)
         .above(0)
         .joined_later()

@@ -38,7 +38,8 @@ struct AdapterConfig {
   std::vector<int64_t> layers_to_transform;  // layer numbers; empty = all; needs named target_modules
   std::vector<ModuleRank> rank_pattern;      // the first that matches decides; see targets_of()
   std::vector<ModuleAlpha> alpha_pattern;
-  // A: kaiming U(+-1/sqrt(in)) | gaussian N(0, 1/r), B is 0; pissa | olora: both from the frozen weight
+  // A: kaiming U(+-1/sqrt(in)) | gaussian N(0, 1/r) | eva, from the slot's inputs; B is 0. pissa | olora: both from the
+  // frozen weight
   std::string init = "kaiming";
   double lr_ratio = 1;      // B and vectors learn at this multiple of the rate (LoRA+, arXiv 2402.12354)
   bool use_rslora = false;  // scale alpha / sqrt(r) instead of alpha / r

@@ -58,9 +58,11 @@ class Dora final : public Parametrisation {
     return "LoRA with trained norms of the weight's rows (DoRA, arXiv 2402.09353)";
   }
   Traits traits() const override { return {.reads_base = true}; }
+  core::Json options() const override { return eva_options(); }
+  Wants wants(const AdapterConfig& config) const override { return eva_wants(config); }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
-    if (starts_from_base(config)) return "dora starts from A of its own: init kaiming or gaussian";
-    return std::nullopt;
+    if (starts_from_base(config)) return "dora starts from A of its own: init kaiming, gaussian or eva";
+    return eva_problem(config);
   }
   Counts count(std::span<const Target> targets, const AdapterConfig&) const override {
     int64_t all = lora_parameters(targets);

@@ -81,7 +81,8 @@ int64_t dylora_rank(const models::Pass& pass, int64_t min_rank, int64_t max_rank
 }
 
 std::optional<std::string> nested_problem(const AdapterConfig& config) {
-  if (starts_from_base(config)) return fmt::format("{} starts at B = 0: init kaiming or gaussian", config.type);
+  if (starts_from_base(config) || config.init == "eva")
+    return fmt::format("{} starts at B = 0: init kaiming or gaussian", config.type);
   if (!config.rank_pattern.empty())
     return fmt::format("{} has the same ranks in all modules: leave rank_pattern out", config.type);
   return std::nullopt;

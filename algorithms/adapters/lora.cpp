@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/linear.h>
@@ -32,12 +33,31 @@ LoraFactors from_weight(const SlotInit& init) {
   return {(root.unsqueeze(1) * vh.narrow(0, 0, r)).contiguous(), (u.narrow(1, 0, r) * root).contiguous(), true};
 }
 
+// Leading eigenvectors of the inputs' second moments; eigh orders them from the smallest.
+LoraFactors from_inputs(const SlotInit& init) {
+  const models::Slot& slot = init.target.slot;
+  const int64_t r = init.target.rank;
+  MORAINE_CHECK(init.input_moments.defined(), "init eva needs the inputs of {}", slot.path);
+  const auto [values, vectors] = at::linalg_eigh(init.input_moments.to(at::kCPU, at::kDouble));
+  const double largest = values[-1].item<double>(), last = values[-r].item<double>();
+  // Below that an eigenvalue of float32 inputs is rounding.
+  if (!(last > largest * 1e-13))
+    throw core::UserError(
+        fmt::format("algorithms/adapters: the examples' inputs of {} span fewer than {} directions", slot.path, r),
+        "raise options.examples, or lower the rank");
+  return {vectors.narrow(1, slot.in - r, r).flip(1).t().to(at::kFloat).contiguous(),
+          at::zeros({slot.out, r}, at::kFloat), false};
+}
+
 class Lora final : public Parametrisation {
  public:
   std::string name() const override { return "lora"; }
   std::string summary() const override {
-    return "low-rank update s B A (LoRA, arXiv 2106.09685; rsLoRA, PiSSA and OLoRA by use_rslora and init)";
+    return "low-rank update s B A (LoRA, arXiv 2106.09685; rsLoRA, PiSSA, OLoRA and EVA by use_rslora and init)";
   }
+  core::Json options() const override { return eva_options(); }
+  Wants wants(const AdapterConfig& config) const override { return eva_wants(config); }
+  std::optional<std::string> problem(const AdapterConfig& config) const override { return eva_problem(config); }
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {
     const int64_t factors = lora_parameters(targets);
     return {factors, starts_from_base(config) ? 2 * factors : factors};
@@ -60,6 +80,17 @@ class Lora final : public Parametrisation {
 
 }  // namespace
 
+core::Json eva_options() { return {{"examples", 64}}; }
+
+Wants eva_wants(const AdapterConfig& config) { return config.init == "eva" ? Wants::kInputMoments : Wants::kNothing; }
+
+std::optional<std::string> eva_problem(const AdapterConfig& config) {
+  if (option_of(config, "examples").get<int64_t>() < 1) return "options.examples: must be at least 1";
+  if (config.init != "eva" && config.options.contains("examples"))
+    return fmt::format("options.examples is for init: eva, this one is {}", config.init);
+  return std::nullopt;
+}
+
 LoraFactors first_factors(const SlotInit& init) {
   const at::NoGradGuard no_grad;
   const models::Slot& slot = init.target.slot;
@@ -69,6 +100,7 @@ LoraFactors first_factors(const SlotInit& init) {
     if (init.fresh) return from_weight(init);
     return {at::zeros({r, slot.in}, at::kFloat), at::zeros({slot.out, r}, at::kFloat), true};
   }
+  if (how == "eva" && init.fresh) return from_inputs(init);
   const at::Generator generator = generator_for(init, ".lora_A.weight");
   at::Tensor a = at::empty({r, slot.in}, at::kFloat);
   if (how == "gaussian") {

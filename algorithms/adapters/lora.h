@@ -39,7 +39,17 @@ class LoraSlot : public SlotAdapter {
   Options options_;
 };
 
-/// A and B as init.config.init says. A of kaiming, gaussian and orthogonal depends on seed and path alone.
+// What types with `init: eva` answer (Parametrisation): the option `examples`, 64, means something there alone.
+core::Json eva_options();
+Wants eva_wants(const AdapterConfig& config);
+std::optional<std::string> eva_problem(const AdapterConfig& config);
+
+/// A and B as init.config.init says; A of kaiming and gaussian depends on seed and path alone. eva (EVA, arXiv
+/// 2410.07170, section 3): the rows of A are the r leading right singular vectors of the slot's inputs over the first
+/// `examples` examples of training, that is the leading eigenvectors of SlotInit::input_moments, found in float64; the
+/// strongest first, orthonormal. Inputs are taken as they are, where PEFT subtracts their mean first; ranks are not
+/// redistributed over the slots (PEFT's rho = 1). Throws UserError when the examples have fewer independent inputs than
+/// r.
 struct LoraFactors {
   at::Tensor a, b;
   bool from_base = false;  // B A is not zero: it is a part of the base
@@ -50,7 +60,7 @@ LoraFactors first_factors(const SlotInit& init);
 core::Json lora_peft_config(const AdapterConfig& config);
 AdapterConfig lora_config_from_peft(const core::OrderedJson& json, const std::string& origin);
 
-/// LoRA, rsLoRA, PiSSA and OLoRA.
+/// LoRA, rsLoRA, PiSSA, OLoRA and EVA.
 const Parametrisation& lora();
 
 }  // namespace moraine::algorithms::adapters

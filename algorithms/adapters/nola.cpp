@@ -112,7 +112,7 @@ class Nola final : public Parametrisation {
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto bases = option_of(config, "bases").get<int64_t>();
     if (bases < 1) return fmt::format("options.bases: must be at least 1, found {}", bases);
-    if (starts_from_base(config)) return "nola starts at B = 0: init kaiming or gaussian";
+    if (starts_from_base(config) || config.init == "eva") return "nola starts at B = 0: init kaiming or gaussian";
     return std::nullopt;
   }
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {

@@ -51,15 +51,18 @@ struct Counts {
 
 /// What a procedure may ask before it uses a parametrisation.
 struct Traits {
-  bool zero_at_init = true;     // a fresh adapter changes no bit of the base's output
-  bool reads_base = false;      // start values need the frozen weight, whatever `init` says
-  bool uses_rank = true;        // rank, rank_pattern, alpha and init mean something
-  bool rank_fits = true;        // a rank is at most min(in, out) of its slot
-  bool nested_ranks = false;    // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
-  bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
-  bool needs_examples = false;  // start values need SlotInit::gradient, over as many examples as its option `examples`
+  bool zero_at_init = true;   // a fresh adapter changes no bit of the base's output
+  bool reads_base = false;    // start values need the frozen weight, whatever `init` says
+  bool uses_rank = true;      // rank, rank_pattern, alpha and init mean something
+  bool rank_fits = true;      // a rank is at most min(in, out) of its slot
+  bool nested_ranks = false;  // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
+  bool from_seed = false;     // a part comes from create()'s seed alone and is not stored
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
 };
+
+/// What a fresh adapter's start values are made of beside its seed and the frozen weight: something of the slot over as
+/// many examples as the type's option `examples` (calibration.h).
+enum class Wants { kNothing, kGradients, kInputMoments };
 
 /// What a slot's adapter is made of.
 struct SlotInit {
@@ -70,9 +73,9 @@ struct SlotInit {
   uint64_t seed = 0;
   at::Device device = at::kCPU;
   bool fresh = true;  // false: values will be overwritten, only shapes count
-  // Only if Traits::needs_examples, of a fresh one: the gradient of the loss by the weight, [out, in] float32, and the
-  // learning rate of the first step (calibration.h).
-  at::Tensor gradient = {};
+  // Of a fresh one, what Parametrisation::wants() says: the gradient of the loss by the weight, [out, in] float32, with
+  // the learning rate of the first step; or the sum of x x^T over the slot's inputs x, [in, in] float64.
+  at::Tensor gradient = {}, input_moments = {};
   double first_learning_rate = 0;
   /// A tensor that all slots of the adapter share, made once under its name. One that requires a gradient is trained.
   std::function<at::Tensor(const std::string& name, const std::function<at::Tensor()>& make)> shared = {};
@@ -93,6 +96,7 @@ class Parametrisation {
   virtual int64_t result_version() const { return 1; }
   /// AdapterConfig::options with their defaults; no others are allowed, and types must agree.
   virtual core::Json options() const { return core::Json::object(); }
+  virtual Wants wants(const AdapterConfig&) const { return Wants::kNothing; }
   /// What is wrong with a configuration beyond the types of its fields.
   virtual std::optional<std::string> problem(const AdapterConfig&) const { return std::nullopt; }
   /// Tensors of SlotInit::shared that are frozen and stored all the same: state of the adapter.

@@ -1,15 +1,18 @@
 #include "algorithms/adapters/peft_files.h"
-#include "algorithms/adapters/lora.h"
 
+#include <algorithm>
+#include <cctype>
 #include <map>
+#include <set>
 
 #include <fmt/ranges.h>
 
+#include "algorithms/adapters/lora.h"
 #include "core/checksums.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/hash.h"
-#include "core/ordered_json.h"
+#include "models/open_backbone.h"
 
 namespace moraine::algorithms::adapters {
 namespace {
@@ -56,6 +59,59 @@ std::vector<models::Slot> slots_of(const std::map<std::string, Pair>& pairs, std
   return slots;
 }
 
+/// The modules that have tensors of the adapter, by their paths in the model with `prefix`, without it.
+std::vector<std::string> modules_in(const core::Safetensors& file, const std::string& peft_type,
+                                    const std::string& prefix) {
+  std::string mark = "." + peft_type + "_";  // of what it puts beside a module: ".lora_A.weight"
+  std::ranges::transform(mark, mark.begin(), [](unsigned char c) { return std::tolower(c); });
+  const std::string before = std::string(kPrefix) + prefix;
+  std::set<std::string> modules;
+  for (const core::TensorView& tensor : file.tensors()) {
+    const size_t end = tensor.name.rfind(mark);
+    if (tensor.name.starts_with(before) && end != std::string::npos && end > before.size())
+      modules.insert(tensor.name.substr(before.size(), end - before.size()));
+  }
+  return {modules.begin(), modules.end()};
+}
+
+/// Whether what a configuration says of modules means the same in the model without `prefix`: names of their ends do.
+bool says_ends_alone(const AdapterConfig& config, const std::string& prefix) {
+  const auto whole = [&](const std::string& name) { return name.find(prefix) != std::string::npos; };
+  const auto whole_pattern = [&](const auto& pattern) { return whole(pattern.module); };
+  return config.target_regex.empty() && config.exclude_regex.empty() &&
+         std::ranges::none_of(config.target_modules, whole) && std::ranges::none_of(config.exclude_modules, whole) &&
+         config.layers_to_transform.empty() && std::ranges::none_of(config.rank_pattern, whole_pattern) &&
+         std::ranges::none_of(config.alpha_pattern, whole_pattern);
+}
+
+/// What a configuration says of the model with `prefix`, said of the one without: its targets become those modules that
+/// have tensors.
+void drop_prefix(AdapterConfig& config, const std::string& prefix, std::vector<std::string> modules) {
+  if (says_ends_alone(config, prefix)) return;
+  config.target_modules = std::move(modules);
+  config.target_regex.clear();
+  config.exclude_modules.clear();
+  config.exclude_regex.clear();
+  config.layers_to_transform.clear();
+  const auto cut = [&](std::string& module) {
+    if (const size_t at = module.find(prefix); at == 0 || (at == 1 && module[0] == '^'))
+      module.erase(at, prefix.size());
+  };
+  for (auto& pattern : config.rank_pattern) cut(pattern.module);
+  for (auto& pattern : config.alpha_pattern) cut(pattern.module);
+}
+
+/// modules_to_save, which may name the classifier alone, by its name or by those that PEFT enters for every model.
+void take_saved_modules(core::OrderedJson& json, const std::string& classifier, const std::string& origin) {
+  const auto saved = json.find("modules_to_save");
+  if (saved == json.end() || saved->is_null()) return;
+  for (const auto& module : *saved)
+    if (module != classifier && module != "classifier" && module != "score")
+      throw core::UserError(fmt::format("algorithms/adapters: {}: modules_to_save names {}", origin, module.dump()),
+                            fmt::format("beside an adapter this model's classifier, '{}', can be trained", classifier));
+  json.erase(saved);
+}
+
 /// The patterns of an imported adapter in the order of its file, which its "peft", a sorted object, has lost.
 AdapterConfig patterns_as_read(const core::Json& meta) {
   AdapterConfig config;
@@ -97,10 +153,30 @@ std::string peft_name(const std::string& name) { return std::string(kPrefix) + n
 
 std::string peft_shared_name(const std::string& name) { return "base_model." + name; }
 
-std::vector<std::string> modules_with_factors(const core::Safetensors& file) {
-  std::vector<std::string> modules, problems;
-  for (const auto& [path, pair] : pairs_of(file, problems)) modules.push_back(path);
-  return modules;
+PeftDirectory read_peft_directory(const std::filesystem::path& directory, const models::ClassifierForm* classifier) {
+  const std::filesystem::path config_path = directory / "adapter_config.json";
+  const std::string text = core::read_text(config_path);
+  core::OrderedJson json = core::read_ordered_json(config_path), rest = json;
+  if (classifier != nullptr) take_saved_modules(rest, classifier->module, config_path.string());
+  core::Safetensors file = core::open_checked(directory / kTensors);
+  PeftDirectory read{.json = std::move(json),
+                     .config = config_from_peft(rest, config_path.string()),
+                     .file = file,
+                     .hash = core::sha256(text + core::sha256(file.bytes().span()))};
+  const std::string peft_type = rest.at("peft_type");
+  if (classifier != nullptr) {
+    const std::string module = peft_name(classifier->module + ".");
+    for (const core::TensorView& tensor : file.tensors())
+      if (tensor.name.starts_with(module)) {
+        read.classifier.push_back(tensor);
+      } else if (tensor.name.starts_with(peft_name(classifier->prefix))) {
+        read.prefix = classifier->prefix;
+      }
+  }
+  const std::vector<std::string> modules = modules_in(file, peft_type, read.prefix);
+  if (names_no_target(read.config)) read.config.target_modules = modules;
+  if (!read.prefix.empty()) drop_prefix(read.config, read.prefix, modules);
+  return read;
 }
 
 void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
@@ -135,18 +211,16 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
 }
 
 core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
-  const std::filesystem::path config_path = directory / "adapter_config.json";
-  const core::OrderedJson peft = core::read_ordered_json(config_path);
-  AdapterConfig config = config_from_peft(peft, config_path.string());
+  const PeftDirectory read = read_peft_directory(directory);
+  const AdapterConfig& config = read.config;
+  const core::Safetensors& file = read.file;
   if (config.type != "lora")
-    throw core::UserError(fmt::format("algorithms/adapters: {} is of type {}", config_path.string(), config.type),
+    throw core::UserError(fmt::format("algorithms/adapters: {} is of type {}", file.origin(), config.type),
                           "only plain LoRA and rsLoRA become artefacts of pairs A and B; use the directory as it is");
-  const core::Safetensors file = core::open_checked(directory / kTensors);
   std::vector<std::string> problems;
   const auto pairs = pairs_of(file, problems);
   const std::vector<models::Slot> slots = slots_of(pairs, problems);
   if (problems.empty()) {
-    if (names_no_target(config)) config.target_modules = modules_with_factors(file);
     std::map<std::string, int64_t> selected;
     for (const Target& target : targets_of(config, slots, Matching::kAnyName)) selected[target.slot.path] = target.rank;
     for (const auto& [path, pair] : pairs) {
@@ -167,8 +241,8 @@ core::ArtefactPtr import_adapter(const std::filesystem::path& directory) {
   }
   std::vector<core::TensorView> factors = file.tensors();
   for (core::TensorView& factor : factors) factor.name.erase(0, kPrefix.size());
-  return core::Artefact::create("adapter", {{"lora", adapter_schema().to_json(config)}, {"peft", core::Json(peft)}},
-                                factors);
+  return core::Artefact::create("adapter",
+                                {{"lora", adapter_schema().to_json(config)}, {"peft", core::Json(read.json)}}, factors);
 }
 
 }  // namespace moraine::algorithms::adapters

@@ -7,7 +7,12 @@
 #include "algorithms/adapters/config.h"
 #include "core/artefact.h"
 #include "core/json.h"
+#include "core/ordered_json.h"
 #include "core/safetensors.h"
+
+namespace moraine::models {
+struct ClassifierForm;
+}
 
 namespace moraine::algorithms::adapters {
 
@@ -22,8 +27,22 @@ void write_peft_directory(const std::filesystem::path& directory, core::Json pef
 std::string peft_name(const std::string& name);
 std::string peft_shared_name(const std::string& name);
 
-/// The module paths that have factors in an adapter_model.safetensors.
-std::vector<std::string> modules_with_factors(const core::Safetensors& file);
+/// A PEFT directory as it lies there, without a model.
+struct PeftDirectory {
+  core::OrderedJson json;                         // adapter_config.json, with all its fields
+  AdapterConfig config;                           // of our slot paths; names its targets always
+  core::Safetensors file;                         // adapter_model.safetensors
+  std::string hash;                               // SHA-256 of both files
+  std::string prefix = {};                        // of our slot paths in the file's names, behind PEFT's own: "bert."
+  std::vector<core::TensorView> classifier = {};  // tensors of `file` of a classifier that was trained beside
+};
+
+/// Reads one. With a `classifier`, the form in which the model's family has one, an adapter of the model with that
+/// classifier is read, too: its module may stand in modules_to_save, and what the file says of modules is brought to
+/// the paths of the model without it. Without, such an adapter is refused. Throws UserError as config_from_peft(), if a
+/// file differs from the SHA256SUMS beside it, and on other modules to save.
+PeftDirectory read_peft_directory(const std::filesystem::path& directory,
+                                  const models::ClassifierForm* classifier = nullptr);
 
 /// An artefact that is a LoRA (kinds "adapter" and "update", docs/formats.md) as a PEFT directory: its metadata hold
 /// adapter_config.json under "peft", or a AdapterConfig under "lora". A server optimiser's moments are left behind.

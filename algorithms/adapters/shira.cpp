@@ -98,6 +98,24 @@ int64_t entries_of(const Target& target, const AdapterConfig& config) {
   return wanted_entries(target, config);
 }
 
+bool by_gradient(const AdapterConfig& config) {
+  const core::Json mask = option_of(config, "mask");
+  return mask == "grad" || mask == "snip";
+}
+
+/// Which entries come from neither the seed nor the shape.
+bool stores_indices(const AdapterConfig& config) { return option_of(config, "mask") == "wm" || by_gradient(config); }
+
+/// What of an entry decides, of all entries of the flattened weight: |w|, |g| or |w g|.
+at::Tensor importance_of(const SlotInit& init, const std::string& mask) {
+  if (mask == "wm") return init.base->weight.detach().to(at::kCPU, at::kFloat).abs().flatten();
+  MORAINE_CHECK(init.gradient.defined(), "mask {} needs a gradient for {}", mask, init.target.slot.path);
+  const at::Tensor gradient = init.gradient.to(at::kCPU, at::kFloat).flatten();
+  if (mask == "grad") return gradient.abs();
+  // In float64, where no product of two floats is rounded to zero.
+  return init.base->weight.detach().to(at::kCPU, at::kDouble).flatten().mul(gradient.to(at::kDouble)).abs();
+}
+
 /// Positions in the flattened weight, [K] int64, ascending.
 at::Tensor positions_of(const SlotInit& init) {
   const int64_t in = init.target.slot.in, out = init.target.slot.out;
@@ -113,8 +131,7 @@ at::Tensor positions_of(const SlotInit& init) {
   if (mask == "rand") {
     order = at::randperm(in * out, generator_for(init, ".shira_indices"), at::TensorOptions(at::kLong));
   } else if (init.fresh) {
-    const at::Tensor sizes = init.base->weight.detach().to(at::kCPU, at::kFloat).abs().flatten();
-    order = std::get<1>(at::sort(sizes, /*stable=*/true, /*dim=*/0, /*descending=*/true));
+    order = std::get<1>(at::sort(importance_of(init, mask), /*stable=*/true, /*dim=*/0, /*descending=*/true));
   } else {
     order = at::zeros({entries}, at::kLong);
   }
@@ -125,15 +142,19 @@ class Shira final : public Parametrisation {
  public:
   std::string name() const override { return "shira"; }
   std::string summary() const override {
-    return "some entries of the weight, at random or the largest (SHiRA, arXiv 2406.13175)";
+    return "some entries of the weight, at random, the largest or those of the largest gradients (SHiRA, arXiv "
+           "2406.13175)";
   }
   Traits traits() const override { return {.reads_base = true, .from_seed = true}; }
-  core::Json options() const override { return {{"mask", "rand"}, {"density", 0.0}}; }
+  core::Json options() const override { return {{"mask", "rand"}, {"density", 0.0}, {"examples", 64}}; }
+  Wants wants(const AdapterConfig& config) const override {
+    return by_gradient(config) ? Wants::kGradients : Wants::kNothing;
+  }
   std::optional<std::string> problem(const AdapterConfig& config) const override;
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {
     Counts counts;
     for (const Target& target : targets) counts.trained += entries_of(target, config);
-    counts.stored = (option_of(config, "mask") == "wm" ? 3 : 1) * counts.trained;
+    counts.stored = (stores_indices(config) ? 3 : 1) * counts.trained;
     return counts;
   }
   std::shared_ptr<SlotAdapter> make(const SlotInit& init) const override {
@@ -141,10 +162,9 @@ class Shira final : public Parametrisation {
     const models::Slot& slot = init.target.slot;
     const at::Tensor positions = positions_of(init);
     const at::Tensor indices = at::stack({positions.floor_divide(slot.in), positions.remainder(slot.in)});
-    return std::make_shared<ShiraSlot>(leaf(at::zeros({positions.size(0)}, at::kFloat), init.device),
-                                       indices.to(init.device, at::kInt),
-                                       ShiraSlot::Options{slot.in, slot.out, init.config.dropout, slot.path,
-                                                          init.option<std::string>("mask") == "wm"});
+    return std::make_shared<ShiraSlot>(
+        leaf(at::zeros({positions.size(0)}, at::kFloat), init.device), indices.to(init.device, at::kInt),
+        ShiraSlot::Options{slot.in, slot.out, init.config.dropout, slot.path, stores_indices(init.config)});
   }
   std::string peft_type() const override { return "SHIRA"; }
   bool in_peft(const AdapterConfig& config) const override {
@@ -157,8 +177,11 @@ class Shira final : public Parametrisation {
 
 std::optional<std::string> Shira::problem(const AdapterConfig& config) const {
   const core::Json mask = option_of(config, "mask");
-  if (mask != "rand" && mask != "wm" && mask != "struct")
-    return fmt::format("options.mask: {} is none of rand, wm, struct", mask.dump());
+  if (mask != "rand" && mask != "wm" && mask != "struct" && !by_gradient(config))
+    return fmt::format("options.mask: {} is none of rand, wm, grad, snip, struct", mask.dump());
+  if (option_of(config, "examples").get<int64_t>() < 1) return "options.examples: must be at least 1";
+  if (!by_gradient(config) && config.options.contains("examples"))
+    return fmt::format("options.examples is for masks grad and snip, this one is {}", mask.get<std::string>());
   const auto density = option_of(config, "density").get<double>();
   if (!(density >= 0 && density <= 1)) return fmt::format("options.density: {} is not in 0 .. 1", density);
   const AdapterConfig plain;

@@ -179,8 +179,9 @@ Violation cross_check(const ContinualConfig& c) {
   for (const TrainConfig* train :
        {&c.train, c.lora_train ? &*c.lora_train : &c.train, c.model.train ? &*c.model.train : &c.train})
     if (train->dtype != "float32") return "vision transformers train in float32: set dtype: float32";
-  if (adapters::parametrisation(c.lora.type).traits().needs_examples)
-    return fmt::format("lora: type {} starts from examples, which a stream of tasks does not give it", c.lora.type);
+  if (adapters::parametrisation(c.lora.type).wants(c.lora) != adapters::Wants::kNothing)
+    return fmt::format("lora: type {} starts from examples here, which a stream of tasks does not give it",
+                       c.lora.type);
   return std::nullopt;
 }
 

@@ -74,7 +74,7 @@ const core::Schema<EntryConfig>& entry_schema() {
           .doc("Instead of train.learning_rate")
           .field("optimizer", &C::optimizer)
           .joined_later()
-          .choices({"adamw", "adamw8bit", "sgd"})
+          .choices(optimizer_names())
           .doc("Instead of train.optimizer")
           .check([](const C& c) -> Violation {
             if (c.adapter.has_value() + !c.start.empty() + c.head_only <= 1) return std::nullopt;
@@ -162,12 +162,32 @@ const core::Schema<FinetuneConfig>& finetune_schema() {
         .field("gradient_checkpointing", &C::gradient_checkpointing)
         .changes_nothing()
         .doc("Keep the input of every layer alone and compute it again for gradients: less memory, a third more time")
+        .field("update_in_backward", &C::update_in_backward)
+        .changes_nothing()
+        .doc(
+            "Update every parameter as soon as its gradient is there and free it: saves the memory of all gradients "
+            "where all weights are trained; needs train.clip_norm 0, whole batches and group_size 1")
         .object("train", &C::train, train_schema())
         .doc("Training of one result")
+        .optional_object("early_stopping", &C::early_stopping, early_stopping_schema())
+        .joined_later()
+        .doc("Train no longer than scores on validation data improve; left out: all of train.steps")
         .object("evaluation", &C::evaluation, evaluation_schema())
         .doc("What is measured")
         .check([](const C& c) { return names_problem("tasks", c.tasks); })
-        .check([](const C& c) { return names_problem("adapters", c.adapters); });
+        .check([](const C& c) { return names_problem("adapters", c.adapters); })
+        .check([](const C& c) -> Violation {
+          const bool whole = c.train.micro_batch_size == 0 || c.train.micro_batch_size == c.train.batch_size;
+          if (!c.update_in_backward || (whole && c.train.clip_norm == 0 && c.workers.group_size == 1))
+            return std::nullopt;
+          return "update_in_backward needs train.clip_norm: 0 (a norm of all gradients is known too late), no "
+                 "micro_batch_size and workers.group_size: 1";
+        })
+        .check([](const C& c) -> Violation {
+          if (!c.early_stopping || c.early_stopping->every <= c.train.steps) return std::nullopt;
+          return fmt::format("early_stopping.every {} is larger than train.steps {}", c.early_stopping->every,
+                             c.train.steps);
+        });
     return s;
   }();
   return schema;

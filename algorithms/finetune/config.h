@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "algorithms/adapters/config.h"
+#include "algorithms/finetune/early_stopping.h"
 #include "algorithms/galore/galore.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
@@ -56,8 +57,10 @@ struct FinetuneConfig : RunConfig {
   int64_t seq_len = 256;
   std::string tokenizer;  // "" = the files' own
   double label_smoothing = 0;
-  bool gradient_checkpointing = false;  // not part of a unit's identity
+  bool gradient_checkpointing = false;  // not part of a unit's identity, nor is the next
+  bool update_in_backward = false;
   TrainConfig train;
+  std::optional<EarlyStoppingConfig> early_stopping;
   EvaluationConfig evaluation;
 
   std::vector<int64_t> all_seeds() const { return seeds.empty() ? std::vector<int64_t>{seed} : seeds; }

@@ -8,9 +8,6 @@
 #include "algorithms/adapters/peft_files.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
-#include "core/file.h"
-#include "core/hash.h"
-#include "core/ordered_json.h"
 #include "core/registry.h"
 #include "models/checkpoint.h"
 
@@ -24,13 +21,16 @@ Finetune::Finetune(FinetuneConfig config, const core::Json& inputs)
       model_id_(inputs.at("model").get<std::string>()) {
   for (const auto& [name, facts] : inputs.at("tasks").items()) tasks_[name] = objectives::TaskFacts::from_json(facts);
   for (const auto& [name, start] : inputs.at("started").items())
-    started_[name] = {adapters::adapter_schema().from_json(start.at("adapter")), start.at("hash").get<std::string>()};
+    started_[name] = {adapters::adapter_schema().from_json(start.at("adapter")), start.at("hash").get<std::string>(),
+                      start.value("classes", int64_t{0})};
 }
 
 core::Json Finetune::inputs() const {
   core::Json started = core::Json::object(), tasks = core::Json::object();
-  for (const auto& [name, start] : started_)
+  for (const auto& [name, start] : started_) {
     started[name] = {{"adapter", adapters::adapter_schema().to_json(start.config)}, {"hash", start.hash}};
+    if (start.classes > 0) started[name]["classes"] = start.classes;
+  }
   for (const auto& [name, facts] : tasks_) tasks[name] = facts.to_json();
   return {{"model_facts", facts_->to_json()}, {"tasks", tasks}, {"model", model_id_}, {"started", started}};
 }
@@ -45,13 +45,8 @@ void Finetune::open_starts(core::Problems& problems) {
     if (entry.start.empty()) continue;
     const std::string key = fmt::format("adapters.{}.start", i);
     try {
-      const std::filesystem::path directory = entry.start;
-      const auto config = directory / "adapter_config.json", tensors = directory / "adapter_model.safetensors";
-      Started start{adapters::config_from_peft(core::read_ordered_json(config), config.string()),
-                    core::sha256(core::read_text(config) + core::sha256(core::read_text(tensors)))};
-      const core::Safetensors file = core::open_checked(tensors);
-      if (adapters::names_no_target(start.config)) start.config.target_modules = adapters::modules_with_factors(file);
-      started_[entry.name] = std::move(start);
+      const auto read = adapters::read_peft_directory(entry.start, &facts_->classifier);
+      started_[entry.name] = {read.config, read.hash, objectives::Head::classes_of(read.classifier, *facts_)};
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
@@ -66,14 +61,22 @@ void Finetune::check_adapters(core::Problems& problems) const {
       if (entry.galore) (void)galore::targets_of(*entry.galore, facts_->slots);
       const auto matching = entry.start.empty() ? adapters::Matching::kEveryName : adapters::Matching::kAnyName;
       if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, facts_->slots, matching);
-      for (const auto& [task, facts] : tasks_)
-        if (entry.head_only && facts.classes == 0)
-          throw core::UserError(fmt::format("algorithms/finetune: task '{}' has no head to train", task),
-                                "next tokens are predicted by the model itself: leave the entry out");
+      for (const auto& [task, facts] : tasks_) check_head(entry, task, facts.classes);
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
   }
+}
+
+void Finetune::check_head(const EntryConfig& entry, const std::string& task, int64_t classes) const {
+  if (entry.head_only && classes == 0)
+    throw core::UserError(fmt::format("algorithms/finetune: task '{}' has no head to train", task),
+                          "next tokens are predicted by the model itself: leave the entry out");
+  const int64_t started = entry.start.empty() ? 0 : started_.at(entry.name).classes;
+  if (started > 0 && started != classes)
+    throw core::UserError(fmt::format("algorithms/finetune: {} has a head for {} classes, task '{}' has {}",
+                                      entry.start, started, task, classes),
+                          "start from an adapter of the same classes, or take modules_to_save and its tensors out");
 }
 
 void Finetune::open_model() { facts_ = models::model_facts(config_.model.path, config_.model.size()); }
@@ -83,13 +86,28 @@ void Finetune::open_tasks(core::Problems& problems) {
     const TaskConfig& task = config_.tasks[i];
     const std::string key = fmt::format("tasks.{}.path", i);
     try {
-      tasks_[task.name] = objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_,
-                                              {config_.model.path, config_.model.image_size > 0});
+      tasks_[task.name] = objectives::inspect(task.path, config_.evaluation.split, options_of(task), *facts_, place());
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
+      continue;
     }
+    if (config_.early_stopping) open_validation(task, problems);
   }
 }
+
+void Finetune::open_validation(const TaskConfig& task, core::Problems& problems) {
+  objectives::TaskFacts& facts = tasks_.at(task.name);
+  try {
+    facts.validation = config_.evaluation.split == "validation"
+                           ? facts.evaluated
+                           : objectives::inspect(task.path, "validation", options_of(task), *facts_, place()).evaluated;
+  } catch (const core::UserError& error) {
+    problems.add("early_stopping", "early_stopping",
+                 fmt::format("task '{}' has no validation data to score: {}", task.name, error.what()), error.hint());
+  }
+}
+
+objectives::ModelPlace Finetune::place() const { return {config_.model.path, config_.model.image_size > 0}; }
 
 void Finetune::open_inputs() {
   open_model();

@@ -46,7 +46,8 @@ class Finetune final : public Method {
   /// An adapter that a recipe's entry starts from.
   struct Started {
     adapters::AdapterConfig config;
-    std::string hash;  // of its files
+    std::string hash;     // of its files
+    int64_t classes = 0;  // of the head beside it; 0 = none
   };
   /// One result: an adapter, a task and a seed.
   struct Result {
@@ -73,15 +74,23 @@ class Finetune final : public Method {
   objectives::DataSpec data_spec(const TaskConfig& task, const std::string& split) const;
   objectives::TaskOptions options_of(const TaskConfig& task) const;
   double cost_of(const TaskConfig& task, int64_t rows) const;  // FLOPs of a forward pass
+  double validation_cost(const TaskConfig& task) const;        // FLOPs of early_stopping
   /// What is trained of an entry; nullopt = all weights.
   std::optional<adapters::AdapterConfig> adapter_of(const EntryConfig& entry) const;
   void open_model();
   void open_tasks(core::Problems& problems);
+  void open_validation(const TaskConfig& task, core::Problems& problems);
+  objectives::ModelPlace place() const;
   void open_starts(core::Problems& problems);
   adapters::Counts counts(const std::optional<adapters::AdapterConfig>& adapter, bool started) const;
   void check_adapters(core::Problems& problems) const;
+  void check_head(const EntryConfig& entry, const std::string& task, int64_t classes) const;
 
   core::ArtefactPtr train(const Unit& unit, WorkerContext& context) const;
+  /// Watches a training as the spec says; nullptr when it does not. Keeps references to `model`, `head` and `context`.
+  std::shared_ptr<EarlyStopping> early_stopping(const TrainSpec& spec, const TrainConfig& train,
+                                                const models::NamedTensors& parameters, models::Backbone& model,
+                                                const objectives::Head& head, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<models::Backbone> load_base(const std::string& base, const std::string& dtype,
                                               WorkerContext& context) const;
@@ -106,6 +115,7 @@ class Finetune final : public Method {
   core::Json rank_row(const Stages& stages, const RunState& state, const EntryConfig& entry,
                       const TaskConfig& task) const;
   void summarize_curves(const Stages& stages, const RunState& state, core::Json& out) const;
+  void summarize_stopping(const Stages& stages, const RunState& state, core::Json& out) const;
 
   // finetune.cpp
   const Result& find_result(const Stages& stages, const std::string& name) const;

@@ -35,23 +35,35 @@ double Finetune::cost_of(const TaskConfig& task, int64_t rows) const {
   return 2 * static_cast<double>(facts_->parameters) * static_cast<double>(rows * tasks_.at(task.name).tokens_per_row);
 }
 
+// Of all evaluations there may be.
+double Finetune::validation_cost(const TaskConfig& task) const {
+  if (!config_.early_stopping) return 0;
+  const EarlyStoppingConfig& stopping = *config_.early_stopping;
+  const int64_t all = tasks_.at(task.name).validation, rows = stopping.sequences;
+  const int64_t evaluations = (config_.train.steps + stopping.every - 1) / stopping.every;
+  return cost_of(task, evaluations * (rows ? std::min(rows, all) : all));
+}
+
 Unit Finetune::train_unit(const Result& result) const {
   const auto seed = static_cast<uint64_t>(result.seed);
   TrainConfig train = config_.train;
   if (result.entry->learning_rate) train.learning_rate = *result.entry->learning_rate;
   if (result.entry->optimizer) train.optimizer = *result.entry->optimizer;
   const auto adapter = adapter_of(*result.entry);
-  const TrainSpec spec{.type_version = adapter ? adapters::parametrisation(adapter->type).result_version() : 1,
-                       .compute = compute_identity(config_.workers),
-                       .base = model_id_,
-                       .adapter = adapter,
-                       .galore = result.entry->galore,
-                       .start = result.entry->start.empty() ? "" : started_.at(result.entry->name).hash,
-                       .head_only = result.entry->head_only,
-                       .data = data_spec(*result.task, "train"),
-                       .adapter_seed = core::derive_seed(seed, "finetune/adapter"),
-                       .data_seed = core::derive_seed(seed, "finetune/data/" + result.task->name),
-                       .train = train_identity(train)};
+  const TrainSpec spec{
+      .type_version = adapter ? adapters::parametrisation(adapter->type).result_version() : 1,
+      .compute = compute_identity(config_.workers),
+      .base = model_id_,
+      .adapter = adapter,
+      .galore = result.entry->galore,
+      .start = result.entry->start.empty() ? "" : started_.at(result.entry->name).hash,
+      .head_only = result.entry->head_only,
+      .data = data_spec(*result.task, "train"),
+      .early_stopping = config_.early_stopping,
+      .validation = config_.early_stopping ? std::optional(data_spec(*result.task, "validation")) : std::nullopt,
+      .adapter_seed = core::derive_seed(seed, "finetune/adapter"),
+      .data_seed = core::derive_seed(seed, "finetune/data/" + result.task->name),
+      .train = train_identity(train)};
   // Times a forward pass: frozen weights take no gradients, and below a head alone nothing does.
   const double passes = result.entry->head_only ? 1 : adapter ? 2 : 3;
   Unit unit{TrainSpec::kKind,
@@ -59,7 +71,7 @@ Unit Finetune::train_unit(const Result& result) const {
             core::to_spec(TrainSpec::schema(), spec),
             {},
             Place::kWorker,
-            passes * cost_of(*result.task, train.steps * train.batch_size)};
+            passes * cost_of(*result.task, train.steps * train.batch_size) + validation_cost(*result.task)};
   unit.follows = evaluation_unit("", *result.task, {}).cost;
   return unit;
 }

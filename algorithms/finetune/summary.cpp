@@ -245,6 +245,46 @@ void Finetune::summarize_curves(const Stages& stages, const RunState& state, Jso
   }
 }
 
+// Of every result: where training ended, and the scores that decided it as a curve.
+void Finetune::summarize_stopping(const Stages& stages, const RunState& state, Json& out) const {
+  if (!config_.early_stopping) return;
+  Json rows = Json::array();
+  for (const auto& task : config_.tasks) {
+    Json series = Json::array();
+    for (const Result& result : stages.results) {
+      if (result.task != &task || !result.artefact) continue;
+      const auto record = StoppingRecord::from_json(state.artefact(*result.artefact)->meta().at("early_stopping"));
+      rows.push_back({{"result", result.name()},
+                      {"best_step", record.best_step},
+                      {"steps", record.steps},
+                      {"score", record.best_score()}});
+      if (result.seed == config_.all_seeds().front())
+        series.push_back({{"name", result.entry->name}, {"points", record.curve}});
+    }
+    if (series.empty()) continue;
+    out["curves"].push_back({{"title", "Validation score on " + task.name},
+                             {"x_label", "step"},
+                             {"y_label", metric_of(task).name},
+                             {"log_x", false},
+                             {"log_y", false},
+                             {"series", series},
+                             {"notes", Json::array()}});
+  }
+  const Json columns = {column("result", "result"),
+                        column("best_step", "best step"),
+                        column("steps", "steps run"),
+                        {{"key", "score"}, {"label", "best validation score"}, {"digits", 3}}};
+  const EarlyStoppingConfig& stopping = *config_.early_stopping;
+  const char* kept = stopping.restore_best ? "results have the parameters of the best step"
+                                           : "results have the parameters of the last step run";
+  out["tables"].push_back(
+      {{"title", "Where training ended"},
+       {"columns", columns},
+       {"rows", rows},
+       {"notes",
+        {fmt::format("of {} steps at most, scored every {}; {}", config_.train.steps, stopping.every, kept)}}});
+}
+
 core::Json Finetune::summary(const RunState& state) const {
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
@@ -253,6 +293,7 @@ core::Json Finetune::summary(const RunState& state) const {
   summarize_every_task(stages, state, out);
   summarize_ranks(stages, state, out);
   summarize_curves(stages, state, out);
+  summarize_stopping(stages, state, out);
   // One hash for all results, in the order of their names.
   std::vector<std::string> lines;
   for (const Result& result : stages.results)

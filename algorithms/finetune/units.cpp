@@ -17,6 +17,10 @@ const core::Schema<TrainSpec>& TrainSpec::schema() {
                                  .field("start", &C::start)
                                  .field("head_only", &C::head_only)
                                  .object("data", &C::data, objectives::data_schema())
+                                 .optional_object("early_stopping", &C::early_stopping, early_stopping_schema())
+                                 .joined_later()
+                                 .optional_object("validation", &C::validation, objectives::data_schema())
+                                 .joined_later()
                                  .field("adapter_seed", &C::adapter_seed)
                                  .field("data_seed", &C::data_seed)
                                  .field("train", &C::train);

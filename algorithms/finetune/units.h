@@ -5,6 +5,7 @@
 #include <string>
 
 #include "algorithms/adapters/config.h"
+#include "algorithms/finetune/early_stopping.h"
 #include "algorithms/galore/galore.h"
 #include "algorithms/objectives/objective.h"
 #include "core/config.h"
@@ -34,9 +35,11 @@ struct TrainSpec {
   std::string start = {};  // SHA-256 of the adapter to start from; "" = fresh
   bool head_only = false;
   objectives::DataSpec data = {};
-  uint64_t adapter_seed = 0;  // start values, of the head too
-  uint64_t data_seed = 0;     // order of the data, and what is drawn in passes
-  core::Json train = {};      // train_identity()
+  std::optional<EarlyStoppingConfig> early_stopping = {};
+  std::optional<objectives::DataSpec> validation = {};  // of early_stopping
+  uint64_t adapter_seed = 0;                            // start values, of the head too
+  uint64_t data_seed = 0;                               // order of the data, and what is drawn in passes
+  core::Json train = {};                                // train_identity()
   static const core::Schema<TrainSpec>& schema();
 };
 

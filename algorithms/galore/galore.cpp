@@ -2,6 +2,7 @@
 
 #include <map>
 #include <optional>
+#include <utility>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/linalg_svd.h>
@@ -14,17 +15,18 @@
 namespace moraine::algorithms::galore {
 namespace {
 
-/// One weight's subspace.
+/// One weight's subspace. A side that is not projected has no vectors.
 struct Subspace {
-  bool right = true;           // which side of the weight is projected
-  at::Tensor projection;       // right: Q [r, n]; left: P [m, r]
+  at::Tensor left, right;      // P [m, r], Q [r, n]
   at::Tensor updates;          // so far; a float32 scalar, as optimisers count
   std::vector<int64_t> shape;  // of what moves
 };
 
-bool projects_right(const std::string& type, int64_t m, int64_t n) {
-  if (type == "left" || type == "right") return type == "right";
-  return (m >= n) == (type == "std");
+/// Whether the left and the right side of a weight [m, n] are projected.
+std::pair<bool, bool> sides(const std::string& type, int64_t m, int64_t n) {
+  if (type == "full") return {true, true};
+  const bool right = type == "std" || type == "reverse_std" ? (m >= n) == (type == "std") : type == "right";
+  return {!right, right};
 }
 
 class GaLoreSpace final : public UpdateSpace {
@@ -36,11 +38,13 @@ class GaLoreSpace final : public UpdateSpace {
       const auto found = by_name.find(path + ".weight");
       MORAINE_CHECK(found != by_name.end(), "no trained weight of {}", path);
       const int64_t m = found->second.size(0), n = found->second.size(1);
-      const bool right = projects_right(config.proj_type, m, n);
+      const auto [left, right] = sides(config.proj_type, m, n);
       const auto options = at::TensorOptions(at::kFloat).device(found->second.device());
-      const std::vector<int64_t> side = right ? std::vector{config.rank, n} : std::vector{m, config.rank};
-      subspaces_[found->first] = {right, at::zeros(side, options), at::zeros(at::IntArrayRef{}, options),
-                                  right ? std::vector{m, config.rank} : std::vector{config.rank, n}};
+      Subspace& own = subspaces_[found->first];
+      if (left) own.left = at::zeros({m, config.rank}, options);
+      if (right) own.right = at::zeros({config.rank, n}, options);
+      own.updates = at::zeros(at::IntArrayRef{}, options);
+      own.shape = {left ? config.rank : m, right ? config.rank : n};
     }
   }
 
@@ -53,18 +57,23 @@ class GaLoreSpace final : public UpdateSpace {
     Subspace& own = subspaces_.at(parameter);
     if (own.updates.item<int64_t>() % config_.update_proj_gap == 0) refresh(own, gradient);
     own.updates.add_(1);
-    return own.right ? at::matmul(gradient, own.projection.t()) : at::matmul(own.projection.t(), gradient);
+    at::Tensor moving = own.left.defined() ? at::matmul(own.left.t(), gradient) : gradient;
+    if (own.right.defined()) moving = at::matmul(moving, own.right.t());
+    return moving;
   }
 
   at::Tensor project_back(const std::string& parameter, const at::Tensor& change) const override {
     const Subspace& own = subspaces_.at(parameter);
-    return (own.right ? at::matmul(change, own.projection) : at::matmul(own.projection, change)).mul(config_.scale);
+    at::Tensor moved = own.left.defined() ? at::matmul(own.left, change) : change;
+    if (own.right.defined()) moved = at::matmul(moved, own.right);
+    return moved.mul(config_.scale);
   }
 
   models::NamedTensors state() const override {
     models::NamedTensors all;
     for (const auto& [name, own] : subspaces_) {
-      all.emplace_back(name + "/projection", own.projection);
+      if (own.left.defined()) all.emplace_back(name + "/left", own.left);
+      if (own.right.defined()) all.emplace_back(name + "/right", own.right);
       all.emplace_back(name + "/updates", own.updates);
     }
     return all;
@@ -73,7 +82,8 @@ class GaLoreSpace final : public UpdateSpace {
  private:
   void refresh(Subspace& own, const at::Tensor& gradient) const {
     const auto [u, s, vh] = at::linalg_svd(gradient.to(at::kCPU, at::kFloat), /*full_matrices=*/false);
-    own.projection.copy_(own.right ? vh.narrow(0, 0, config_.rank) : u.narrow(1, 0, config_.rank));
+    if (own.left.defined()) own.left.copy_(u.narrow(1, 0, config_.rank));
+    if (own.right.defined()) own.right.copy_(vh.narrow(0, 0, config_.rank));
   }
 
   const GaLoreConfig config_;
@@ -97,8 +107,11 @@ const core::Schema<GaLoreConfig>& galore_schema() {
           .above(0)
           .doc("Of what the optimiser moves in the subspace")
           .field("proj_type", &C::proj_type)
-          .choices({"std", "reverse_std", "left", "right"})
-          .doc("Side that is projected: std the shorter one, which saves most; reverse_std the longer one")
+          .choices({"std", "reverse_std", "left", "right", "full"})
+          .doc(
+              "Side that is projected: std the shorter one; reverse_std the longer one; full both, so that moments "
+              "have "
+              "rank x rank numbers")
           .field("target_modules", &C::target_modules)
           .doc(
               "Modules whose weights are projected, by whole path or last segments; all-linear = every linear but "

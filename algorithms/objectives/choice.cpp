@@ -30,20 +30,22 @@ class Choice final : public Objective {
   }
 
   /// Rows are questions, a target each; nats and bytes are of the right answers.
-  Evaluation score(models::Backbone& model, const Head&, int64_t rows, int64_t batch_size,
+  Evaluation score(models::Backbone& model, const Head&, const ScoredRows& rows, int64_t batch_size,
                    WorkerContext& context) const override {
     const at::NoGradGuard no_grad;
-    const int64_t total = rows ? std::min(rows, dataset_.groups()) : dataset_.groups();
+    const auto [begin, end] = rows.of(dataset_.groups());
     Evaluation out;
-    for (int64_t question = 0; question < total; ++question) {
+    for (int64_t question = begin; question < end; ++question) {
       ask(model, question, batch_size, out);
-      context.progress(static_cast<double>(question + 1), static_cast<double>(total));
+      context.progress(static_cast<double>(question + 1 - begin), static_cast<double>(end - begin));
     }
     require_finite(out, dataset_.info().name);
     return out;
   }
 
   int64_t tokens_per_row() const override { return loss_.tokens_per_row(); }
+
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
 
  private:
   void ask(models::Backbone& model, int64_t question, int64_t batch_size, Evaluation& out) const {

@@ -24,13 +24,15 @@ class Classification final : public Objective {
     return {class_loss(logits, labels, label_smoothing_), rows.count};
   }
 
-  Evaluation score(models::Backbone& model, const Head& head, int64_t rows, int64_t batch_size,
+  Evaluation score(models::Backbone& model, const Head& head, const ScoredRows& rows, int64_t batch_size,
                    WorkerContext& context) const override {
     return score_classes(rows_, rows, batch_size, context, dataset_.info().name,
                          [&](std::vector<int64_t> batch) { return logits_of(model, head, batch); });
   }
 
   int64_t tokens_per_row() const override { return std::max<int64_t>(1, tokens_ / dataset_.size()); }
+
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
 
  private:
   Scored logits_of(models::Backbone& model, const Head& head, const std::vector<int64_t>& batch) const {

@@ -86,13 +86,13 @@ class Completion final : public Objective {
     return loss_.loss(model, rows);
   }
 
-  Evaluation score(models::Backbone& model, const Head&, int64_t rows, int64_t batch_size,
+  Evaluation score(models::Backbone& model, const Head&, const ScoredRows& rows, int64_t batch_size,
                    WorkerContext& context) const override {
     const at::NoGradGuard no_grad;
-    const int64_t total = rows ? std::min(rows, dataset_.size()) : dataset_.size();
+    const auto [begin, stop] = rows.of(dataset_.size());
     Evaluation out;
-    for (int64_t first = 0; first < total; first += batch_size) {
-      const int64_t end = std::min(total, first + batch_size);
+    for (int64_t first = begin; first < stop; first += batch_size) {
+      const int64_t end = std::min(stop, first + batch_size);
       std::vector<data::Example> examples;
       for (int64_t row = first; row < end; ++row) {
         examples.push_back(dataset_.at(row));
@@ -102,13 +102,15 @@ class Completion final : public Objective {
       out.nats += sums.rows.to(at::kDouble).sum().item<double>();
       out.tokens += sums.count;
       out.correct += sums.correct;
-      context.progress(static_cast<double>(end), static_cast<double>(total));
+      context.progress(static_cast<double>(end - begin), static_cast<double>(stop - begin));
     }
     require_finite(out, dataset_.info().name);
     return out;
   }
 
   int64_t tokens_per_row() const override { return loss_.tokens_per_row(); }
+
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
 
  private:
   data::ExampleDataset dataset_;

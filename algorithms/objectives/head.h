@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include <ATen/core/Tensor.h>
 
@@ -17,6 +18,10 @@ struct Head {
 
   /// normal(0, 0.02) from `seed`, bias 0, as trainable leaves; empty for 0 classes.
   static Head fresh(int64_t classes, const models::ModelFacts& model, uint64_t seed, at::Device device);
+  /// Of the tensors of a classifier (names that end in ".weight" and ".bias") as trainable leaves; empty for none.
+  static Head start(std::span<const core::TensorView> classifier, at::Device device);
+  /// Their number of classes, 0 for none. Throws UserError if they are no head of the model.
+  static int64_t classes_of(std::span<const core::TensorView> classifier, const models::ModelFacts& model);
   /// Numbers in it.
   static int64_t count(int64_t classes, const models::ModelFacts& model);
   /// Of an artefact; empty when it holds none.

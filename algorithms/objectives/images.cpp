@@ -34,11 +34,13 @@ class Images final : public Objective {
     return {class_loss(logits, labels, label_smoothing_), rows.count};
   }
 
-  Evaluation score(models::Backbone& model, const Head& head, int64_t rows, int64_t batch_size,
+  Evaluation score(models::Backbone& model, const Head& head, const ScoredRows& rows, int64_t batch_size,
                    WorkerContext& context) const override {
     return score_classes(rows_, rows, batch_size, context, source_.dataset().info().name,
                          [&](const std::vector<int64_t>& batch) { return logits_of(model, head, batch); });
   }
+
+  const std::string& fingerprint() const override { return source_.dataset().info().fingerprint; }
 
  private:
   Scored logits_of(models::Backbone& model, const Head& head, const std::vector<int64_t>& batch) const {

@@ -25,30 +25,25 @@ at::Tensor class_loss(const at::Tensor& logits, std::vector<int64_t> labels, dou
   return at::cross_entropy_loss(logits, on_device(labels, logits), {}, at::Reduction::Sum, -100, label_smoothing);
 }
 
-std::vector<int64_t> first_rows(const std::vector<int64_t>& rows, int64_t count) {
-  const auto size = static_cast<int64_t>(rows.size());
-  return {rows.begin(), rows.begin() + (count ? std::min(count, size) : size)};
-}
-
 void require_finite(const Evaluation& sums, const std::string& name) {
   if (!std::isfinite(sums.nats))
     throw core::NumericError(fmt::format("algorithms: evaluation loss is not finite on '{}'", name),
                              "the evaluated model holds NaN or Inf; look at its training curve");
 }
 
-Evaluation score_classes(const std::vector<int64_t>& rows, int64_t count, int64_t batch_size, WorkerContext& context,
-                         const std::string& name, const std::function<Scored(std::vector<int64_t>)>& logits) {
+Evaluation score_classes(const std::vector<int64_t>& rows, const ScoredRows& scored, int64_t batch_size,
+                         WorkerContext& context, const std::string& name,
+                         const std::function<Scored(std::vector<int64_t>)>& logits) {
   const at::NoGradGuard no_grad;
-  const std::vector<int64_t> scored = first_rows(rows, count);
-  const auto total = static_cast<int64_t>(scored.size());
+  const auto [begin, stop] = scored.of(static_cast<int64_t>(rows.size()));
   Evaluation out;
-  for (int64_t first = 0; first < total; first += batch_size) {
-    const int64_t end = std::min(total, first + batch_size);
-    Scored batch = logits({scored.begin() + first, scored.begin() + end});
+  for (int64_t first = begin; first < stop; first += batch_size) {
+    const int64_t end = std::min(stop, first + batch_size);
+    Scored batch = logits({rows.begin() + first, rows.begin() + end});
     out.nats += class_loss(batch.logits, batch.labels, 0).item<double>();
     out.correct += at::argmax(batch.logits, 1).eq(on_device(batch.labels, batch.logits)).sum().item<int64_t>();
     out.tokens += end - first;
-    context.progress(static_cast<double>(end), static_cast<double>(total));
+    context.progress(static_cast<double>(end - begin), static_cast<double>(stop - begin));
   }
   require_finite(out, name);
   return out;

@@ -19,12 +19,11 @@ struct Scored {
 /// Summed cross entropy.
 at::Tensor class_loss(const at::Tensor& logits, std::vector<int64_t> labels, double label_smoothing);
 
-/// Sums over the first `count` (0 = all) of `rows`: nats and hits; one target each, no bytes.
-Evaluation score_classes(const std::vector<int64_t>& rows, int64_t count, int64_t batch_size, WorkerContext& context,
-                         const std::string& name, const std::function<Scored(std::vector<int64_t>)>& logits);
+/// Sums over the `scored` of `rows`: nats and hits; one target each, no bytes.
+Evaluation score_classes(const std::vector<int64_t>& rows, const ScoredRows& scored, int64_t batch_size,
+                         WorkerContext& context, const std::string& name,
+                         const std::function<Scored(std::vector<int64_t>)>& logits);
 
-/// `rows` cut to the first `count`; all for 0.
-std::vector<int64_t> first_rows(const std::vector<int64_t>& rows, int64_t count);
 /// Throws NumericError if `sums` are not finite.
 void require_finite(const Evaluation& sums, const std::string& name);
 

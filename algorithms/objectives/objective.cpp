@@ -152,12 +152,6 @@ TaskFacts inspect_images(const fs::path& path, const std::string& split, const T
   return facts;
 }
 
-std::string fingerprint_of(const Kind& kind, const fs::path& path, const DataSpec& spec) {
-  if (kind.reads_images) return data::ImageDataset::open(path).info().fingerprint;
-  if (kind.examples) return data::ExampleDataset::open(path, spec.split, "").info().fingerprint;
-  return data::TextDataset::open(path, spec.split, spec.options.seq_len).info().fingerprint;
-}
-
 }  // namespace
 
 const core::Schema<DataSpec>& data_schema() {
@@ -173,14 +167,21 @@ const core::Schema<DataSpec>& data_schema() {
 }
 
 core::Json TaskFacts::to_json() const {
-  return {{"objective", objective}, {"fingerprint", fingerprint},
-          {"classes", classes},     {"tokens_per_row", tokens_per_row},
-          {"train", train},         {"evaluated", evaluated}};
+  core::Json json = {{"objective", objective}, {"fingerprint", fingerprint},
+                     {"classes", classes},     {"tokens_per_row", tokens_per_row},
+                     {"train", train},         {"evaluated", evaluated}};
+  if (validation > 0) json["validation"] = validation;
+  return json;
 }
 
 TaskFacts TaskFacts::from_json(const core::Json& json) {
-  return {json.at("objective"),      json.at("fingerprint"), json.at("classes"),
-          json.at("tokens_per_row"), json.at("train"),       json.at("evaluated")};
+  return {json.at("objective"),
+          json.at("fingerprint"),
+          json.at("classes"),
+          json.at("tokens_per_row"),
+          json.at("train"),
+          json.at("evaluated"),
+          json.value("validation", int64_t{0})};
 }
 
 const Metric& metric_of(const std::string& objective) { return kind_of(objective).metric; }
@@ -213,10 +214,11 @@ std::shared_ptr<const Objective> open_objective(const fs::path& path, const Data
                                                 const models::ModelFacts& model, WorkerContext& context) {
   const Kind& kind = kind_of(spec.objective);
   const auto make = [&]() -> std::shared_ptr<void> {
-    if (kind_of_file(path).name != kind.name || fingerprint_of(kind, path, spec) != spec.fingerprint)
+    const auto opened = kind.open(path, spec, model, context.device());
+    if (opened->fingerprint() != spec.fingerprint)
       throw core::UserError(fmt::format("algorithms/objectives: {} changed since the run was planned", path.string()),
                             "every worker must see the same prepared file; start again after copying it");
-    return std::const_pointer_cast<Objective>(kind.open(path, spec, model, context.device()));
+    return std::const_pointer_cast<Objective>(opened);
   };
   return std::static_pointer_cast<const Objective>(
       context.cached("objective/" + core::to_spec(data_schema(), spec).dump(), make));

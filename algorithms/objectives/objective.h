@@ -49,6 +49,7 @@ struct TaskFacts {
   int64_t classes = 0;
   int64_t tokens_per_row = 1;        // of training
   int64_t train = 0, evaluated = 0;  // rows
+  int64_t validation = 0;            // rows, where training is to look at them
 
   core::Json to_json() const;
   static TaskFacts from_json(const core::Json& json);
@@ -86,10 +87,12 @@ class Objective {
     int64_t first = 0, count = 0;  // first counts from the start of training
   };
   virtual TrainJob::MicroLoss loss(models::Backbone& model, const Head& head, const Rows& rows) const = 0;
-  /// Sums over the first `rows` (0 = all) of the split, without gradients. Throws NumericError if they are not finite.
-  virtual Evaluation score(models::Backbone& model, const Head& head, int64_t rows, int64_t batch_size,
+  /// Sums over rows of the split, without gradients. Throws NumericError if they are not finite.
+  virtual Evaluation score(models::Backbone& model, const Head& head, const ScoredRows& rows, int64_t batch_size,
                            WorkerContext& context) const = 0;
   virtual int64_t tokens_per_row() const { return 1; }
+  /// Of its file.
+  virtual const std::string& fingerprint() const = 0;
 };
 
 /// What `spec` names, opened once per worker. Throws UserError if the file has changed since the run was planned.

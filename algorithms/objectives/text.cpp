@@ -17,13 +17,15 @@ class Text final : public Objective {
     return {loss.sum, loss.count};
   }
 
-  Evaluation score(models::Backbone& model, const Head&, int64_t rows, int64_t batch_size,
+  Evaluation score(models::Backbone& model, const Head&, const ScoredRows& rows, int64_t batch_size,
                    WorkerContext& context) const override {
     return evaluate([&](const at::Tensor& batch) { return next_tokens(model, batch, {.correct = true}); }, dataset_,
                     rows, batch_size, context);
   }
 
   int64_t tokens_per_row() const override { return dataset_.seq_len(); }
+
+  const std::string& fingerprint() const override { return dataset_.info().fingerprint; }
 
  private:
   // sequences [B, T + 1]; padding is -1.

@@ -124,7 +124,13 @@ Calibration made_up_calibration() {
     for (size_t i = 0; i < targets.size(); ++i)
       each(i, models::random_tensor({targets[i].slot.out, targets[i].slot.in}, 40 + i).to(at::kFloat));
   };
-  return {gradients, 0.01};
+  const auto moments = [](std::span<const Target> targets, int64_t, const Calibration::Each& each) {
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const at::Tensor x = models::random_tensor({2 * targets[i].slot.in, targets[i].slot.in}, 80 + i).to(at::kDouble);
+      each(i, at::matmul(x.t(), x));
+    }
+  };
+  return {gradients, 0.01, moments};
 }
 
 Adapter trained_adapter(const AdapterConfig& config, const models::Backbone& model, uint64_t seed) {
@@ -242,6 +248,15 @@ void expect_depends_on_seed(const AdapterConfig& config, bool differs) {
     any = any || !models::same_bits(first[i].second, other[i].second);
   }
   EXPECT_EQ(any, differs);
+}
+
+void expect_linear_promises(const AdapterConfig& config, const std::vector<std::string>& still, bool differs) {
+  expect_gradients(config, golden_base(), still);
+  expect_merge_is_forward(config, golden_base(at::kDouble));
+  expect_merge_is_forward(config, base_with_biases());
+  expect_round_trip(config, golden_base());
+  expect_round_trip(config, golden_base(at::kBFloat16));
+  expect_depends_on_seed(config, differs);
 }
 
 AdapterConfig checked_config(const core::Json& fields) {

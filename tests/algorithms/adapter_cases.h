@@ -35,7 +35,7 @@ void expect_close(const at::Tensor& actual, const at::Tensor& expected, const st
 /// Numbers trained and stored by the shapes of real models.
 Counts count_of(const AdapterConfig& config, const std::vector<models::Slot>& slots);
 
-/// Made-up gradients for types that start from examples: numbers of the target's place in the list.
+/// Made-up gradients and moments for what starts from examples: numbers of the target's place in the list.
 Calibration made_up_calibration();
 
 /// A fresh adapter whose trained tensors all got noise.
@@ -55,6 +55,8 @@ void expect_merge_is_forward(const AdapterConfig& config, const models::Decoder&
 void expect_round_trip(const AdapterConfig& config, const models::Decoder& base);
 /// The same seed gives the same bits, whatever else is drawn; `differs`: another seed gives others.
 void expect_depends_on_seed(const AdapterConfig& config, bool differs);
+/// What every type whose map is linear owes of the above, on models with and without biases, in three dtypes.
+void expect_linear_promises(const AdapterConfig& config, const std::vector<std::string>& still, bool differs);
 /// A configuration of which only `fields` differ from the defaults, checked as a recipe's.
 AdapterConfig checked_config(const core::Json& fields);
 /// That fails with `text`.

@@ -1,6 +1,8 @@
 #include "algorithms/adapters/compacter.h"
 
 #include <algorithm>
+#include <cmath>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -95,6 +97,102 @@ TEST(Compacter, FreshAdapterChangesALittle) {
   const double change = models::relative_error(model.forward(tokens), before);
   EXPECT_GT(change, 0);
   EXPECT_LT(change, 0.05);  // H is about n * 1e-4 * 1.5 * 1.5, in 14 layers
+}
+
+AdapterConfig behind_sub_layers(int64_t n, int64_t reduction) {
+  AdapterConfig config = compacter_of(n);
+  config.options["form"] = "adapter";
+  config.options["reduction"] = reduction;
+  config.target_modules = {"o_proj", "down_proj"};
+  return config;
+}
+
+TEST(CompacterAdapter, CountsAreThoseOfThePaper) {
+  // T5-base: 48 adapters of k = 768 and d = 24 (Compacter++: the 24 behind FFNs), whatever n; the paper adds 47,616
+  // numbers of norms.
+  std::vector<models::Slot> slots;
+  for (int64_t layer = 0; layer < 24; ++layer) {
+    slots.push_back({fmt::format("layers.{}.o_proj", layer), models::SlotKind::kLinear, 768, 768});
+    slots.push_back({fmt::format("layers.{}.down_proj", layer), models::SlotKind::kLinear, 3072, 768});
+  }
+  EXPECT_EQ(count_of(behind_sub_layers(4, 32), slots).trained + 47'616, 161'728);
+  EXPECT_EQ(count_of(behind_sub_layers(8, 32), slots).trained + 47'616, 162'176);
+  EXPECT_EQ(count_of(behind_sub_layers(12, 32), slots).trained + 47'616, 163'392);
+  AdapterConfig plus = behind_sub_layers(4, 32);
+  plus.target_modules = {"down_proj"};
+  EXPECT_EQ(count_of(plus, slots).trained + 47'616, 104'704);
+  EXPECT_EQ(count_of(plus, slots).stored, count_of(plus, slots).trained);
+}
+
+TEST(CompacterAdapter, KeepsWhatEveryTypeOwes) {
+  const models::Decoder base = golden_base();
+  for (const auto& [n, reduction] : {std::pair<int64_t, int64_t>{1, 4}, {2, 4}, {4, 2}}) {
+    const AdapterConfig config = behind_sub_layers(n, reduction);
+    expect_gradients(config, base, {});
+    expect_round_trip(config, base);
+    const Adapter adapter = trained_adapter(config, base);
+    EXPECT_FALSE(adapter.function(0).delta({}).has_value());
+    EXPECT_THROW((void)adapter.deltas(base), core::UserError);
+  }
+}
+
+TEST(CompacterAdapter, ComputesKroneckerProductsAroundATanhGelu) {
+  const int64_t n = 2, k = 8, d = 4;
+  const std::vector<models::Slot> slots = {{"o_proj", models::SlotKind::kLinear, 3, k}};
+  AdapterConfig config = behind_sub_layers(n, 2);
+  config.target_modules = {"o_proj"};
+  const Adapter adapter = Adapter::create(config, slots, 1, at::kCPU);
+  models::NamedTensors tensors = adapter.parameters();
+  std::map<std::string, at::Tensor> values;
+  uint64_t seed = 1;
+  for (auto& [name, tensor] : tensors) {
+    values[name] = models::random_tensor(tensor.sizes().vec(), ++seed).to(at::kFloat);
+    tensor.set_data(values[name]);
+  }
+  const auto at2 = [&](const std::string& name, int64_t i, int64_t j) { return values.at(name)[i][j].item<double>(); };
+  // H[a u + x, b v + y] = sum_i A_i[a, b] s_i[x] t_i[y], entry by entry.
+  const auto layer = [&](const std::vector<double>& in, const std::string& which, int64_t from, int64_t to) {
+    std::vector<double> out;
+    for (int64_t column = 0; column < to; ++column) {
+      double sum = values.at("o_proj." + which + "_bias")[column].item<double>();
+      for (int64_t row = 0; row < from; ++row)
+        for (int64_t i = 0; i < n; ++i)
+          sum += in[static_cast<size_t>(row)] *
+                 values.at("shared.phm_rule")[i][row / (from / n)][column / (to / n)].item<double>() *
+                 at2("o_proj." + which + "_s", i, row % (from / n)) *
+                 at2("o_proj." + which + "_t", i, column % (to / n));
+      out.push_back(sum);
+    }
+    return out;
+  };
+  const at::NoGradGuard no_grad;
+  models::SlotBase base;
+  base.weight = models::random_tensor({k, 3}, 30).to(at::kFloat);
+  const at::Tensor x = models::random_tensor({2, 3}, 31).to(at::kFloat), y = base.forward(x);
+  const at::Tensor found = const_cast<SlotAdapter&>(adapter.function(0)).forward(x, base, {});
+  for (int64_t token = 0; token < 2; ++token) {
+    std::vector<double> own;
+    for (int64_t i = 0; i < k; ++i) own.push_back(y[token][i].item<double>());
+    std::vector<double> inner = layer(own, "phm_down", k, d);
+    for (double& z : inner) z = 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
+    const std::vector<double> change = layer(inner, "phm_up", d, k);
+    for (int64_t i = 0; i < k; ++i)
+      EXPECT_NEAR(found[token][i].item<double>(), own[static_cast<size_t>(i)] + change[static_cast<size_t>(i)],
+                  1e-4 * (1 + std::abs(change[static_cast<size_t>(i)])));  // float32 against double
+  }
+}
+
+TEST(CompacterAdapter, RefusesWhatItCannotDo) {
+  const auto options = [](core::Json values) {
+    return core::Json{{"type", "compacter"}, {"options", std::move(values)}};
+  };
+  expect_refused(options({{"form", "adapter"}}), "name them in target_modules");
+  expect_refused(options({{"form", "block"}}), "none of linear, adapter");
+  expect_refused(options({{"reduction", 8}}), "is of form: adapter");
+  expect_refused(options({{"form", "adapter"}, {"reduction", 0}}), "at least 1");
+  EXPECT_THAT(models::thrown<core::UserError>(
+                  [] { (void)Adapter::create(behind_sub_layers(4, 8), golden_base(), 1, at::kCPU); }),
+              ::testing::HasSubstr("do not divide the 16 outputs"));
 }
 
 TEST(Compacter, RefusesWhatItCannotDo) {

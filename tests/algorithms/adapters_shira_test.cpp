@@ -1,5 +1,7 @@
 #include "algorithms/adapters/shira.h"
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <map>
 #include <set>
@@ -173,6 +175,54 @@ TEST(Shira, LargestWeightsAreChosenAndTheFirstOfEqualOnes) {
             (std::vector<int>{0, 0, 0, 2, 0, 1, 2, 3}));
 }
 
+TEST(Shira, GradientsAndTheirProductsWithWeightsChooseAndTheFirstOfEqualOnes) {
+  // By a float64 loop over all entries: a stable order by descending importance.
+  const models::Decoder model = golden_base();
+  for (const char* mask : {"grad", "snip"}) {
+    const Adapter adapter = Adapter::create(shira_of(mask), model, 1, at::kCPU, made_up_calibration());
+    std::vector<at::Tensor> gradients;
+    made_up_calibration().gradients(adapter.targets(), 1, [&](size_t, const at::Tensor& g) { gradients.push_back(g); });
+    for (size_t t = 0; t < adapter.targets().size(); ++t) {
+      const at::Tensor g = gradients[t].to(at::kDouble).flatten().contiguous(),
+                       w = model.base(adapter.targets()[t].slot.path).weight.to(at::kDouble).flatten().contiguous();
+      std::vector<std::pair<double, int64_t>> order;
+      for (int64_t i = 0; i < g.size(0); ++i) {
+        const double own = g.data_ptr<double>()[i];
+        order.emplace_back(-std::abs(mask == std::string("grad") ? own : own * w.data_ptr<double>()[i]), i);
+      }
+      std::ranges::sort(order);
+      const at::Tensor indices = adapter.function(t).state()[0].second;
+      const int64_t count = indices.size(1), in = adapter.targets()[t].slot.in;
+      std::set<int64_t> expected, found;
+      for (int64_t i = 0; i < count; ++i) {
+        expected.insert(order[static_cast<size_t>(i)].second);
+        found.insert(indices[0][i].item<int64_t>() * in + indices[1][i].item<int64_t>());
+      }
+      EXPECT_EQ(found, expected) << mask << " " << adapter.targets()[t].slot.path;
+    }
+  }
+  models::SlotBase base;
+  base.weight = at::zeros({4, 5}, at::kFloat);
+  base.weight[2][3] = -1;
+  const AdapterConfig config = shira_of("snip", 8, 0.1);
+  const Target target{.slot = one_slot(5, 4)[0], .rank = 8, .alpha = 8};
+  const at::Tensor gradient = at::zeros({4, 5}, at::kFloat).fill_(1e-30);
+  const auto tied = shira().make({.target = target, .config = config, .base = &base, .gradient = gradient});
+  const at::Tensor indices = tied->state()[0].second;
+  EXPECT_EQ(std::vector<int>(indices.data_ptr<int>(), indices.data_ptr<int>() + 4), (std::vector<int>{0, 2, 0, 3}));
+}
+
+TEST(Shira, MasksByGradientsKeepThePromisesOfATypeOfAdapter) {
+  for (const char* mask : {"grad", "snip"}) {
+    const AdapterConfig config = shira_of(mask);
+    expect_zero_at_init(config);
+    expect_merge_is_forward(config, golden_base(at::kDouble));
+    expect_round_trip(config, golden_base());
+    expect_depends_on_seed(config, /*differs=*/false);
+    EXPECT_TRUE(shira().in_peft(config));
+  }
+}
+
 TEST(ShiraAgainstPeft, LogitsLossAndGradientsAreEqual) {
   const auto file = core::Safetensors::open(kGolden / "shira" / "adapter_model.safetensors");
   const auto expected = core::Safetensors::open(kGolden / "shira_golden.safetensors");
@@ -231,7 +281,9 @@ TEST(ShiraAgainstPeft, WhatPeftCannotReadIsNotWritten) {
 
 TEST(Shira, RefusesWhatItCannotDo) {
   const auto options = [](core::Json values) { return core::Json{{"type", "shira"}, {"options", std::move(values)}}; };
-  expect_refused(options({{"mask", "grad"}}), "none of rand, wm, struct");
+  expect_refused(options({{"mask", "fisher"}}), "none of rand, wm, grad, snip, struct");
+  expect_refused(options({{"mask", "wm"}, {"examples", 8}}), "masks grad and snip, this one is wm");
+  expect_refused(options({{"mask", "grad"}, {"examples", 0}}), "at least 1");
   expect_refused(options({{"density", 1.5}}), "options.density: 1.5 is not in 0 .. 1");
   expect_refused({{"type", "shira"}, {"rank", 4}, {"options", {{"density", 0.1}}}}, "leave rank and rank_pattern out");
   for (const core::Json& field :

@@ -260,7 +260,7 @@ TEST(Adapters, OptionsAndKeysThatATypeDoesNotHaveAreRefused) {
   };
   EXPECT_EQ(problem({{"type", "dora"}}), "");
   EXPECT_THAT(problem({{"type", "dorra"}}), HasSubstr("dora"));
-  EXPECT_THAT(problem({{"type", "dora"}, {"init", "pissa"}}), HasSubstr("kaiming or gaussian"));
+  EXPECT_THAT(problem({{"type", "dora"}, {"init", "pissa"}}), HasSubstr("kaiming, gaussian or eva"));
   EXPECT_THAT(problem({{"options", {{"ranks", 3}}}}), HasSubstr("no such option"));
 }
 

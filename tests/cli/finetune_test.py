@@ -122,6 +122,53 @@ def an_adapter_is_trained_further(world: Finetuning) -> None:
     expect_in(world.run("third", "seeds=[1]", "adapters=[{name: more, start: nowhere}]", expect=2).stderr, "adapters.0.start", "nowhere")
 
 
+def training_ends_when_validation_no_longer_improves(world: Finetuning) -> None:
+    base = ("seeds=[1]", "train.steps=40", "train.learning_rate=0.1", "train.batch_size=2", f"tasks=[{{name: left, path: {world.directory}/left.h5}}]",
+            "adapters=[{name: small, adapter: {rank: 4, alpha: 32}}, {name: whole, learning_rate: 0.02}]")
+    stop = ("early_stopping={every: 4, patience: 2, sequences: 6}",)
+    world.run("stopped", *base, *stop)
+    rows = {row["result"]: row for row in world.table("stopped", "Where training ended")}
+    curves = {series["name"]: series["points"] for curve in json.loads((world.directory / "stopped/summary.json").read_text())["curves"]
+              if curve["title"] == "Validation score on left" for series in curve["series"]}
+    assert any(row["steps"] < 40 for row in rows.values()), rows
+    for name, points in curves.items():
+        row = rows[f"{name}/left/seed1"]
+        best = min(range(len(points)), key=lambda i: points[i][1])
+        assert [step for step, _ in points] == list(range(4, 4 * len(points) + 1, 4)), points
+        assert row["best_step"] == points[best][0] and row["score"] == points[best][1] and row["steps"] == points[-1][0], (row, points)
+        assert row["steps"] == 40 or len(points) - 1 - best == 2, (row, points)   # patience
+    # What is kept is what was best: scored alone on the same validation data it has the same score.
+    world.run("again", *base, *stop, "evaluation.split=validation", "evaluation.sequences=6", "evaluation.batch_size=2")
+    for row in world.table("again", "Bits per byte")[1:]:
+        expected = rows[f"{row['adapter']}/left/seed1"]["score"]
+        assert abs(row["task left"] - expected) < 1e-9 * expected, (row, expected)
+    metrics = [json.loads(line) for line in (world.directory / "stopped/metrics.jsonl").read_text().splitlines()]
+    assert {(r["step"], r["value"]) for r in metrics if r["key"] == "validation_score" and r["unit"] == "train/small/left/seed1"} == {tuple(p) for p in curves["small"]}
+    # Killed in the middle, behind evaluations that a checkpoint holds and those that it does not.
+    for step in (6, 9):
+        world.run(f"killed{step}", *base, *stop, "workers.local=1", env={"MORAINE_FAULT": f"exit@train/small/left/seed1:{step}"}, expect=-signal.SIGKILL)
+        world.run(f"killed{step}", *base, *stop, "workers.local=1")
+        assert world.hash(f"killed{step}") == world.hash("stopped"), step
+    group = (*base, *stop, "workers.local=2", "workers.group_size=2")
+    world.run("group", *group)
+    world.run("group_again", *group)
+    assert world.hash("group") == world.hash("group_again")
+    for row in world.table("group", "Where training ended"):
+        assert abs(row["score"] / rows[row["result"]]["score"] - 1) < 0.02, (row, rows)
+    refused = world.run("refused", *base, "early_stopping={every: 50}", expect=2).stderr
+    expect_in(refused, "early_stopping.every 50 is larger than train.steps 40")
+
+
+def updates_in_backward_change_nothing(world: Finetuning) -> None:
+    base = ("seeds=[1]", "train.clip_norm=0")
+    world.run("behind", *base)
+    world.run("within", *base, "update_in_backward=true")
+    world.run("recomputed", *base, "update_in_backward=true", "gradient_checkpointing=true")
+    assert world.hash("behind") == world.hash("within") == world.hash("recomputed")
+    for overrides in (("seeds=[1]",), (*base, "train.micro_batch_size=2"), (*base, "workers.group_size=2")):
+        expect_in(world.run("refused", *overrides, "update_in_backward=true", expect=2).stderr, "update_in_backward needs train.clip_norm: 0")
+
+
 def save_model(directory: Path, config: dict, shapes: dict) -> None:
     """A model with random weights, norms at one."""
     rng = numpy.random.default_rng(1)
@@ -206,6 +253,20 @@ def classes_are_learnt_by_a_head_and_exported_with_it(world: Finetuning) -> None
         with safe_open(peft / "adapter_model.safetensors", "numpy") as file:
             assert {f"base_model.model.{module}.weight", f"base_model.model.{module}.bias"} <= set(file.keys())
             assert all(name.startswith(f"base_model.model.{prefix}") for name in file.keys() if module not in name)
+        # Trained further by a step that moves nothing to speak of, the adapter and its head score as before.
+        more = (f"model.path={world.directory / model}", "seeds=[1]", "train.steps=1", "train.learning_rate=1e-12", "evaluation.sequences=0")
+        world.run(f"{data}-more", *more, f"tasks=[{{name: task, path: {world.directory / data}.h5}}]", f"adapters=[{{name: more, start: {peft}}}]")
+        assert world.table(f"{data}-more", "Accuracy")[1]["task task"] == scores["lora"]
+    three = [{"text": "".join(rng.choice(list(letters), 12)), "label": letters} for letters in ("abcd", "efgh", "ijkl") for _ in range(50)]
+    (world.directory / "three.jsonl").write_text("".join(json.dumps(text) + "\n" for text in three))
+    prepare("prepare_examples", "classification", "--name", "three", "--out", world.directory / "three.h5", world.directory / "three.jsonl")
+    start = world.directory / "texts/adapters/lora/task/seed1"
+    refused = world.run("refused", f"model.path={world.directory / 'bert'}", f"tasks=[{{name: task, path: {world.directory}/three.h5}}]",
+                        f"adapters=[{{name: more, start: {start}}}]", expect=2).stderr
+    expect_in(refused, "has a head for 2 classes, task 'task' has 3")
+    expect_in(world.run("refused", f"model.path={world.directory / 'vit'}", f"tasks=[{{name: task, path: {world.directory}/images.h5}}]",
+                        "adapters=[{name: lora, adapter: {rank: 2}}]", "early_stopping={every: 1}", expect=2).stderr,
+              "task 'task' has no validation data to score", "validation_share")
 
 
 def completions_and_choices_are_learnt(world: Finetuning) -> None:
@@ -268,7 +329,8 @@ def bad_recipes_are_refused(world: Finetuning) -> None:
 def main() -> None:
     claims = {f.__name__: f for f in (workers_kills_and_seeds_decide_what_they_should, exports_are_what_was_scored,
                                       an_adapter_is_trained_further, classes_are_learnt_by_a_head_and_exported_with_it,
-                                      completions_and_choices_are_learnt, first_ranks_are_scored_alone, bad_recipes_are_refused)}
+                                      completions_and_choices_are_learnt, first_ranks_are_scored_alone, bad_recipes_are_refused,
+                                      training_ends_when_validation_no_longer_improves, updates_in_backward_change_nothing)}
     with tempfile.TemporaryDirectory() as directory:
         claims[sys.argv[2]](Finetuning(Path(directory)))
     print("ok")

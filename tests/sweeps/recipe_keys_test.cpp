@@ -384,6 +384,7 @@ train: {steps: 4, batch_size: 2}
 )";
   const std::string adapter = "adapters.0.adapter.";
   const auto set = [&](const std::string& key, const std::string& value) { return adapter + key + "=" + value; };
+  const Overrides stopping = {"early_stopping={every: 2}"};
   std::map<std::string, Change> changes = {
       {"name", {.change = {"name=other"}}},
       {"workers.arithmetic", {.change = {"workers.arithmetic=portable"}}},
@@ -422,6 +423,12 @@ train: {steps: 4, batch_size: 2}
       {"tasks.0.mean", {.elsewhere = true}},
       {"tasks.0.deviation", {.elsewhere = true}},
       {"tasks.0.validation_share", {.elsewhere = true}},
+      {"early_stopping.every", {.context = stopping}},
+      {"early_stopping.patience", {.context = stopping}},
+      {"early_stopping.min_delta", {.context = stopping}},
+      {"early_stopping.restore_best", {.context = stopping}},
+      {"early_stopping.sequences", {.context = stopping}},
+      {"update_in_backward", {.context = {"train.clip_norm=0"}}},
       {"evaluation.ranks", {.context = {set("rank_pattern", "[]")}, .change = {"evaluation.ranks=[1]"}}},
   };
   const Overrides galore = {"adapters.0.adapter=null", "adapters.0.galore.rank=2"};

@@ -72,6 +72,13 @@ at::Tensor stored(const algorithms::UpdateSpace& space, const std::string& name)
   throw std::out_of_range(name);
 }
 
+/// Of a parameter that is projected on one side.
+at::Tensor projection_of(const algorithms::UpdateSpace& space, const std::string& parameter) {
+  for (const auto& [key, tensor] : space.state())
+    if (key == parameter + "/left" || key == parameter + "/right") return tensor;
+  throw std::out_of_range(parameter);
+}
+
 /// One matrix as the paper writes it, in double precision. Leading singular vectors come from the eigenvectors of G^T G
 /// or G G^T; their signs, which no definition fixes, from `signs`.
 struct Reference {
@@ -116,7 +123,7 @@ TEST(GaLore, WithAdamWEqualsItsDefinitionInDoublePrecision) {
     optimizer.step(0.05);
     usual.step(0.05);
     for (auto& [name, reference] : references)
-      reference.step(gradients.at(name), galore, stored(*space, name + "/projection"), 0.05, 0.1);
+      reference.step(gradients.at(name), galore, projection_of(*space, name), 0.05, 0.1);
   }
   for (const auto& [name, tensor] : parameters) {
     if (tensor.dim() != 2) continue;
@@ -142,7 +149,7 @@ TEST(GaLore, FullRankWithSgdIsSgdBecauseTheProjectionIsOrthogonal) {
   }
   for (size_t i = 0; i < plain.size(); ++i)
     EXPECT_LT((parameters[i].second - plain[i].second).abs().max().item<double>(), 1e-6) << parameters[i].first;
-  const at::Tensor q = stored(*space, "tall.weight/projection");
+  const at::Tensor q = stored(*space, "tall.weight/right");
   EXPECT_LT((at::matmul(q, q.t()) - at::eye(4)).abs().max().item<double>(), 1e-6);
 }
 
@@ -159,7 +166,7 @@ TEST(GaLore, FullRankWithAdamIsAdamInTheRotatedBasis) {
     const at::Tensor gradient = gradient_at(start, 1, step);
     parameters[0].second.mutable_grad() = gradient.clone();
     optimizer.step(0.05);
-    const at::Tensor q = stored(*space, "tall.weight/projection");
+    const at::Tensor q = stored(*space, "tall.weight/right");
     if (!rotated) {
       moving = {{"rotated", at::matmul(start, q.t()).contiguous().set_requires_grad(true)}};
       rotated.emplace(config, moving);
@@ -167,7 +174,7 @@ TEST(GaLore, FullRankWithAdamIsAdamInTheRotatedBasis) {
     moving[0].second.mutable_grad() = at::matmul(gradient, q.t()).contiguous();
     rotated->step(0.05);
   }
-  const at::Tensor back = at::matmul(moving[0].second.detach(), stored(*space, "tall.weight/projection"));
+  const at::Tensor back = at::matmul(moving[0].second.detach(), stored(*space, "tall.weight/right"));
   EXPECT_LT((parameters[0].second.detach() - back).abs().max().item<double>(), 1e-6);
 }
 
@@ -215,7 +222,43 @@ TEST(GaLore, ProjectsTheSideItIsToldTo) {
   EXPECT_EQ(shape("reverse_std", "wide"), (Shape{3, 2}));
   EXPECT_EQ(shape("left", "tall"), (Shape{2, 4}));
   EXPECT_EQ(shape("right", "wide"), (Shape{3, 2}));
+  EXPECT_EQ(shape("full", "tall"), (Shape{2, 2}));
+  EXPECT_EQ(shape("full", "wide"), (Shape{2, 2}));
   EXPECT_FALSE(make_space(small_config(), kSlots, parameters)->shape("vector").has_value());
+}
+
+TEST(GaLore, BothSidesMoveByTheCoreOfTheGradientAlone) {
+  // With plain SGD an update is -rate * scale * P P^T G Q^T Q, by loops of matrices in double precision.
+  algorithms::TrainConfig config;
+  config.optimizer = "sgd";
+  config.momentum = 0;
+  GaLoreConfig galore = small_config(2, 2, 0.25);
+  galore.proj_type = "full";
+  models::NamedTensors parameters = {{"tall.weight", waves({6, 4}, 0.5).set_requires_grad(true)}};
+  const std::vector<models::Slot> slots = {kSlots[0]};
+  const auto space = make_space(galore, slots, parameters);
+  Optimizer optimizer(config, parameters, {}, space);
+  at::Tensor expected = parameters[0].second.detach().to(at::kDouble);
+  at::Tensor p, q;
+  for (int64_t step = 0; step < 5; ++step) {
+    const at::Tensor gradient = gradient_at(parameters[0].second, 1, step), g = gradient.to(at::kDouble);
+    if (step % 2 == 0) {
+      p = std::get<1>(at::linalg_eigh(at::matmul(g, g.t()))).flip(1).narrow(1, 0, 2);
+      q = std::get<1>(at::linalg_eigh(at::matmul(g.t(), g))).flip(1).narrow(1, 0, 2).t();
+    }
+    parameters[0].second.mutable_grad() = gradient.clone();
+    optimizer.step(0.05);
+    const at::Tensor core = at::matmul(at::matmul(p.t(), g), q.t());
+    expected = expected - 0.05 * 0.25 * at::matmul(at::matmul(p, core), q);  // signs of P and Q cancel
+    const at::Tensor left = stored(*space, "tall.weight/left"), right = stored(*space, "tall.weight/right");
+    EXPECT_LT((at::matmul(left.t(), left) - at::eye(2)).abs().max().item<double>(), 1e-6);
+    EXPECT_LT((at::matmul(right, right.t()) - at::eye(2)).abs().max().item<double>(), 1e-6);
+  }
+  EXPECT_LT((parameters[0].second.detach() - expected).abs().max().item<double>(), 1e-6);
+  // [m, n] keeps (m + n) r + r^2 numbers without momentum's second moment.
+  config.momentum = 0.9;
+  EXPECT_EQ(Optimizer(config, parameters, {}, make_space(galore, slots, parameters)).state_bytes(),
+            4 * ((6 + 4) * 2 + 2 * 2 + 1));
 }
 
 TEST(GaLore, ARankThatDoesNotFitAndUnknownModulesAreRefused) {

@@ -150,6 +150,37 @@ TEST(GroupTraining, AParameterThatOnlySomeMembersUseIsUpdatedByAll) {
   EXPECT_LT(two.parameters.back(), 0.9f) << "it was trained";
 }
 
+/// Every member adds its share of ten rows, each worth itself, and remembers what all were given.
+class Shares final : public algorithms::Validation {
+ public:
+  explicit Shares(std::vector<std::vector<double>>& given) : given_(given) {}
+  bool due(int64_t step) const override { return step % 3 == 0; }
+  std::vector<double> sums(int64_t member, int64_t members) override {
+    const int64_t begin = 10 * member / members, end = 10 * (member + 1) / members;
+    double sum = 0;
+    for (int64_t row = begin; row < end; ++row) sum += static_cast<double>(row);
+    return {sum, static_cast<double>(end - begin)};
+  }
+  bool scored(int64_t step, const std::vector<double>& sums) override {
+    given_.push_back(sums);
+    return step == 6;
+  }
+
+ private:
+  std::vector<std::vector<double>>& given_;
+};
+
+TEST(GroupTraining, MembersScoreTheirSharesAndEndTogether) {
+  for (const int size : {1, 2, 3}) {
+    std::vector<std::vector<std::vector<double>>> given(static_cast<size_t>(size));
+    const Trained group = train_in_group(size, [&](int index, algorithms::TrainJob& job, TrainSite&) {
+      job.validation = std::make_shared<Shares>(given[static_cast<size_t>(index)]);
+    });
+    EXPECT_EQ(group.outcome.steps, 6);
+    for (const auto& member : given) EXPECT_EQ(member, (std::vector<std::vector<double>>{{45, 10}, {45, 10}})) << size;
+  }
+}
+
 TEST(GroupTraining, InterruptedAndResumedHasTheSameBits) {
   const testing::TempDirectory directory;
   const Trained whole = train_in_group(2);

@@ -90,6 +90,134 @@ TEST_F(Trainer, StoppedAnywhereAndResumedEqualsUninterruptedBitForBit) {
   }
 }
 
+TEST_F(Trainer, UpdatesInBackwardHaveTheBitsOfUpdatesBehindIt) {
+  for (const std::string optimizer : {"adamw", "sgd", "adamw8bit"}) {
+    const auto job_with = [&](bool in_backward) {
+      TrainJob job = tiny_job(kSteps);
+      job.config.optimizer = optimizer;
+      job.config.momentum = 0.9;
+      job.config.clip_norm = 0;
+      job.groups = {{{"outer"}, 4.0, 0.5}};
+      job.update_in_backward = in_backward;
+      return job;
+    };
+    const TrainJob behind = job_with(false), within = job_with(true);
+    Recorder usual, recorder;
+    const Final expected = finish(behind, usual.site), found = finish(within, recorder.site);
+    found.expect_same_bits(expected);
+    ASSERT_EQ(recorder.records.size(), usual.records.size());
+    for (size_t i = 0; i < usual.records.size(); ++i)
+      if (usual.records[i].key == "grad_norm") {
+        // The same float32 norms, summed in another order.
+        EXPECT_NEAR(recorder.records[i].value, usual.records[i].value, 1e-6 * usual.records[i].value);
+      }
+    for (const auto& [name, parameter] : within.parameters) EXPECT_FALSE(parameter.grad().defined()) << name;
+    // No hook stays behind: a backward pass leaves its gradients where they are.
+    within.loss(0, 0, 1).sum.backward();
+    for (const auto& [name, parameter] : within.parameters) EXPECT_TRUE(parameter.grad().defined()) << name;
+  }
+}
+
+TEST_F(Trainer, UpdatesInBackwardHoldOneGradientAtATime) {
+  TrainJob job = tiny_job(2);
+  job.config.clip_norm = 0;
+  job.update_in_backward = true;
+  int64_t seen = 0;
+  const auto parameters = job.parameters;
+  job.loss = [&, loss = job.loss](int64_t step, int64_t first, int64_t num) {
+    auto result = loss(step, first, num);
+    // "outer" is nearer to the loss than "inner": when a gradient reaches inner, outer's has been used.
+    parameters[0].second.register_hook([&](const at::Tensor&) {
+      ++seen;
+      EXPECT_FALSE(parameters[1].second.grad().defined());
+    });
+    return result;
+  };
+  const at::Tensor before = parameters[1].second.detach().clone();
+  (void)train(job, Recorder().site);
+  EXPECT_GE(seen, 2);
+  EXPECT_FALSE(before.equal(parameters[1].second));
+}
+
+TEST_F(Trainer, AGradientThatIsNotFiniteFailsBeforeItUpdates) {
+  TrainJob job = tiny_job(3);
+  job.config.clip_norm = 0;
+  job.update_in_backward = true;
+  job.loss = [loss = job.loss](int64_t step, int64_t first, int64_t num) {
+    auto result = loss(step, first, num);
+    result.sum.register_hook(
+        [](const at::Tensor& gradient) { return gradient * std::numeric_limits<float>::quiet_NaN(); });
+    return result;
+  };
+  const std::vector<float> before = flat(job.parameters);
+  EXPECT_THROW(train(job, Recorder().site), core::NumericError);
+  EXPECT_EQ(flat(job.parameters), before);
+}
+
+/// Scores the first parameter's first value after every second step; ends the training at step 6.
+class EndsAtSix final : public algorithms::Validation {
+ public:
+  explicit EndsAtSix(const TrainJob& job) : parameter_(job.parameters.front().second) {}
+  bool due(int64_t step) const override { return step % 2 == 0; }
+  std::vector<double> sums(int64_t member, int64_t members) override {
+    EXPECT_EQ(members, 1);
+    EXPECT_EQ(member, 0);
+    return {parameter_.detach().flatten()[0].item<double>(), 1};
+  }
+  bool scored(int64_t step, const std::vector<double>& sums) override {
+    EXPECT_EQ(sums.at(1), 1);
+    EXPECT_EQ(static_cast<float>(sums.at(0)), parameter_.detach().flatten()[0].item<float>());
+    seen_.push_back(step);
+    return step == 6;
+  }
+  const std::vector<int64_t>& seen() const { return seen_; }
+
+ private:
+  at::Tensor parameter_;
+  std::vector<int64_t> seen_;
+};
+
+TEST_F(Trainer, ValidationEndsTrainingAsIfTheStepWereTheLast) {
+  TrainJob watched = tiny_job(kSteps);
+  const auto validation = std::make_shared<EndsAtSix>(watched);
+  watched.validation = validation;
+  Recorder recorder;
+  const TrainResult result = train(watched, recorder.site);
+  EXPECT_EQ(validation->seen(), (std::vector<int64_t>{2, 4, 6}));
+  EXPECT_EQ(result.outcome.steps, 6);
+  EXPECT_EQ(result.tokens, 6 * 6 * 2) << "of batches of 6 sequences of 2 tokens";
+  ASSERT_EQ(result.outcome.curve.size(), 1u);
+  EXPECT_EQ(result.outcome.curve[0].first, 6);
+  EXPECT_EQ(recorder.records.back().step, 6) << "the last point is logged";
+  // The schedule is that of all steps: a training of six steps ends elsewhere, one stopped after six there.
+  EXPECT_NE(flat(watched.parameters), finish(tiny_job(6), Recorder().site).parameters);
+  TrainJob cut = tiny_job(kSteps);
+  Recorder stopping(checkpoint_);
+  stopping.stop_after = 6;
+  EXPECT_THROW(train(cut, stopping.site), core::StopRequested);
+  EXPECT_EQ(flat(watched.parameters), flat(cut.parameters));
+  EXPECT_EQ(train(tiny_job(kSteps), Recorder().site).outcome.steps, kSteps);
+}
+
+TEST_F(Trainer, AResumedTrainingEndsWhereItsValidationEndedIt) {
+  const auto watched = [&](int64_t stop_after) {
+    TrainJob job = tiny_job(kSteps);
+    job.validation = std::make_shared<EndsAtSix>(job);
+    Recorder recorder(checkpoint_);
+    if (stop_after > 0) recorder.stop_after = stop_after;
+    return finish(job, recorder.site);
+  };
+  const Final whole = watched(0);
+  for (const int64_t stop_after : {3, 6}) {  // 6: stopped in the step that ends it, or killed right after
+    std::filesystem::remove(checkpoint_);
+    EXPECT_THROW(watched(stop_after), core::StopRequested);
+    const Final resumed = watched(0);
+    EXPECT_EQ(resumed.resumed_at, stop_after);
+    EXPECT_EQ(resumed.outcome.steps, 6);
+    resumed.expect_same_bits(whole);
+  }
+}
+
 TEST_F(Trainer, KilledAfterAPeriodicCheckpointResumesThereWithTheSameBits) {
   Recorder dying(checkpoint_);
   dying.site.after_step = [](int64_t step) {
