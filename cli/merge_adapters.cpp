@@ -102,9 +102,10 @@ std::string model_of_run(const coordinator::RunRecord& run) {
 
 Source source_of_run(const AdapterEntry& entry) {
   const auto run = coordinator::read_run(entry.run);
-  const std::string training = "train/" + entry.adapter;
-  const bool is_result = std::ranges::any_of(run.units, [&](const auto& unit) { return unit.label == training; });
-  const auto artefact = run.state->artefact(find_artefact(run, is_result ? training : entry.adapter));
+  // "small/german/seed1" is what the unit "train/small/german/seed1" trained; a word without '/' is an artefact's id.
+  const bool is_unit = std::ranges::any_of(run.units, [&](const auto& unit) { return unit.label == entry.adapter; });
+  const bool is_result = !is_unit && entry.adapter.find('/') != std::string::npos;
+  const auto artefact = run.state->artefact(find_artefact(run, (is_result ? "train/" : "") + entry.adapter));
   return {&entry, artefact, model_of_run(run), artefact->id()};
 }
 
