@@ -1,8 +1,11 @@
 #include "algorithms/mergers/merger.h"
 
+#include <algorithm>
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/matmul.h>
 
 #include "core/error.h"
@@ -11,6 +14,13 @@ namespace moraine::algorithms::mergers {
 namespace {
 
 at::Tensor in_double(const at::Tensor& tensor) { return tensor.detach().to(at::kCPU, at::kDouble); }
+
+bool is_finite(const Contribution& contribution) {
+  const auto finite = [](const at::Tensor& tensor) { return at::isfinite(tensor).all().item<bool>(); };
+  if (!contribution.factors) return finite(contribution.dense);
+  return std::ranges::all_of(contribution.factors->parts,
+                             [&](const auto& part) { return finite(part.first) && finite(part.second); });
+}
 
 void check(std::span<const Contribution> contributions, const Merger& merger, const std::string& slot) {
   MORAINE_CHECK(!contributions.empty(), "nothing to merge at {}", slot);
@@ -22,6 +32,10 @@ void check(std::span<const Contribution> contributions, const Merger& merger, co
           fmt::format("algorithms/mergers: type {} works on factors, and the change of {} by '{}' has none",
                       merger.name(), slot, contribution.name),
           "types that end in _svd or _dense, svd and concat take any change of weights");
+    if (!is_finite(contribution))
+      throw core::UserError(
+          fmt::format("algorithms/mergers: the change of {} by '{}' is not finite", slot, contribution.name),
+          "the file is damaged, or its training failed");
   }
 }
 

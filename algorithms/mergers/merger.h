@@ -51,7 +51,8 @@ class Merger {
   virtual std::string summary() const = 0;  // one line, with its source
   virtual Traits traits() const = 0;
   /// `slot`: its path, for messages and random masks. Contributions: at least one, all of one shape. Throws UserError
-  /// on a contribution without factors where !Traits::takes_dense, and on ranks that the rule cannot take.
+  /// on a contribution without factors where !Traits::takes_dense, on one that is not finite, and on ranks that the
+  /// rule cannot take.
   Merged merge(std::span<const Contribution> contributions, const MergeConfig& config, const std::string& slot) const;
 
  protected:

@@ -346,5 +346,16 @@ TEST(Mergers, DifferentRanksAndChangesWithoutFactorsAreRefusedByTypesOnFactors) 
   }
 }
 
+TEST(Mergers, NumbersThatAreNotFiniteAreNamed) {
+  auto contributions = random_contributions({2, 2});
+  contributions[1].factors->parts[0].second[1][3] = std::numeric_limits<double>::infinity();
+  for (const Merger* type : mergers()) {
+    Json fields = {{"type", type->name()}};
+    if (type->traits().density) fields["density"] = 0.5;
+    EXPECT_THAT(thrown<core::UserError>([&] { merge(contributions, fields); }),
+                AllOf(HasSubstr("'adapter 1' is not finite"), HasSubstr(kSlot)));
+  }
+}
+
 }  // namespace
 }  // namespace moraine::algorithms::mergers
