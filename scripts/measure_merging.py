@@ -24,7 +24,7 @@ RULES = {"concat": {}, "svd": CUT, "linear": {}, "magnitude_prune": KEEP, "ties"
 
 class Measurement:
     def __init__(self, moraine, runs, settings):
-        self.moraine, self.runs, self.settings = moraine, Path(runs), settings
+        self.moraine, self.runs, self.settings = moraine, Path(runs).resolve(), settings
         (self.runs / "merged").mkdir(parents=True, exist_ok=True)
 
     def command(self, *arguments):

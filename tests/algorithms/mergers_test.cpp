@@ -4,12 +4,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <set>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/diag.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
@@ -19,7 +17,6 @@
 #include <gtest/gtest.h>
 
 #include "algorithms/mergers/elementwise.h"
-#include "algorithms/mergers/low_rank.h"
 #include "core/error.h"
 #include "models/tensor_io.h"
 #include "tests/algorithms/adapter_cases.h"
@@ -220,7 +217,7 @@ at::Tensor dare_mask(const std::string& identity, int64_t seed, double density, 
 
 TEST(Mergers, DareKeepsTheExpectationAndItsMasksFollowFromSeedSlotAndContributionAlone) {
   const at::Tensor mask = dare_mask("a", 1, 0.3);
-  EXPECT_TRUE(at::logical_or(mask == 0, mask == 1).all().item<bool>());
+  EXPECT_TRUE((mask == 0).logical_or(mask == 1).all().item<bool>());
   // 2000 draws: five standard deviations of the share.
   EXPECT_NEAR(mask.mean().item<double>(), 0.3, 5 * std::sqrt(0.3 * 0.7 / 2000));
   EXPECT_TRUE(mask.equal(dare_mask("a", 1, 0.3)));
