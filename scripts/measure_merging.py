@@ -60,8 +60,8 @@ class Measurement:
         return [row["bits_per_byte"] for row in rows]
 
     def merged(self, pair, rule, weight):
-        name, out = f"{'-'.join(pair)}-{rule}-{weight}", self.runs / "merged"
-        config, out = out.with_name(f"{name}.json"), out / name   # JSON is YAML
+        out = self.runs / f"merged/{'-'.join(pair)}-{rule}-{weight}"
+        config = out.with_name(out.name + ".json")   # JSON is YAML
         adapters = [{"run": str(self.runs / "own"), "adapter": f"lora/{part}/seed1", "weight": weight} for part in pair]
         config.write_text(json.dumps({"adapters": adapters, "how": {"type": rule} | RULES[rule]}))
         dense = rule.endswith("_dense")
