@@ -1,4 +1,4 @@
-// Experts of any runs and files behind one router, without training.
+// Experts of any runs and files behind one router, or adapters in one, without training.
 #include <set>
 
 #include <ATen/core/grad_mode.h>
@@ -9,6 +9,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "cli/command.h"
 #include "cli/find_artefact.h"
+#include "cli/merge_adapters.h"
 #include "cli/output.h"
 #include "cli/run_summary.h"
 #include "core/config.h"
@@ -173,12 +174,8 @@ core::Json fingerprint_like(const core::Artefact& expert, const flexmore::Mixtur
   return first;  // merge() then lists what differs
 }
 
-void merge(const std::string& file, const std::vector<std::string>& overrides, const std::string& out) {
-  const at::NoGradGuard no_grad;
-  if (fs::exists(out) && !(fs::is_directory(out) && fs::is_empty(out)))
-    throw core::UserError(fmt::format("cli: {} exists and is not empty", out), "name a new directory");
-  core::Problems problems;
-  const core::ConfigNode root = core::load_config(file, overrides, problems);
+void merge_experts(const core::ConfigNode& root, core::Problems& problems, const std::string& file,
+                   const std::string& out) {
   MergeConfig config;
   merge_schema().parse(root, "", config, problems);
   problems.throw_if_any(file);
@@ -227,24 +224,50 @@ void merge(const std::string& file, const std::vector<std::string>& overrides, c
   print(fmt::format("merged artefact: {}\nmixture: {}\n", artefact->id(), out));
 }
 
+struct MergeArguments {
+  std::string config, out, format;
+  std::vector<std::string> overrides;
+};
+
+void merge(const MergeArguments& arguments) {
+  const at::NoGradGuard no_grad;
+  const fs::path out = arguments.out;
+  if (fs::exists(out) && !(fs::is_directory(out) && fs::is_empty(out)))
+    throw core::UserError(fmt::format("cli: {} exists and is not empty", out.string()), "name a new directory");
+  core::Problems problems;
+  const core::ConfigNode root = core::load_config(arguments.config, arguments.overrides, problems);
+  if (root.find("adapters") != nullptr)
+    return merge_adapters(root, problems, arguments.config, out, arguments.format.empty() ? "peft" : arguments.format);
+  if (!arguments.format.empty())
+    throw core::UserError(fmt::format("cli: {} lists no adapters: --to has no meaning", arguments.config),
+                          "experts become a mixture, which `moraine export` writes in other forms");
+  merge_experts(root, problems, arguments.config, arguments.out);
+}
+
 }  // namespace
 
 void add_merge(CLI::App& app, int& exit_code) {
-  auto* command = app.add_subcommand("merge", "Merges experts of any runs into one mixture, without training");
-  auto config = std::make_shared<std::string>();
-  auto out = std::make_shared<std::string>();
-  auto overrides = std::make_shared<std::vector<std::string>>();
+  auto* command = app.add_subcommand(
+      "merge", "Merges experts of any runs into one mixture, or adapters into one, without training");
+  auto a = std::make_shared<MergeArguments>();
   command
-      ->add_option("config", *config,
-                   "YAML: experts: [{run, expert, rank} | {artefact, rank}], base, top_k, norm_topk_prob, leave_out")
+      ->add_option("config", a->config,
+                   "YAML: experts: [{run, expert, rank} | {artefact, rank}], base, top_k, norm_topk_prob, leave_out; "
+                   "or adapters: [{path, weight} | {run, adapter, weight}], how: {type, ...}, base, heads")
       ->required();
-  command->add_option("out", *out, "New directory for the mixture (FlexMoRE keys, as RUN/mixture)")->required();
-  command->add_option("overrides", *overrides, "key.sub=value ...: change values of the file");
-  std::string keys = merge_schema().markdown();
-  command->footer("Every expert must have been trained against the same public model, byte for byte. Keys:\n" + keys +
-                  "\nExample: moraine merge two_runs.yaml models/both top_k=3");
+  command->add_option("out", a->out, "New directory: a mixture (FlexMoRE keys, as RUN/mixture), or the merged adapter")
+      ->required();
+  command->add_option("overrides", a->overrides, "key.sub=value ...: change values of the file");
+  command->add_option("--to", a->format, "Adapters: peft, a plain LoRA (default) | hf, the merged model")
+      ->check(CLI::IsMember({"peft", "hf"}));
+  command->footer(
+      "Every expert or adapter must have been trained against the same public model, byte for byte. Keys, "
+      "experts:\n" +
+      merge_schema().markdown() + "\nKeys, adapters (rules: docs/merging.md):\n" + merge_adapters_keys() +
+      "\nExamples: moraine merge two_runs.yaml models/both top_k=3\n          moraine merge adapters.yaml "
+      "both-lora how.rank=16");
   command->callback([=, &exit_code] {
-    merge(*config, *overrides, *out);
+    merge(*a);
     exit_code = 0;
   });
 }

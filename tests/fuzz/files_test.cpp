@@ -153,6 +153,17 @@ TEST_F(SpoiltFiles, AListOfExpertsToMergeIsRefusedOrRead) {
         200});
 }
 
+TEST_F(SpoiltFiles, AListOfAdaptersToMergeAndWhatItNamesAreRefusedOrRead) {
+  for (const std::string file : {"merge_adapters.yaml", "lora/adapter_config.json", "lora/adapter_model.safetensors"})
+    feed({"merge_adapters",
+          file,
+          {"base", "lora", "merge_adapters.yaml"},
+          [](Scratch& s) -> std::vector<Line> {
+            return {{"merge", s / "merge_adapters.yaml", s.out()}};
+          },
+          80});
+}
+
 std::vector<Line> encoder_commands(Scratch& s) {
   return {{"inspect", s / "encoder"},
           {"validate", World::get() / "text/recipe.yaml", "router.init=encoder",

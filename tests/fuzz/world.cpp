@@ -36,6 +36,14 @@ experts:
   - {artefact: expert.safetensors}
 )";
 
+constexpr const char* kMergeAdapters = R"(
+base: base
+adapters:
+  - {path: lora, weight: 0.5}
+  - {path: lora}
+how: {type: ties, density: 0.5}
+)";
+
 void make(const std::vector<std::string>& arguments) {
   const Outcome done = moraine(arguments);
   MORAINE_CHECK(done.exit_code == 0, "moraine {}: {}", arguments.front(), done.errors);
@@ -92,6 +100,7 @@ World::World() {
   fs::copy(*this / "runs/flexmore/mixture", *this / "mixture", fs::copy_options::recursive);
   core::write_atomically(*this / "federated.yaml", kFederated);
   core::write_atomically(*this / "merge.yaml", kMerge);
+  core::write_atomically(*this / "merge_adapters.yaml", kMergeAdapters);
   run("federated.yaml", "federated", {});
   run("images/recipe.yaml", "continual", {"train.steps=2", "workers.local=1", "orders=[-1]"});
   make({"cp", (*this / "runs/flexmore").string(), "extract/left", (*this / "expert.safetensors").string()});
