@@ -115,6 +115,10 @@ std::string layer_prefix(size_t layer) { return fmt::format("model.layers.{}.mlp
 
 }  // namespace
 
+models::MixtureKernels mixture_kernels(const std::string& name) {
+  return name == "reference" ? models::MixtureKernels::kReference : models::MixtureKernels::kAuto;
+}
+
 std::string ffn_slot(size_t layer) { return fmt::format("model.layers.{}.mlp", layer); }
 
 int64_t Expert::parameters() const {

@@ -61,6 +61,9 @@ std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder
 /// Attaches dense FFNs in place of the public ones (weight soup, a single expert's dense model).
 void attach_dense(models::Decoder& decoder, const std::vector<models::FfnExpert>& layers);
 
+/// Of the recipe's key `kernels`: auto | reference.
+models::MixtureKernels mixture_kernels(const std::string& name);
+
 /// Path of layer l's FFN slot: "model.layers.<l>.mlp".
 std::string ffn_slot(size_t layer);
 

@@ -133,7 +133,8 @@ class FlexMore final : public Method {
   void summarize_comparisons(const Stages& stages, const RunState& state, core::Json& out) const;
   void summarize_sweep(const Stages& stages, const RunState& state, core::Json& out) const;
 
-  // execute.cpp: what workers do. Of the recipe these read paths alone; what is computed is in the unit.
+  // execute.cpp, train_expert.cpp: what workers do. Of the recipe these read paths alone; what is computed is in the
+  // unit.
   core::ArtefactPtr train_base(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr embed_public(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr train_expert(const Unit& unit, WorkerContext& context) const;
