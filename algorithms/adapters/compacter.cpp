@@ -69,7 +69,7 @@ class Compacter final : public Parametrisation {
   std::string summary() const override {
     return "sum of Kronecker products with factors that all slots share (Compacter's layer, arXiv 2106.04647)";
   }
-  Traits traits() const override { return {.zero_at_init = false, .uses_rank = false}; }
+  Traits traits() const override { return {.zero_at_init = false, .uses_rank = false, .change = Change::kDense}; }
   core::Json options() const override { return {{"n", 4}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto n = option_of(config, "n").get<int64_t>();

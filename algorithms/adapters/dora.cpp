@@ -57,7 +57,7 @@ class Dora final : public Parametrisation {
   std::string summary() const override {
     return "LoRA with trained norms of the weight's rows (DoRA, arXiv 2402.09353)";
   }
-  Traits traits() const override { return {.reads_base = true}; }
+  Traits traits() const override { return {.reads_base = true, .change = Change::kDense}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     if (starts_from_base(config)) return "dora starts from A of its own: init kaiming or gaussian";
     return std::nullopt;

@@ -49,6 +49,14 @@ struct Counts {
   int64_t stored = 0;  // in an artefact, which is what a worker sends; what a seed regenerates is not in it
 };
 
+/// How the change of a slot's linear map is written down exactly.
+enum class Change {
+  kFactors,  // SlotAdapter::factored(), of rank factored_rank(), and so delta()
+  kDense,    // delta() alone
+  kBias,     // of the bias alone
+  kNone,     // it is no change of a linear map
+};
+
 /// What a procedure may ask before it uses a parametrisation.
 struct Traits {
   bool zero_at_init = true;     // a fresh adapter changes no bit of the base's output
@@ -59,7 +67,14 @@ struct Traits {
   bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
   bool needs_examples = false;  // start values need SlotInit::gradient, over as many examples as its option `examples`
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
+  Change change = Change::kFactors;
 };
+
+/// Rank of the sum that SlotAdapter::factored() gives, where Traits::change is kFactors: what starts from the base
+/// takes that back in as many ranks again.
+inline int64_t factored_rank(const AdapterConfig& config) {
+  return starts_from_base(config) ? 2 * config.rank : config.rank;
+}
 
 /// What a slot's adapter is made of.
 struct SlotInit {
