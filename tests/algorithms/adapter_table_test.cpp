@@ -11,7 +11,7 @@
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/hash.h"
-#include "data/text_dataset.h"
+#include "data/byte_tokenizer.h"
 #include "models/bert.h"
 #include "models/vit.h"
 #include "tests/algorithms/tiny_run.h"
@@ -168,7 +168,7 @@ std::map<std::string, std::string> trained_tensors(const TinyRun& run) {
   std::map<std::string, std::string> digests;
   for (const auto& unit : run.finished()) {
     const auto artefact = run.artefact(run.result(unit.id()).value());
-    if (!artefact->meta().contains("curve")) continue;
+    if (!artefact->meta().contains("curve") || artefact->meta().at("curve").empty()) continue;
     EXPECT_TRUE(std::isfinite(artefact->meta().at("curve").back().at(1).get<double>())) << unit.label;
     for (const auto& tensor : artefact->file().tensors())
       if (!tensor.name.starts_with("head.")) digests[unit.label + "/" + tensor.name] = core::sha256(tensor.data);
@@ -203,7 +203,7 @@ TEST_P(AdapterTable, TrainsAndExportsTheSameBitsTwiceOrIsRefusedWithTheReason) {
   for (const auto& format : procedure->formats) {
     ExportRequest request;
     request.format = format;
-    request.directory = *files_ / "exported" / type->name() / procedure->name / format;
+    request.directory = *files_ / fmt::format("{}_{}_{}", type->name(), procedure->name, format);
     const std::string message = models::thrown<core::UserError>([&] { run.method().export_as(run, request); });
     const std::string expected = no_form(*type, procedure->name, format);
     EXPECT_EQ(message.empty(), expected.empty()) << format << ": " << message;

@@ -14,7 +14,7 @@
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
-#include "data/text_dataset.h"
+#include "data/byte_tokenizer.h"
 #include "tests/algorithms/adapter_cases.h"
 #include "tests/algorithms/tiny_run.h"
 #include "tests/models/random_tensors.h"
@@ -286,7 +286,7 @@ TEST_F(DirectRun, OneNestedTrainingGivesExpertsOfSeveralRanks) {
 }
 
 TEST_F(DirectRun, WithoutAnAdapterUnitsAreWhatTheyWere) {
-  TinyRun run(recipe_, {"domains.0={name: nested, path: right.h5, train: direct, rank: 2}", "comparisons=[]"});
+  TinyRun run(recipe_, {"domains=[{name: nested, path: right.h5, train: direct, rank: 2}]", "comparisons=[]"});
   run.run();
   for (const auto& unit : run.finished())
     for (const char* key : {"adapter", "type_version"}) EXPECT_FALSE(unit.spec.contains(key)) << unit.label;
@@ -303,7 +303,7 @@ TEST_F(DirectRun, ADenseChangeIsAFullSizeExpertThatIsExtracted) {
 }
 
 TEST_F(DirectRun, EveryFormOfTheMixtureHoldsTheExpert) {
-  TinyRun run(recipe_, {"domains.0.adapter={rank: 3, alpha: 5, init: olora}", "comparisons=[]"});
+  TinyRun run(recipe_, {"domains.0.adapter={type: lora, rank: 3, alpha: 5, init: olora}", "comparisons=[]"});
   run.run();
   EXPECT_EQ(run.made_by("merge/mixture")->meta().at("expert_ranks"), (core::Json{0, 6, 2}));
   for (const char* format : {"hf", "flexolmo", "peft"}) {
@@ -356,7 +356,7 @@ TEST_F(DirectRun, AnAdapterThatDoesNotFitThePublicModelIsRefusedBeforeItRuns) {
       TinyRun(recipe_, {"comparisons=[]", "domains.0.adapter=" + adapter});
     });
   };
-  EXPECT_THAT(refusal("{type: compacter, options: {n: 5}}"),
+  EXPECT_THAT(refusal("{type: compacter, rank: 8, alpha: 8, options: {n: 5}}"),
               AllOf(HasSubstr("domains.0.adapter"), HasSubstr("does not divide")));
   EXPECT_THAT(refusal("{rank: 500}"), AllOf(HasSubstr("domains.0.adapter"), HasSubstr("rank 500")));
   EXPECT_THAT(refusal("{type: vera, rank: 500}"), HasSubstr("makes an expert of rank 500"));

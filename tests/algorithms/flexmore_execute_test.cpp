@@ -12,7 +12,7 @@
 #include "algorithms/register.h"
 #include "core/error.h"
 #include "core/file.h"
-#include "data/text_dataset.h"
+#include "data/byte_tokenizer.h"
 #include "models/bert.h"
 #include "tests/algorithms/tiny_run.h"
 #include "tests/models/random_tensors.h"

@@ -5,8 +5,8 @@
 #include "core/error.h"
 #include "core/hash.h"
 #include "core/hdf5.h"
+#include "data/byte_tokenizer.h"
 #include "data/fingerprint.h"
-#include "data/text_dataset.h"
 #include "worker/context.h"
 
 namespace moraine::algorithms {
@@ -119,9 +119,10 @@ void write_classification_file(const std::filesystem::path& path, int64_t exampl
     std::vector<int64_t> starts = {0}, labels;
     for (int64_t i = 0; i < examples; ++i) {
       labels.push_back(i % 2);
-      for (int64_t t = 0; t < kLength; ++t)
-        tokens.push_back(static_cast<uint16_t>('a' + 8 * labels.back() +
-                                               core::derive_seed(static_cast<uint64_t>(kLength * i + t), split) % 8));
+      for (int64_t t = 0; t < kLength; ++t) {
+        const auto letter = static_cast<int64_t>(core::derive_seed(static_cast<uint64_t>(kLength * i + t), split) % 8);
+        tokens.push_back(static_cast<uint16_t>('a' + 8 * labels.back() + letter));
+      }
       starts.push_back(std::ssize(tokens));
     }
     file.write<uint16_t>(split + "/tokens", tokens, {std::ssize(tokens)});
