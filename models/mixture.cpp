@@ -93,7 +93,7 @@ void check_experts(const std::vector<FfnExpert>& experts, const SlotBase& base, 
       check_shape("gate_proj", i + 1, expert.gate, h, d);
       check_shape("up_proj", i + 1, expert.up, h, d);
       check_shape("down_proj", i + 1, expert.down, d, h);
-    } else {
+    } else if (!expert.by_itself()) {
       check_pair("the gate_proj pair", i + 1, expert.gate_delta, h, d);
       check_pair("the up_proj pair", i + 1, expert.up_delta, h, d);
       check_pair("the down_proj pair", i + 1, expert.down_delta, d, h);
@@ -102,8 +102,13 @@ void check_experts(const std::vector<FfnExpert>& experts, const SlotBase& base, 
 }
 
 // One expert by itself, the way a mixture of separate FFNs runs it.
-at::Tensor run_expert(const FfnExpert& expert, const at::Tensor& x, const SlotBase& base) {
+at::Tensor run_expert(const FfnExpert& expert, const at::Tensor& x, const SlotBase& base, const Pass& pass) {
   if (expert.full()) return swiglu(x, expert.gate, expert.up, expert.down);
+  if (const auto& on = expert.functions; on.gate != nullptr) {
+    const at::Tensor gate = on.gate->forward(x, {.weight = base.gate}, pass);
+    const at::Tensor inner = at::silu(gate) * on.up->forward(x, {.weight = base.up}, pass);
+    return on.down->forward(inner, {.weight = base.down}, pass);
+  }
   const at::Tensor gate = add_low_rank(apply_linear(x, base.gate), x, expert.gate_delta);
   const at::Tensor up = add_low_rank(apply_linear(x, base.up), x, expert.up_delta);
   const at::Tensor hidden = at::silu(gate) * up;
@@ -160,6 +165,12 @@ NamedTensors MixtureFfn::parameters() const {
         {"gate_proj_b.weight", &e.gate_delta.b}, {"up_proj_b.weight", &e.up_delta.b},
         {"down_proj_b.weight", &e.down_delta.b}};
     for (const auto& [name, tensor] : parts) all.emplace_back(path + name, *tensor);
+    const std::pair<const char*, const SlotFunction*> functions[] = {{"gate_proj.", e.functions.gate.get()},
+                                                                     {"up_proj.", e.functions.up.get()},
+                                                                     {"down_proj.", e.functions.down.get()}};
+    for (const auto& [name, function] : functions)
+      if (function != nullptr)
+        for (const auto& [own, tensor] : function->parameters()) all.emplace_back(path + name + own, tensor);
   }
   std::erase_if(all, [](const auto& entry) { return !entry.second.defined() || !entry.second.requires_grad(); });
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -184,9 +195,9 @@ MixtureFfn::Routing MixtureFfn::route(const at::Tensor& x) {
     selected =
         at::scatter(at::zeros_like(p, p.options().dtype(at::kBool).requires_grad(false)), 1, routing.choice, true);
     for (int64_t expert = 0; expert < num_experts(); ++expert) {
-      const bool full = expert > 0 && experts_[expert - 1].full();
-      routing.tokens.push_back(routing.by_kernels && !full ? at::Tensor()
-                                                           : at::nonzero(selected.select(1, expert)).squeeze(1));
+      const bool by_itself = expert > 0 && experts_[expert - 1].by_itself();
+      routing.tokens.push_back(routing.by_kernels && !by_itself ? at::Tensor()
+                                                                : at::nonzero(selected.select(1, expert)).squeeze(1));
     }
   }
   routing.gates = p;
@@ -203,7 +214,7 @@ MixtureFfn::Routing MixtureFfn::route(const at::Tensor& x) {
   return routing;
 }
 
-at::Tensor MixtureFfn::forward(const at::Tensor& x, const SlotBase& base, const Pass&) {
+at::Tensor MixtureFfn::forward(const at::Tensor& x, const SlotBase& base, const Pass& pass) {
   MORAINE_CHECK(base.gate.defined(), "a mixture sits on an FFN slot");
   if (base.gate_bias.defined() || base.up_bias.defined() || base.down_bias.defined()) {
     throw core::UserError("models: mixtures on FFNs with biases are not supported", "use a base with mlp_bias = false");
@@ -211,13 +222,13 @@ at::Tensor MixtureFfn::forward(const at::Tensor& x, const SlotBase& base, const 
   const at::Tensor rows = x.reshape({-1, x.size(-1)});
   check_experts(experts_, base, rows.size(1));
   const Routing routing = route(rows);
-  if (routing.by_kernels) return factored_by_kernels(rows, base, routing).view_as(x);
-  return (factors() ? factored(rows, base, routing) : per_expert(rows, base, routing)).view_as(x);
+  if (routing.by_kernels) return factored_by_kernels(rows, base, routing, pass).view_as(x);
+  return (factors() ? factored(rows, base, routing, pass) : per_expert(rows, base, routing, pass)).view_as(x);
 }
 
 // Without a low-rank expert nothing is shared, and the factored form is the per-expert form.
 bool MixtureFfn::factors() const {
-  const bool shares = std::any_of(experts_.begin(), experts_.end(), [](const FfnExpert& e) { return !e.full(); });
+  const bool shares = std::any_of(experts_.begin(), experts_.end(), [](const FfnExpert& e) { return !e.by_itself(); });
   return options_.forward == MixtureForward::kFactored && shares;
 }
 
@@ -225,18 +236,20 @@ bool MixtureFfn::by_kernels(const at::Tensor& x) const {
   return options_.kernels == MixtureKernels::kAuto && factors() && ragged_ffn_covers(x);
 }
 
-at::Tensor MixtureFfn::per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
+at::Tensor MixtureFfn::per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing,
+                                  const Pass& pass) const {
   RowSum sum(x.size(0), base.down.size(0), x);
   for (int64_t expert = 0; expert < num_experts(); ++expert) {
     if (routing.nobody(expert)) continue;
     const at::Tensor rows = routing.gather(x, expert);
-    const at::Tensor y = expert == 0 ? base.forward(rows) : run_expert(experts_[expert - 1], rows, base);
+    const at::Tensor y = expert == 0 ? base.forward(rows) : run_expert(experts_[expert - 1], rows, base, pass);
     sum.add(y * routing.gate(expert), routing.everyone() ? at::Tensor() : routing.tokens[expert]);
   }
   return sum.take();
 }
 
-at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
+at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const Routing& routing,
+                                const Pass& pass) const {
   const at::Tensor public_gate = apply_linear(x, base.gate), public_up = apply_linear(x, base.up);
   RowSum hidden_sum(x.size(0), base.gate.size(0), x);  // sum p_e h_e over the public and the low-rank experts
   RowSum sum(x.size(0), base.down.size(0), x);         // everything that does not go through the public down matrix
@@ -244,8 +257,8 @@ at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const
     if (routing.nobody(expert)) continue;
     const at::Tensor tokens = routing.everyone() ? at::Tensor() : routing.tokens[expert];
     const FfnExpert* own = expert == 0 ? nullptr : &experts_[expert - 1];
-    if (own != nullptr && own->full()) {
-      sum.add(run_expert(*own, routing.gather(x, expert), base) * routing.gate(expert), tokens);
+    if (own != nullptr && own->by_itself()) {
+      sum.add(run_expert(*own, routing.gather(x, expert), base, pass) * routing.gate(expert), tokens);
       continue;
     }
     at::Tensor gate = routing.gather(public_gate, expert), up = routing.gather(public_up, expert);
@@ -261,19 +274,20 @@ at::Tensor MixtureFfn::factored(const at::Tensor& x, const SlotBase& base, const
   return apply_linear(hidden_sum.take(), base.down) + sum.take();
 }
 
-at::Tensor MixtureFfn::factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing) const {
+at::Tensor MixtureFfn::factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing,
+                                           const Pass& pass) const {
   std::vector<const FfnExpert*> own = {nullptr};  // the public expert, then those of low rank
   const at::Tensor number =
-      at::full({num_experts()}, -1, at::kInt);  // of an expert among them; full-size ones have none
+      at::full({num_experts()}, -1, at::kInt);  // of an expert among them; those by themselves have none
   number.mutable_data_ptr<int32_t>()[0] = 0;
   RowSum sum(x.size(0), base.down.size(0), x);
   for (int64_t expert = 1; expert < num_experts(); ++expert) {
     const FfnExpert& e = experts_[expert - 1];
-    if (!e.full()) {
+    if (!e.by_itself()) {
       number.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(own.size());
       own.push_back(&e);
     } else if (!routing.nobody(expert)) {
-      sum.add(run_expert(e, routing.gather(x, expert), base) * routing.gate(expert),
+      sum.add(run_expert(e, routing.gather(x, expert), base, pass) * routing.gate(expert),
               routing.everyone() ? at::Tensor() : routing.tokens[expert]);
     }
   }

@@ -17,11 +17,18 @@ struct LowRank {
   at::Tensor a, b;
 };
 
-/// One non-public expert of one FFN slot: full-size matrices, or a correction of each public matrix.
+/// One non-public expert of one FFN slot: full-size matrices, a low-rank correction of each public matrix, or any
+/// functions on the public matrices, which is how experts of other parametrisations are trained.
 struct FfnExpert {
+  struct Functions {
+    std::shared_ptr<SlotFunction> gate, up, down;  // of linear slots
+  };
   at::Tensor gate, up, down;                 // full size: [h, d], [h, d], [d, h]; undefined when low-rank
-  LowRank gate_delta, up_delta, down_delta;  // low rank; undefined when full-size
+  LowRank gate_delta, up_delta, down_delta;  // low rank; undefined otherwise
+  Functions functions = {};                  // null otherwise
   bool full() const { return gate.defined(); }
+  /// Nothing of the public expert's computation is shared.
+  bool by_itself() const { return full() || functions.gate != nullptr; }
   int64_t rank() const { return full() ? 0 : gate_delta.a.size(0); }
 };
 
@@ -60,7 +67,8 @@ class MixtureFfn : public SlotFunction {
   MixtureFfn(std::vector<at::Tensor> router, at::Tensor bias, std::vector<FfnExpert> experts, Options options);
 
   at::Tensor forward(const at::Tensor& x, const SlotBase& base, const Pass& pass = {}) override;
-  /// Those that require gradients: "router.<first row>", "bias", "experts.<e>.{gate,up,down}_proj[_a|_b].weight".
+  /// Those that require gradients: "router.<first row>", "bias", "experts.<e>.{gate,up,down}_proj[_a|_b].weight", of
+  /// functions "experts.<e>.{gate,up,down}_proj.<name>".
   NamedTensors parameters() const override;
 
   /// 1 <= top_k <= num_experts(), else UserError.
@@ -84,9 +92,10 @@ class MixtureFfn : public SlotFunction {
   bool factors() const;
   bool by_kernels(const at::Tensor& x) const;
   Routing route(const at::Tensor& x);
-  at::Tensor factored(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
-  at::Tensor factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
-  at::Tensor per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing) const;
+  at::Tensor factored(const at::Tensor& x, const SlotBase& base, const Routing& routing, const Pass& pass) const;
+  at::Tensor factored_by_kernels(const at::Tensor& x, const SlotBase& base, const Routing& routing,
+                                 const Pass& pass) const;
+  at::Tensor per_expert(const at::Tensor& x, const SlotBase& base, const Routing& routing, const Pass& pass) const;
 
   std::vector<at::Tensor> router_;
   at::Tensor bias_;

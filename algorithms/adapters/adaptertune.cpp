@@ -58,7 +58,7 @@ class AdapterTune final : public Parametrisation {
   std::string summary() const override {
     return "a GELU bottleneck behind every block, zero at the start (AdapterTune, arXiv 2603.14706)";
   }
-  Traits traits() const override { return {.slots = models::SlotKind::kBlock}; }
+  Traits traits() const override { return {.slots = models::SlotKind::kBlock, .change = Change::kNone}; }
   core::Json options() const override { return {{"scale", 1.0}, {"every", 1}, {"init", "zero"}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto every = option_of(config, "every").get<int64_t>();

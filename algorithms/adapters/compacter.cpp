@@ -121,7 +121,10 @@ class Compacter final : public Parametrisation {
   std::string summary() const override {
     return "sum of Kronecker products with factors that all slots share (Compacter's layer, arXiv 2106.04647)";
   }
-  Traits traits() const override { return {.zero_at_init = false, .uses_rank = false}; }
+  Traits traits() const override { return {.zero_at_init = false, .uses_rank = false, .change = Change::kDense}; }
+  Change change(const AdapterConfig& config) const override {
+    return is_adapter(config) ? Change::kNone : traits().change;
+  }
   core::Json options() const override { return {{"form", "linear"}, {"n", 4}, {"reduction", 32}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override;
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {

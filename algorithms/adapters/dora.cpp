@@ -57,7 +57,7 @@ class Dora final : public Parametrisation {
   std::string summary() const override {
     return "LoRA with trained norms of the weight's rows (DoRA, arXiv 2402.09353)";
   }
-  Traits traits() const override { return {.reads_base = true}; }
+  Traits traits() const override { return {.reads_base = true, .change = Change::kDense}; }
   core::Json options() const override { return eva_options(); }
   Wants wants(const AdapterConfig& config) const override { return eva_wants(config); }
   std::optional<std::string> problem(const AdapterConfig& config) const override {

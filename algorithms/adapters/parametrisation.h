@@ -49,6 +49,14 @@ struct Counts {
   int64_t stored = 0;  // in an artefact, which is what a worker sends; what a seed regenerates is not in it
 };
 
+/// How the change of a slot's linear map is written down exactly.
+enum class Change {
+  kFactors,  // SlotAdapter::factored(), of rank factored_rank(), and so delta()
+  kDense,    // delta() alone
+  kBias,     // of the bias alone
+  kNone,     // it is no change of a linear map
+};
+
 /// What a procedure may ask before it uses a parametrisation.
 struct Traits {
   bool zero_at_init = true;   // a fresh adapter changes no bit of the base's output
@@ -58,11 +66,18 @@ struct Traits {
   bool nested_ranks = false;  // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool from_seed = false;     // a part comes from create()'s seed alone and is not stored
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
+  Change change = Change::kFactors;
 };
 
 /// What a fresh adapter's start values are made of beside its seed and the frozen weight: something of the slot over as
 /// many examples as the type's option `examples` (calibration.h).
 enum class Wants { kNothing, kGradients, kInputMoments };
+
+/// Rank of the sum that SlotAdapter::factored() gives, where Traits::change is kFactors: what starts from the base
+/// takes that back in as many ranks again.
+inline int64_t factored_rank(const AdapterConfig& config) {
+  return starts_from_base(config) ? 2 * config.rank : config.rank;
+}
 
 /// What a slot's adapter is made of.
 struct SlotInit {
@@ -92,6 +107,8 @@ class Parametrisation {
   virtual std::string name() const = 0;     // as in recipes
   virtual std::string summary() const = 0;  // one line, with its source
   virtual Traits traits() const { return {}; }
+  /// Of a type whose options decide what it is; Traits::change otherwise.
+  virtual Change change(const AdapterConfig&) const { return traits().change; }
   /// Raised when a change of the code changes results for the same specification.
   virtual int64_t result_version() const { return 1; }
   /// AdapterConfig::options with their defaults; no others are allowed, and types must agree.

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "algorithms/flexmore/comparisons.h"
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/flexmore.h"
 
 namespace moraine::algorithms::flexmore {
@@ -16,7 +17,9 @@ void FlexMore::need_joint(PlanBuilder& plan, Stages& s) const {
   train.steps *= static_cast<int64_t>(members_.size());
   std::vector<std::string> names;
   for (const auto& d : members_) names.push_back(d.name);
-  s.joint = plan.need(expert_unit("joint", names, 0, train, s));
+  TrainExpertSpec spec;
+  spec.name = "joint";
+  s.joint = plan.need(expert_unit(std::move(spec), names, train, s));
   if (s.joint) test_everywhere(plan, s, "joint", "expert", {*s.public_embedding, *s.joint});
 }
 
@@ -37,13 +40,17 @@ void FlexMore::need_scaled_change(PlanBuilder& plan, const std::string& name, St
 }
 
 void FlexMore::need_rank_sweep(PlanBuilder& plan, const std::string& name, Stages& s) const {
-  const auto& ranks = config_.ranks.candidates;
-  const auto low = plan.need(extraction_unit("extract/" + name, s.experts.at(name),
-                                             *std::max_element(ranks.begin(), ranks.end()), std::nullopt, s));
+  const DomainConfig& d = domain(name);
+  const auto ranks = ranks_within(d, config_.ranks.candidates);
+  if (ranks.empty()) return;
+  const std::optional<std::string> low =
+      trains_factors(d) ? s.experts.at(name)
+                        : plan.need(extraction_unit("extract/" + name, s.experts.at(name),
+                                                    *std::max_element(ranks.begin(), ranks.end()), std::nullopt, s));
   if (!low) return;
   for (const int64_t rank : ranks)
     if (const auto id = plan.need(test_unit(fmt::format("test/rank/{}/r{}", name, rank), "expert", name,
-                                            {*s.public_embedding, *low}, rank, s)))
+                                            {*s.public_embedding, *low}, cut_to(d, rank), s)))
       s.sweep[name][rank] = *id;
 }
 

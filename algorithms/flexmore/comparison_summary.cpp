@@ -6,6 +6,7 @@
 
 #include "algorithms/evaluate.h"
 #include "algorithms/flexmore/comparisons.h"
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/flexmore.h"
 
 namespace moraine::algorithms::flexmore {
@@ -121,30 +122,35 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
   constexpr int64_t kFull = std::numeric_limits<int64_t>::max();  // sorts behind every rank
   for (const auto& domain : members_) {
     const std::string& name = domain.name;
-    const auto as_trained = tested(s, state, "expert", name);
-    if (!s.sweep.count(name) || s.sweep.at(name).size() != config_.ranks.candidates.size() || !as_trained) continue;
+    const auto full = tested(s, state, "expert", name);
+    const bool factors = trains_factors(domain);  // of which there is no full-size expert to compare with
+    if (!s.sweep.count(name) || s.sweep.at(name).size() != ranks_within(domain, config_.ranks.candidates).size() ||
+        (!full && !factors))
+      continue;
     const auto& scores = s.sweep.at(name);
-    const Evaluation& full = *as_trained;
-    const int64_t largest = scores.rbegin()->first;
     Json points = Json::array();
+    for (const auto& [rank, id] : scores) {
+      points.push_back({rank, evaluation(id).bits_per_byte()});
+      score_rows[rank][name] = evaluation(id).bits_per_byte();
+    }
+    series.push_back({{"name", name}, {"points", points}});
+    score_columns.push_back(bits_column(name, name));
+    if (factors) continue;
+    score_rows[kFull][name] = full->bits_per_byte();
+    const int64_t largest = scores.rbegin()->first;
     // As the paper's analysis codes it: every rank, and full-size one doubling above the largest. Ours: what is cheaper
     // than full size, and full size once, at the rank from which a cut is the same function.
     std::vector<std::pair<double, double>> coded, cheaper, coded_accuracy;
     for (const auto& [rank, id] : scores) {
       const Evaluation e = evaluation(id);
       const double x = std::log2(static_cast<double>(rank));
-      points.push_back({rank, e.bits_per_byte()});
       coded.emplace_back(x, e.bits_per_byte());
       coded_accuracy.emplace_back(x, 100 * e.accuracy());
       if (static_cast<double>(rank) < break_even) cheaper.emplace_back(x, e.bits_per_byte());
-      score_rows[rank][name] = e.bits_per_byte();
     }
-    score_rows[kFull][name] = full.bits_per_byte();
-    coded.emplace_back(std::log2(static_cast<double>(largest)) + 1, full.bits_per_byte());
-    coded_accuracy.emplace_back(std::log2(static_cast<double>(largest)) + 1, 100 * full.accuracy());
-    cheaper.emplace_back(std::log2(static_cast<double>(cap)), full.bits_per_byte());
-    series.push_back({{"name", name}, {"points", points}});
-    score_columns.push_back(bits_column(name, name));
+    coded.emplace_back(std::log2(static_cast<double>(largest)) + 1, full->bits_per_byte());
+    coded_accuracy.emplace_back(std::log2(static_cast<double>(largest)) + 1, 100 * full->accuracy());
+    cheaper.emplace_back(std::log2(static_cast<double>(cap)), full->bits_per_byte());
     Json row = {{"domain", name}};
     const auto add = [&](const std::string& key, const std::vector<std::pair<double, double>>& line_points) {
       if (line_points.size() < 2) return;
@@ -155,17 +161,17 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
     add("coded", coded);
     add("cheaper", cheaper);
     add("accuracy", coded_accuracy);
-    if (scores.count(cap)) row["cap"] = evaluation(scores.at(cap)).bits_per_byte() - full.bits_per_byte();
+    if (scores.count(cap)) row["cap"] = evaluation(scores.at(cap)).bits_per_byte() - full->bits_per_byte();
     const auto best = std::min_element(scores.begin(), scores.end(), [&](const auto& a, const auto& b) {
       return evaluation(a.second).bits_per_byte() < evaluation(b.second).bits_per_byte();
     });
     const bool cheap =
         static_cast<double>(best->first) < break_even;  // above, a cut costs more than what it is a cut of
     row["best"] =
-        cheap && evaluation(best->second).bits_per_byte() <= full.bits_per_byte() ? Json(best->first) : Json("full");
+        cheap && evaluation(best->second).bits_per_byte() <= full->bits_per_byte() ? Json(best->first) : Json("full");
     slopes.push_back(row);
   }
-  if (slopes.empty()) return;
+  if (series.empty()) return;
   Json rows = Json::array();
   for (auto& [rank, row] : score_rows) {
     row["rank"] = rank == kFull ? Json("full") : Json(rank);
@@ -186,23 +192,24 @@ void FlexMore::summarize_sweep(const Stages& s, const RunState& state, Json& out
   const auto number = [](const char* key, const char* label, int digits) {
     return Json{{"key", key}, {"label", label}, {"digits", digits}};
   };
-  out["tables"].push_back({{"title", "Rank sweep: regression of the score on log2(rank)"},
-                           {"columns",
-                            {{{"key", "domain"}, {"label", "domain"}},
-                             number("coded", "bits per byte per doubling, all ranks", 4),
-                             number("coded_r2", "R2", 3),
-                             number("cheaper", "bits per byte per doubling, ranks below break-even and full once", 4),
-                             number("cheaper_r2", "R2", 3),
-                             number("accuracy", "accuracy points per doubling, all ranks", 3),
-                             number("accuracy_r2", "R2", 3),
-                             number("cap", "largest possible rank minus full-size, bits per byte", 5),
-                             {{"key", "best"}, {"label", "best below break-even, or full"}}}},
-                           {"rows", slopes},
-                           {"notes",
-                            {"all ranks: as FlexMoRE's analysis, full-size coded as one doubling above the largest "
-                             "rank; below break-even: one function counts once",
-                             "scores on the text the tables are about, for one seed: a slope says how this domain's "
-                             "score moves, not which rank to choose"}}});
+  if (!slopes.empty())
+    out["tables"].push_back({{"title", "Rank sweep: regression of the score on log2(rank)"},
+                             {"columns",
+                              {{{"key", "domain"}, {"label", "domain"}},
+                               number("coded", "bits per byte per doubling, all ranks", 4),
+                               number("coded_r2", "R2", 3),
+                               number("cheaper", "bits per byte per doubling, ranks below break-even and full once", 4),
+                               number("cheaper_r2", "R2", 3),
+                               number("accuracy", "accuracy points per doubling, all ranks", 3),
+                               number("accuracy_r2", "R2", 3),
+                               number("cap", "largest possible rank minus full-size, bits per byte", 5),
+                               {{"key", "best"}, {"label", "best below break-even, or full"}}}},
+                             {"rows", slopes},
+                             {"notes",
+                              {"all ranks: as FlexMoRE's analysis, full-size coded as one doubling above the largest "
+                               "rank; below break-even: one function counts once",
+                               "scores on the text the tables are about, for one seed: a slope says how this domain's "
+                               "score moves, not which rank to choose"}}});
   out["curves"].push_back({{"title", "Rank sweep: score against rank"},
                            {"x_label", "rank"},
                            {"y_label", "bits per byte"},

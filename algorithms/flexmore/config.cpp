@@ -5,6 +5,7 @@
 #include <set>
 
 #include "algorithms/flexmore/comparisons.h"
+#include "algorithms/flexmore/direct.h"
 #include "core/error.h"
 
 namespace moraine::algorithms::flexmore {
@@ -93,6 +94,33 @@ const core::Schema<PublicModelConfig>& model_schema() {
   return schema;
 }
 
+Violation check_rank(const DomainConfig& c) {
+  const auto number = given_rank(c);
+  if (c.rank != "auto" && c.rank != "full" && !number)
+    return fmt::format("rank '{}' must be auto, full or a number", c.rank);
+  if (number && *number <= 0) return fmt::format("rank must be positive: {}", *number);
+  if (c.train == "direct" && !c.adapter && !number) return "train: direct needs a number as rank, or an adapter";
+  return std::nullopt;
+}
+
+Violation check_adapter(const DomainConfig& c) {
+  if (!c.adapter) return std::nullopt;
+  if (c.train != "direct") return "adapter goes with train: direct";
+  if (const auto problem = expert_problem(*c.adapter)) return problem;
+  if (!trains_factors(c)) return std::nullopt;
+  if (c.rank == "full")
+    return fmt::format("rank: full needs a full-size expert, and type {} trains factors", c.adapter->type);
+  const int64_t trained = trained_rank(c), wanted = given_rank(c).value_or(trained);
+  if (wanted > trained)
+    return fmt::format("rank {} is more than the {} of the expert that its adapter makes", wanted, trained);
+  if (wanted < trained && !adapters::can_be_truncated(*c.adapter))
+    return fmt::format(
+        "rank {}: its adapter makes an expert of rank {}, which has no first ranks to cut it to: leave rank out, or "
+        "train a nested type (dylora, matryoshka)",
+        wanted, trained);
+  return std::nullopt;
+}
+
 const core::Schema<DomainConfig>& domain_schema() {
   using C = DomainConfig;
   static const auto schema = [] {
@@ -110,18 +138,26 @@ const core::Schema<DomainConfig>& domain_schema() {
         .doc("Rank in the heterogeneous mixture: auto (chosen on validation), full, or a number")
         .field("train", &C::train)
         .choices({"full", "direct"})
-        .doc("full: train a full-size FFN, extract low rank by PHLoRA; direct: train A and B of the given rank")
+        .doc(
+            "full: train a full-size FFN, extract low rank by PHLoRA; direct: train A and B of the given rank, or "
+            "adapter")
+        .optional_object("adapter", &C::adapter, adapters::adapter_schema())
+        .joined_later()
+        .doc(
+            "direct: adapter of the expert's three matrices per layer instead; one of factors makes a low-rank expert, "
+            "another a full-size one; rank: auto is chosen on validation for nested types, their own otherwise")
+        .field("learning_rate", &C::learning_rate)
+        .joined_later()
+        .above(0)
+        .doc("Instead of train.learning_rate")
         .check([](const C& c) -> Violation {
           if (c.name.empty() || c.name == "public" ||
               c.name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_-") != std::string::npos)
             return fmt::format("name '{}' must be lower-case letters, digits, '-' and '_', and not 'public'", c.name);
-          const auto number = parse_int(c.rank);
-          if (c.rank != "auto" && c.rank != "full" && !number)
-            return fmt::format("rank '{}' must be auto, full or a number", c.rank);
-          if (number && *number <= 0) return fmt::format("rank must be positive: {}", *number);
-          if (c.train == "direct" && !number) return "train: direct needs a number as rank";
           return std::nullopt;
-        });
+        })
+        .check(check_rank)
+        .check(check_adapter);
     return s;
   }();
   return schema;
@@ -231,12 +267,23 @@ Violation check_domains(const FlexMoreConfig& c) {
   return std::nullopt;
 }
 
+// A direct expert that can be cut to lower ranks as it is.
+bool can_be_swept(const DomainConfig& domain) { return domain.adapter && adapters::can_be_truncated(*domain.adapter); }
+
+Violation check_candidates(const FlexMoreConfig& c) {
+  for (const auto& domain : members(c))
+    if (chooses_rank(domain) && ranks_within(domain, c.ranks.candidates).empty())
+      return fmt::format("domain '{}': its adapter has rank {}, less than all of ranks.candidates", domain.name,
+                         trained_rank(domain));
+  return std::nullopt;
+}
+
 Violation check_comparisons(const FlexMoreConfig& c) {
   if (c.domains.empty() && !c.comparisons.empty()) return "comparisons need domains";
   for (const auto& comparison : c.comparisons)
     if (comparison == "scaled_delta" || comparison == "random_subspace" || comparison == "rank_sweep")
       for (const auto& domain : members(c))
-        if (domain.train == "direct")
+        if (trains_factors(domain) && !(comparison == "rank_sweep" && can_be_swept(domain)))
           return fmt::format("comparisons: {} needs full-size experts; domain '{}' is trained at its rank", comparison,
                              domain.name);
   return std::nullopt;
@@ -311,6 +358,7 @@ const core::Schema<FlexMoreConfig>& flexmore_schema() {
         .doc("What is measured")
         .check(check_model)
         .check(check_domains)
+        .check(check_candidates)
         .check(check_comparisons)
         .check(check_top_k);
     return s;
@@ -329,7 +377,7 @@ std::vector<DomainConfig> members(const FlexMoreConfig& config) {
   return out;
 }
 
-std::optional<int64_t> fixed_rank(const DomainConfig& domain) { return parse_int(domain.rank); }
+std::optional<int64_t> given_rank(const DomainConfig& domain) { return parse_int(domain.rank); }
 
 models::DecoderConfig public_architecture(const PublicModelConfig& model) {
   if (!model.architecture) {

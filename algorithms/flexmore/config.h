@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "algorithms/adapters/config.h"
 #include "algorithms/run_config.h"
 #include "algorithms/worker_context.h"
 #include "core/config.h"
@@ -40,10 +41,13 @@ struct PublicModelConfig {
 /// One data owner.
 struct DomainConfig {
   std::string name;
-  std::string path;            // prepared HDF5 file; may be empty for `moraine params`
-  std::string rank = "auto";   // auto = chosen on validation | full | a number
-  std::string encoder_text;    // router.init = encoder: text of the domain prepared with the encoder's tokeniser
-  std::string train = "full";  // full = full-size expert, low rank by PHLoRA | direct = A and B are trained
+  std::string path;           // prepared HDF5 file; may be empty for `moraine params`
+  std::string rank = "auto";  // auto = chosen on validation | full | a number
+  std::string encoder_text;   // router.init = encoder: text of the domain prepared with the encoder's tokeniser
+  // full = full-size expert, low rank by PHLoRA | direct = A and B of the given rank, or `adapter`, are trained
+  std::string train = "full";
+  std::optional<adapters::AdapterConfig> adapter = {};  // direct.h
+  std::optional<double> learning_rate = {};             // instead of train.learning_rate
 };
 
 /// Router of the mixture.
@@ -100,7 +104,7 @@ bool is_member(const FlexMoreConfig& config, const std::string& domain);
 /// The domains that are not left out, in the recipe's order.
 std::vector<DomainConfig> members(const FlexMoreConfig& config);
 
-/// "auto" and "full" are nullopt; a number is itself.
-std::optional<int64_t> fixed_rank(const DomainConfig& domain);
+/// The number in `rank`; "auto" and "full" are none.
+std::optional<int64_t> given_rank(const DomainConfig& domain);
 
 }  // namespace moraine::algorithms::flexmore

@@ -1,6 +1,7 @@
 #include "algorithms/flexmore/experts.h"
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 
 #include <ATen/TensorOperators.h>
@@ -107,13 +108,38 @@ core::ArtefactPtr to_artefact(const std::string& kind, core::Json meta, models::
 }
 
 models::FfnExpert on_device(models::FfnExpert ffn, at::Device device) {
+  if (ffn.functions.gate) return ffn;  // made on it
   visit_ffn(ffn, ffn.full(), "", [&](const std::string&, at::Tensor& t) { t = t.to(device); });
   return ffn;
+}
+
+// Scales for lower ranks, of an expert of that rank; none is no scaling.
+std::vector<double> scales_of(const core::Artefact& artefact, int64_t rank) {
+  if (!artefact.meta().contains("scales_by_rank")) return {};
+  auto scales = meta_of<std::vector<double>>(artefact, "scales_by_rank");
+  const bool positive = std::all_of(scales.begin(), scales.end(), [](double s) { return std::isfinite(s) && s > 0; });
+  if (static_cast<int64_t>(scales.size()) != rank || !positive)
+    throw core::UserError(fmt::format("algorithms/flexmore: {}: scales_by_rank are not {} positive numbers",
+                                      artefact.file().origin(), rank),
+                          "use a file that `moraine cp` or `moraine import` wrote");
+  return scales;
+}
+
+// The first ranks of an expert alone.
+void cut(models::FfnExpert& ffn, int64_t rank, const std::vector<double>& scales) {
+  for (auto* delta : {&ffn.gate_delta, &ffn.up_delta, &ffn.down_delta}) {
+    *delta = slice(*delta, rank);
+    if (!scales.empty()) delta->b = delta->b * scales[static_cast<size_t>(rank - 1)];
+  }
 }
 
 std::string layer_prefix(size_t layer) { return fmt::format("model.layers.{}.mlp.", layer); }
 
 }  // namespace
+
+models::MixtureKernels mixture_kernels(const std::string& name) {
+  return name == "reference" ? models::MixtureKernels::kReference : models::MixtureKernels::kAuto;
+}
 
 std::string ffn_slot(size_t layer) { return fmt::format("model.layers.{}.mlp", layer); }
 
@@ -154,6 +180,7 @@ core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::Na
   meta["rank"] = expert.rank();
   meta["layers"] = expert.layers.size();
   meta["parameters"] = expert.parameters();
+  if (!expert.scales_by_rank.empty()) meta["scales_by_rank"] = expert.scales_by_rank;
   return to_artefact("expert", std::move(meta), std::move(tensors));
 }
 
@@ -168,13 +195,15 @@ Expert read_expert(const core::Artefact& artefact, int64_t rank) {
                     rank),
         "extract a low-rank expert from it first");
   const size_t layers = layers_of(artefact);
+  const std::vector<double> scales = scales_of(artefact, stored);
+  const bool whole = rank == 0 || rank == stored;
+  if (whole) expert.scales_by_rank = scales;
   for (size_t l = 0; l < layers; ++l) {
     const std::string prefix = layer_prefix(l);
     models::FfnExpert ffn;
     visit_ffn(ffn, stored == 0, prefix, [&](const std::string& name, at::Tensor& t) { t = load(artefact, name); });
     check_shapes(expert.name, l, ffn, load(artefact, prefix + "gate.weight"), stored);
-    if (rank > 0 && rank != stored)
-      for (auto* delta : {&ffn.gate_delta, &ffn.up_delta, &ffn.down_delta}) *delta = slice(*delta, rank);
+    if (!whole) cut(ffn, rank, scales);
     expert.layers.push_back(std::move(ffn));
     expert.router_rows.push_back(load(artefact, prefix + "gate.weight"));
     if (artefact.file().find(prefix + "gate.bias")) expert.biases.push_back(load(artefact, prefix + "gate.bias"));
@@ -322,6 +351,7 @@ void check_fit(const Expert& expert, const models::Decoder& decoder) {
                           "use the public model that the expert was trained against");
   for (size_t l = 0; l < expert.layers.size(); ++l) {
     const models::FfnExpert& ffn = expert.layers[l];
+    if (ffn.functions.gate) continue;  // which stand on the decoder's own matrices
     const int64_t h = ffn.full() ? ffn.gate.size(0) : ffn.gate_delta.b.size(0), d = expert.router_rows[l].numel();
     if (h != decoder.config().intermediate_size || d != decoder.config().hidden_size)
       refuse_shapes(expert.name, l,

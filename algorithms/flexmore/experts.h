@@ -18,6 +18,8 @@ struct Expert {
   std::vector<models::FfnExpert> layers;  // L
   std::vector<at::Tensor> router_rows;    // L x [d]
   std::vector<at::Tensor> biases;         // L x [1]; empty when the router has no bias
+  // By k = 1 .. rank: B of the first k ranks alone is multiplied by it. Empty: by 1.
+  std::vector<double> scales_by_rank = {};
 
   int64_t rank() const { return layers.front().rank(); }  // 0 = full-size
   /// Numbers a site ships: FFN part plus router rows (and biases).
@@ -37,7 +39,8 @@ core::Json fingerprint_of_base(const std::map<std::string, at::Tensor>& weights,
 
 /// Expert <-> artefact (kind "expert"; docs/formats.md). `meta` and `extra` tensors are added to the artefact's own.
 core::ArtefactPtr write_expert(const Expert& expert, core::Json meta, models::NamedTensors extra = {});
-/// `rank` > 0 slices a low-rank expert; 0 keeps it as it is. Throws UserError on another kind or a missing tensor.
+/// `rank` > 0 slices a low-rank expert, by its scales_by_rank where it has them; 0 keeps it as it is. Throws UserError
+/// on another kind or a missing tensor.
 Expert read_expert(const core::Artefact& artefact, int64_t rank);
 
 /// Joins experts of any ranks. The result does not depend on the order of `artefacts`. Every submission must carry the
@@ -60,6 +63,9 @@ std::vector<std::shared_ptr<models::MixtureFfn>> attach(models::Decoder& decoder
 
 /// Attaches dense FFNs in place of the public ones (weight soup, a single expert's dense model).
 void attach_dense(models::Decoder& decoder, const std::vector<models::FfnExpert>& layers);
+
+/// Of the recipe's key `kernels`: auto | reference.
+models::MixtureKernels mixture_kernels(const std::string& name);
 
 /// Path of layer l's FFN slot: "model.layers.<l>.mlp".
 std::string ffn_slot(size_t layer);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/encoder.h"
 #include "algorithms/flexmore/mixture_files.h"
 #include "algorithms/language_model.h"
@@ -96,8 +97,10 @@ void FlexMore::open_inputs() {
       problems.add(key, key, fmt::format("rank {} is above {}, the smallest side of the FFN matrices", rank, smallest),
                    "higher ranks are the same function; use `full` for a full-size expert");
   };
-  for (size_t i = 0; i < config_.domains.size(); ++i)
-    if (const auto rank = fixed_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
+  for (size_t i = 0; i < config_.domains.size(); ++i) {
+    if (const auto rank = given_rank(config_.domains[i])) check_rank(fmt::format("domains.{}.rank", i), *rank);
+    check_adapter(config_.domains[i], fmt::format("domains.{}.adapter", i), problems);
+  }
   for (size_t i = 0; i < config_.ranks.candidates.size(); ++i)
     check_rank(fmt::format("ranks.candidates.{}", i), config_.ranks.candidates[i]);
   check_budget(problems);
@@ -108,9 +111,25 @@ void FlexMore::open_inputs() {
   problems.throw_if_any(config_.name);
 }
 
+// An adapter has to fit the public model, and what it makes to be smaller than a full-size expert's sides.
+void FlexMore::check_adapter(const DomainConfig& d, const std::string& key, core::Problems& problems) const {
+  if (!d.adapter) return;
+  try {
+    adapter_counts(*d.adapter, architecture_);
+  } catch (const core::UserError& error) {
+    return problems.add(key, key, error.what(), error.hint());
+  }
+  const int64_t smallest = std::min(architecture_.hidden_size, architecture_.intermediate_size);
+  if (trained_rank(d) > smallest)
+    problems.add(key, key,
+                 fmt::format("makes an expert of rank {}, above {}, the smallest side of the FFN matrices",
+                             trained_rank(d), smallest),
+                 "choose a smaller rank; init pissa and olora double it");
+}
+
 // A budget that no choice of ranks can keep is known from shapes: nothing need be trained to refuse it.
 void FlexMore::check_budget(core::Problems& problems) const {
-  const auto open = std::count_if(members_.begin(), members_.end(), [](const auto& d) { return d.rank == "auto"; });
+  const auto open = std::count_if(members_.begin(), members_.end(), chooses_rank);
   const auto& candidates = config_.ranks.candidates;
   const int64_t needed = open * *std::min_element(candidates.begin(), candidates.end());
   if (needed <= rank_limit()) return;
@@ -165,7 +184,7 @@ void FlexMore::export_as(const RunState& state, const ExportRequest& request) co
   if (!id->second)
     throw core::UserError(
         fmt::format("algorithms/flexmore: the run has no {} yet", request.what.empty() ? "mixture" : request.what),
-        "`moraine ls` lists what is still to do; a full mixture needs every domain trained with train: full");
+        "`moraine ls` lists what is still to do; a full mixture needs every expert to be full-size as it was trained");
   if (!model_id_.empty() && model_identity(config_.model.path, architecture_.to_json()) != model_id_)
     throw core::UserError(
         fmt::format("algorithms/flexmore: the public model in {} is not the one the run was made with",

@@ -26,6 +26,7 @@ struct Evaluation;
 namespace moraine::algorithms::flexmore {
 
 struct MixtureModel;
+struct RowSources;
 
 /// FlexMoRE: one frozen public model, one independently trained FFN expert per data owner next to it, each cut to the
 /// rank that suits it, merged behind a softmax router without further training.
@@ -74,6 +75,7 @@ class FlexMore final : public Method {
   MixtureModel mixture_model(const std::string& id, const Stages& stages, const RunState& state) const;
   std::map<std::string, int64_t> choose_ranks(const Stages& stages, const RunState& state) const;
 
+  void check_adapter(const DomainConfig& domain, const std::string& key, core::Problems& problems) const;
   void check_budget(core::Problems& problems) const;
 
   // plan.cpp: the steps of the walk. The bool ones say whether what follows can be planned.
@@ -91,8 +93,9 @@ class FlexMore final : public Method {
   template <typename Spec>
   Unit make_unit(const std::string& label, Spec spec, std::vector<std::string> inputs, double cost,
                  const Stages& stages) const;
-  Unit expert_unit(const std::string& name, const std::vector<std::string>& domains, int64_t rank,
-                   const TrainConfig& train, const Stages& stages) const;
+  Unit domain_expert_unit(const DomainConfig& domain, const Stages& stages) const;
+  Unit expert_unit(TrainExpertSpec spec, const std::vector<std::string>& domains, const TrainConfig& train,
+                   const Stages& stages) const;
   Unit extraction_unit(const std::string& label, const std::string& expert, int64_t rank,
                        std::optional<uint64_t> subspace_seed, const Stages& stages) const;
   Unit evaluation_unit(const std::string& label, EvaluateSpec spec, std::vector<std::string> inputs,
@@ -133,7 +136,8 @@ class FlexMore final : public Method {
   void summarize_comparisons(const Stages& stages, const RunState& state, core::Json& out) const;
   void summarize_sweep(const Stages& stages, const RunState& state, core::Json& out) const;
 
-  // execute.cpp: what workers do. Of the recipe these read paths alone; what is computed is in the unit.
+  // execute.cpp, train_expert.cpp: what workers do. Of the recipe these read paths alone; what is computed is in the
+  // unit.
   core::ArtefactPtr train_base(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr embed_public(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr train_expert(const Unit& unit, WorkerContext& context) const;
@@ -143,6 +147,8 @@ class FlexMore final : public Method {
   core::ArtefactPtr make_soup(const Unit& unit, WorkerContext& context) const;
   std::shared_ptr<models::Decoder> load_base(const OnPublicModel& spec, WorkerContext& context) const;
   std::shared_ptr<data::TextDataset> load_text(const TextSpec& spec, WorkerContext& context) const;
+  RowSources row_sources(const TrainExpertSpec& spec, const core::Artefact& public_embedding, models::Decoder& model,
+                         WorkerContext& context) const;
   at::Tensor encoded_row(const EncoderSpec& spec, int64_t sequences, int64_t width, WorkerContext& context) const;
 
   std::filesystem::path data_path(const std::string& domain) const;

@@ -1,6 +1,7 @@
 // Exact parameter counts from shapes alone; no weight is read. Source: FlexMoRE (arXiv 2602.08818), "Parameter counts".
 #include <algorithm>
 
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/flexmore.h"
 
 namespace moraine::algorithms::flexmore {
@@ -36,13 +37,14 @@ ParameterTable FlexMore::parameters() const {
   int64_t own = dense + a.router_parameters(experts + 1);
   bool open = false;
   for (const auto& d : members_) {
-    const auto rank = fixed_rank(d);
-    open |= d.rank == "auto";
-    own += rank ? a.low_rank_parameters(*rank) : ffn;
+    open |= chooses_rank(d);
+    // A rank that is still open may become the largest there is.
+    const int64_t rank = chooses_rank(d) ? trained_rank(d) : fixed_rank(d);
+    own += rank > 0 ? a.low_rank_parameters(rank) : ffn;
   }
   if (!members_.empty())
-    table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as full)" : ""), nullptr, nullptr,
-                          nullptr, nullptr, own});
+    table.rows.push_back({"this recipe" + std::string(open ? " (rank: auto counted as it is trained)" : ""), nullptr,
+                          nullptr, nullptr, nullptr, own});
   if (experts == 1) {  // the two columns of totals are one
     constexpr ptrdiff_t kTotal = 4;
     table.columns.erase(table.columns.begin() + kTotal);
@@ -55,6 +57,13 @@ ParameterTable FlexMore::parameters() const {
                   shared, ffn, a.router_parameters(1), a.low_rank_parameters(1)),
       fmt::format("break-even rank d h / (d + h) = {:.1f}: above it a factored expert is larger than a full-size one",
                   d * h / (d + h))};
+  for (const auto& d : members_)
+    if (d.adapter)
+      table.notes.push_back(fmt::format(
+          "expert {}: {} trains {} numbers; as an expert {} are sent ({}), beside {} of the router", d.name,
+          d.adapter->type, adapter_counts(*d.adapter, a).trained,
+          trains_factors(d) ? a.low_rank_parameters(trained_rank(d)) : ffn,
+          trains_factors(d) ? fmt::format("rank {}", trained_rank(d)) : "full-size", a.router_parameters(1)));
   return table;
 }
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "algorithms/evaluate.h"
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/encoder.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "core/error.h"
@@ -59,7 +60,7 @@ RowsSpec FlexMore::rows_spec() const {
 }
 
 int64_t FlexMore::max_rank(const DomainConfig& d) const {
-  if (const auto fixed = fixed_rank(d)) return *fixed;
+  if (!chooses_rank(d)) return fixed_rank(d);
   return *std::max_element(config_.ranks.candidates.begin(), config_.ranks.candidates.end());
 }
 
@@ -75,24 +76,35 @@ Unit FlexMore::make_unit(const std::string& label, Spec spec, std::vector<std::s
   return {Spec::kKind, label, core::to_spec(Spec::schema(), spec), std::move(inputs), Place::kWorker, cost};
 }
 
-Unit FlexMore::expert_unit(const std::string& name, const std::vector<std::string>& domains, int64_t rank,
-                           const TrainConfig& train, const Stages& stages) const {
+Unit FlexMore::domain_expert_unit(const DomainConfig& d, const Stages& stages) const {
   TrainExpertSpec spec;
-  spec.name = name;
-  spec.rank = rank;
+  spec.name = d.name;
+  spec.rank = trained_rank(d);
+  if (d.adapter) {
+    spec.adapter = on_ffn(*d.adapter);
+    spec.type_version = adapters::parametrisation(d.adapter->type).result_version();
+  } else if (spec.rank > 0) {
+    spec.kernels = config_.kernels;
+  }
+  TrainConfig train = config_.train;
+  train.learning_rate = d.learning_rate.value_or(train.learning_rate);
+  return expert_unit(std::move(spec), {d.name}, train, stages);
+}
+
+Unit FlexMore::expert_unit(TrainExpertSpec spec, const std::vector<std::string>& domains, const TrainConfig& train,
+                           const Stages& stages) const {
   spec.train = train_identity(train);
   spec.public_rows = public_rows_spec();
   spec.rows = rows_spec();
   spec.norm_topk_prob = config_.norm_topk_prob;
-  spec.seed = seed_for("expert/" + name);
-  if (rank > 0) spec.kernels = config_.kernels;
+  spec.seed = seed_for("expert/" + spec.name);
   for (const auto& domain : domains) {
     spec.data.push_back(text_spec(domain, "train"));
     if (config_.router.init == "encoder") spec.encoder.push_back(encoder_spec(domain));
   }
   const double model = static_cast<double>(architecture_.shared_parameters() + architecture_.ffn_parameters());
-  return make_unit("train/" + name, std::move(spec), {*stages.public_embedding}, training_cost(train, 1.5 * model),
-                   stages);
+  const std::string label = "train/" + spec.name;
+  return make_unit(label, std::move(spec), {*stages.public_embedding}, training_cost(train, 1.5 * model), stages);
 }
 
 Unit FlexMore::extraction_unit(const std::string& label, const std::string& expert, int64_t rank,
@@ -192,11 +204,11 @@ std::map<std::string, int64_t> FlexMore::choose_ranks(const Stages& stages, cons
         if (!inserted && candidate.bits < it->second.bits) it->second = candidate;
       }
     };
-    if (d.rank == "auto") {
+    if (chooses_rank(d)) {
       for (const auto& [rank, id] : stages.validation.at(d.name))
         extend(rank, rank, Evaluation::from_json(state.artefact(id)->meta().at("result")).bits_per_byte());
     } else {
-      extend(fixed_rank(d).value_or(0), 0, 0);  // the user's own choice does not count against the budget
+      extend(fixed_rank(d), 0, 0);  // the user's own choice does not count against the budget
     }
     table = std::move(next);
   }
@@ -241,30 +253,28 @@ bool FlexMore::need_public_embedding(PlanBuilder& plan, Stages& s) const {
 }
 
 bool FlexMore::need_expert(PlanBuilder& plan, const DomainConfig& d, Stages& s) const {
-  const bool direct = d.train == "direct";
-  const auto expert = plan.need(expert_unit(d.name, {d.name}, direct ? *fixed_rank(d) : 0, config_.train, s));
+  const auto expert = plan.need(domain_expert_unit(d, s));
   if (!expert) return false;
   s.experts[d.name] = *expert;
-  if (direct) {
-    s.low_rank[d.name] = *expert;
-    return true;
-  }
-  if (d.rank == "full") return true;
-  const auto low = plan.need(extraction_unit("extract/" + d.name, *expert, max_rank(d), std::nullopt, s));
+  if (!trains_factors(d) && d.rank == "full") return true;
+  const auto low = trains_factors(d)
+                       ? expert
+                       : plan.need(extraction_unit("extract/" + d.name, *expert, max_rank(d), std::nullopt, s));
   if (!low) return false;
   s.low_rank[d.name] = *low;
-  if (d.rank != "auto") return true;
-  for (const int64_t rank : config_.ranks.candidates) {
+  if (!chooses_rank(d)) return true;
+  const std::vector<int64_t> ranks = ranks_within(d, config_.ranks.candidates);
+  for (const int64_t rank : ranks) {
     EvaluateSpec spec;
     spec.what = "expert";
     spec.data = text_spec(d.name, "validation");
     spec.sequences = config_.evaluation.validation_sequences;
-    spec.rank = rank;
+    spec.rank = cut_to(d, rank);
     if (const auto id = plan.need(evaluation_unit(fmt::format("validate/{}/r{}", d.name, rank), std::move(spec),
                                                   {*s.public_embedding, *low}, s)))
       s.validation[d.name][rank] = *id;
   }
-  return s.validation[d.name].size() == config_.ranks.candidates.size();
+  return s.validation[d.name].size() == ranks.size();
 }
 
 void FlexMore::test_own(PlanBuilder& plan, Stages& s, const std::string& method, const std::string& name,
@@ -292,7 +302,7 @@ void FlexMore::need_mixture(PlanBuilder& plan, Stages& s) const {
   s.ranks = choose_ranks(s, plan.state());
   for (const auto& d : members_)
     if (const int64_t rank = s.ranks.at(d.name); rank > 0)
-      test_own(plan, s, "low_rank_expert", d.name, s.low_rank.at(d.name), d.train == "direct" ? 0 : rank);
+      test_own(plan, s, "low_rank_expert", d.name, s.low_rank.at(d.name), cut_to(d, rank));
   s.mixture = plan.need(merge_unit("merge/mixture", false, s));
   if (s.mixture) test_everywhere(plan, s, "mixture", "mixture", {*s.mixture});
 }
@@ -308,8 +318,8 @@ FlexMore::Stages FlexMore::walk(PlanBuilder& plan) const {
   const bool all_trained = s.experts.size() == members_.size();
   bool all_full = true;
   for (const auto& d : members_) {
-    all_full &= d.train == "full";
-    if (d.train == "full" && s.experts.count(d.name)) test_own(plan, s, "expert", d.name, s.experts.at(d.name), 0);
+    all_full &= !trains_factors(d);
+    if (!trains_factors(d) && s.experts.count(d.name)) test_own(plan, s, "expert", d.name, s.experts.at(d.name), 0);
   }
   if (all_trained && all_full) need_full_size_results(plan, s);
   if (ranks_known) need_mixture(plan, s);

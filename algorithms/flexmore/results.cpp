@@ -3,6 +3,7 @@
 #include <map>
 
 #include "algorithms/evaluate.h"
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/experts.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "algorithms/flexmore/units.h"
@@ -48,6 +49,9 @@ void FlexMore::check_result(const Unit& unit, const core::Artefact& artefact) co
       const TrainExpertSpec spec = core::from_spec(TrainExpertSpec::schema(), unit.spec);
       if (artefact.meta().at("name") != spec.name) refuse(unit, "is an expert of another name");
       check_expert(unit, artefact, spec.rank, spec.base, architecture_);
+      if (read_expert(artefact, 0).scales_by_rank !=
+          (spec.adapter ? scales_by_rank(*spec.adapter) : std::vector<double>()))
+        refuse(unit, "has other scales of its lower ranks than its adapter");
     } else if (unit.kind == ExtractSpec::kKind) {
       const ExtractSpec spec = core::from_spec(ExtractSpec::schema(), unit.spec);
       check_expert(unit, artefact, spec.rank, spec.base, architecture_);

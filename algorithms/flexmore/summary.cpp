@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "algorithms/evaluate.h"
+#include "algorithms/flexmore/direct.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "core/error.h"
 
@@ -96,7 +97,7 @@ void FlexMore::summarize_sizes(const Stages& stages, const RunState& state, Json
            expert->meta().at("parameters").get<int64_t>(), static_cast<int64_t>(expert->bytes().size()));
     }
     const auto rank = stages.ranks.find(d.name);
-    if (d.train == "full" && rank != stages.ranks.end() && rank->second > 0) {
+    if (rank != stages.ranks.end() && rank->second != trained_rank(d)) {
       const int64_t parameters = architecture_.low_rank_parameters(rank->second) + architecture_.router_parameters(1);
       ship("expert " + d.name, rank->second, parameters, parameters * 4);
     }
@@ -110,16 +111,20 @@ void FlexMore::summarize_sizes(const Stages& stages, const RunState& state, Json
   ship_mixture("mixture, chosen ranks: added", stages.mixture);
   ship_mixture("mixture, full-size: added", stages.full_mixture);
   if (shipped.empty()) return;
-  out["tables"].push_back(
-      {{"title", "Parameters and bytes shipped"},
-       {"columns",
-        {column("what", "what"),
-         column("rank", "rank"),
-         column("parameters", "parameters"),
-         {{"key", "share"}, {"label", "% of one full-size expert"}, {"digits", 1}},
-         column("bytes", "bytes")}},
-       {"rows", shipped},
-       {"notes", {fmt::format("public model: {} parameters; bytes are float32", architecture_.total_parameters())}}});
+  Json notes = {fmt::format("public model: {} parameters; bytes are float32", architecture_.total_parameters())};
+  for (const auto& d : members_)
+    if (d.adapter)
+      notes.push_back(fmt::format("{}: {} trained {} numbers", d.name, d.adapter->type,
+                                  adapter_counts(*d.adapter, architecture_).trained));
+  out["tables"].push_back({{"title", "Parameters and bytes shipped"},
+                           {"columns",
+                            {column("what", "what"),
+                             column("rank", "rank"),
+                             column("parameters", "parameters"),
+                             {{"key", "share"}, {"label", "% of one full-size expert"}, {"digits", 1}},
+                             column("bytes", "bytes")}},
+                           {"rows", shipped},
+                           {"notes", notes}});
 }
 
 // Rank against score, spectra, training curves.

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "algorithms/adapters/config.h"
 #include "algorithms/language_model.h"
 #include "core/config.h"
 #include "core/json.h"
@@ -83,12 +84,15 @@ struct TrainExpertSpec : OnPublicModel {
   static constexpr int64_t kVersion = 1;
   int64_t version = kVersion;
   std::string name = {};
-  int64_t rank = 0;       // 0 = full-size
-  core::Json train = {};  // train_identity()
+  int64_t rank = 0;  // 0 = full-size
+  std::optional<adapters::AdapterConfig> adapter =
+      {};                    // what is trained instead of the expert's own matrices or factors
+  int64_t type_version = 1;  // Parametrisation::result_version()
+  core::Json train = {};     // train_identity()
   PublicRowsSpec public_rows = {};
   RowsSpec rows = {};
   bool norm_topk_prob = false;
-  std::string kernels = "auto";  // a full-size expert does not pass through them
+  std::string kernels = "auto";  // full-size experts and adapters do not pass through them
   uint64_t seed = 0;
   std::vector<TextSpec> data = {};  // of several domains: in turn
   std::vector<EncoderSpec> encoder = {};

@@ -1,6 +1,5 @@
 // Units of a FlexMoRE run, executed in this thread on tiny models and texts.
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <set>
 
@@ -13,13 +12,11 @@
 #include "algorithms/register.h"
 #include "core/error.h"
 #include "core/file.h"
-#include "core/hash.h"
-#include "core/hdf5.h"
-#include "data/fingerprint.h"
+#include "data/byte_tokenizer.h"
 #include "models/bert.h"
+#include "tests/algorithms/tiny_run.h"
 #include "tests/models/random_tensors.h"
 #include "tests/temporary_directory.h"
-#include "worker/context.h"
 
 namespace moraine::algorithms {
 namespace {
@@ -49,57 +46,6 @@ evaluation: {sequences: 2, validation_sequences: 2, batch_size: 2}
 
 using Overrides = std::vector<std::string>;
 
-// A recipe's method and, once run() has been called, everything it made.
-class TinyRun : public RunState {
- public:
-  TinyRun(const std::filesystem::path& recipe, const Overrides& overrides) : parsed_(load_recipe(recipe, overrides)) {
-    parsed_.method->open_inputs();
-  }
-
-  void run() {
-    for (Plan plan = method().plan(*this); !plan.pending.empty(); plan = method().plan(*this))
-      for (const auto& unit : plan.pending) accept(unit, execute(method(), unit, *this));
-  }
-  // What a worker whose recipe is `method` makes of a unit of the run `state`; it starts with nothing in its cache.
-  static core::ArtefactPtr execute(const Method& method, const Unit& unit, const RunState& state) {
-    static const std::atomic<int> no_signals{0};
-    const worker::WorkerOptions options;
-    worker::DirectContext context(unit, 1, options, no_signals,
-                                  {.artefact = [&](const std::string& id) { return state.artefact(id); },
-                                   .metric = [](const core::metrics::Record&) {},
-                                   .progress = [](double, double) {}});
-    return method.execute(unit, context);
-  }
-  void accept(const Unit& unit, const core::ArtefactPtr& artefact) {
-    results_[unit.id()] = artefact->id();
-    artefacts_[artefact->id()] = artefact;
-  }
-  void adopt(const TinyRun& other) {
-    results_ = other.results_;
-    artefacts_ = other.artefacts_;
-  }
-
-  std::optional<std::string> result(const std::string& unit) const override {
-    const auto it = results_.find(unit);
-    return it == results_.end() ? std::nullopt : std::optional(it->second);
-  }
-  core::ArtefactPtr artefact(const std::string& id) const override { return artefacts_.at(id); }
-
-  const Method& method() const { return *parsed_.method; }
-  const core::Json& values() const { return parsed_.values; }
-  std::vector<Unit> finished() const { return method().plan(*this).finished; }
-  core::ArtefactPtr made_by(const std::string& label) const {
-    for (const auto& unit : finished())
-      if (unit.label == label) return artefact(result(unit.id()).value());
-    throw core::InternalError("no unit " + label);
-  }
-
- private:
-  ParsedRecipe parsed_;
-  std::map<std::string, std::string> results_;
-  std::map<std::string, core::ArtefactPtr> artefacts_;
-};
-
 class FlexMoreRun : public testing::Test {
  protected:
   FlexMoreRun() {
@@ -111,8 +57,9 @@ class FlexMoreRun : public testing::Test {
     write_model_directory(folder_ / "model", config.to_json(), {model.weights().begin(), model.weights().end()});
     write_encoder();
     for (const char* name : {"public", "right", "left", "code"}) {
-      write_text(name, name, data::ByteTokenizer::kName, 40);
-      write_text(name + std::string("_encoded"), name, flexmore::DomainEncoder::tokenizer(folder_ / "encoder"), 700);
+      write_text_file(folder_ / (std::string(name) + ".h5"), name, data::ByteTokenizer::kName, 40);
+      write_text_file(folder_ / (std::string(name) + "_encoded.h5"), name,
+                      flexmore::DomainEncoder::tokenizer(folder_ / "encoder"), 700);
     }
     folder_.write("recipe.yaml", kRecipe);
   }
@@ -126,30 +73,6 @@ class FlexMoreRun : public testing::Test {
     write_model_directory(folder_ / "encoder", config.to_json(), {bert.weights().begin(), bert.weights().end()});
     folder_.write("encoder/tokenizer.json",
                   R"({"added_tokens": [{"id": 3, "content": "[CLS]"}, {"id": 4, "content": "[SEP]"}]})");
-  }
-
-  // Random letters of an alphabet of the name's own, `size` tokens per split.
-  void write_text(const std::string& file_name, const std::string& name, const std::string& tokenizer, int64_t size) {
-    core::Hdf5File file(folder_ / (file_name + ".h5"), core::Hdf5File::Mode::kCreate);
-    for (const std::string split : {"train", "validation", "test"}) {
-      std::vector<uint16_t> tokens;
-      for (int64_t i = 0; i < size; ++i)
-        tokens.push_back(
-            static_cast<uint16_t>('a' + core::derive_seed(static_cast<uint64_t>(i), name + split) % 9 + name.size()));
-      file.write<uint16_t>(split + "/tokens", tokens, {size});
-      file.write<int64_t>(split + "/documents", std::vector<int64_t>{0, size}, {2});
-      if (tokenizer == data::ByteTokenizer::kName) continue;
-      std::vector<int64_t> offsets;
-      for (int64_t i = 0; i <= size; ++i) offsets.push_back(i);
-      file.write<int64_t>(split + "/byte_offsets", offsets, {size + 1});
-    }
-    file.set_attribute("format", std::string("moraine-text-domain"));
-    file.set_attribute("format_version", int64_t{1});
-    file.set_attribute("name", name);
-    file.set_attribute("tokenizer", tokenizer);
-    file.set_attribute("vocab_size", data::ByteTokenizer::kVocabSize);
-    file.set_attribute("fingerprint", data::text_fingerprint(file));
-    file.close();
   }
 
   std::filesystem::path recipe() const { return folder_ / "recipe.yaml"; }

@@ -250,9 +250,39 @@ ranks: {candidates: [2, 4], budget: 0.9}
       {"model.path", {.elsewhere = true}},
       {"model.train.dtype", {.refused = true}},
       {"leave_out", {.change = {"leave_out=[right]"}}},
+      {"domains.0.learning_rate", {.change = {"domains.0.learning_rate=0.01"}}},
   };
+  // Keys of a direct expert's adapter, which are of a recipe that has one.
+  const std::string adapter = "domains.0.adapter.";
+  const std::string direct = R"(
+name: sweep
+method: flexmore
+model: {path: model1}
+public_path: text/public.h5
+domains: [{name: left, path: text/left.h5, train: direct, adapter: {rank: 2, alpha_pattern: [{module: up_proj, alpha: 2}]}}]
+seq_len: 32
+ranks: {candidates: [2, 4]}
+)";
+  std::map<std::string, Change> of_adapter;
+  for (const char* key : {"alpha", "alpha_pattern.0.alpha", "dropout", "init", "lr_ratio", "rank", "use_rslora"})
+    of_adapter[adapter + key] = {};
+  const auto set = [&](const std::string& key, const std::string& value) { return adapter + key + "=" + value; };
+  of_adapter[adapter + "type"] = {.change = {set("type", "dora")}};
+  of_adapter[adapter + "options"] = {.context = {set("type", "dylora")}, .change = {set("options", "{frozen: false}")}};
+  of_adapter[adapter + "alpha_pattern.0.module"] = {.change = {set("alpha_pattern.0.module", "gate_proj")}};
+  for (const auto& [key, value] : std::map<std::string, std::string>{{"target_modules", "[up_proj]"},
+                                                                     {"target_regex", ".*up_proj"},
+                                                                     {"exclude_modules", "[up_proj]"},
+                                                                     {"exclude_regex", ".*up_proj"},
+                                                                     {"layers_to_transform", "[0]"}})
+    of_adapter[adapter + key] = {.change = {set(key, value)}, .refused = true};
+  for (const char* key : {"rank_pattern.0.module", "rank_pattern.0.rank"})
+    of_adapter[adapter + key] = {.change = {set("rank_pattern", "[{module: up_proj, rank: 1}]")}, .refused = true};
+  std::set<std::string> adapter_keys;
+  for (const auto& [key, change] : of_adapter) adapter_keys.insert(key), changes[key] = {.elsewhere = true};
   return {
       {"flexmore", recipe, std::move(changes), {}},
+      {"flexmore", direct, std::move(of_adapter), std::move(adapter_keys)},
       {"flexmore",
        recipe,
        {{"model.path", path_change("model.path", "model1", "model2",
