@@ -25,10 +25,22 @@ const Learner& find_learner(const std::string& name) {
   throw core::InternalError(fmt::format("no continual learner '{}'", name));
 }
 
-const Learner& learner_of_kind(const std::string& kind) {
+const Learner& learner_of_state(const std::string& kind) {
   for (const Learner* learner : learners())
-    if (learner->kind() == kind) return *learner;
-  throw core::InternalError(fmt::format("no continual learner has units of kind '{}'", kind));
+    if (learner->state_kind() == kind) return *learner;
+  throw core::InternalError(fmt::format("no continual learner has states of kind '{}'", kind));
+}
+
+const UnitKind& find_unit_kind(const std::string& name) {
+  static const auto all = [] {
+    std::vector<UnitKind> kinds;
+    for (const Learner* learner : learners())
+      for (UnitKind& kind : learner->unit_kinds()) kinds.push_back(std::move(kind));
+    return kinds;
+  }();
+  for (const UnitKind& kind : all)
+    if (kind.name == name) return kind;
+  throw core::InternalError(fmt::format("no continual learner has units of kind '{}'", name));
 }
 
 std::vector<std::string> learner_names() {

@@ -35,7 +35,7 @@ stream: {increment: 2, train_per_class: 10}
 orders: [-1, 3]
 train: {steps: 6, batch_size: 8, learning_rate: 3e-3}
 methods: [joint, finetune, finetune_local, seq_lora, simplecil]
-lora: {rank: 2}
+learners: {seq_lora: {adapter: {rank: 2}}}
 )";
 
 class ContinualRun : public testing::Test, public RunState {
@@ -264,12 +264,12 @@ TEST_F(ContinualRun, UnitsRunTheirSpecificationWhateverTheWorkersOwnRecipeSays) 
                                          "train.clip_norm=0.001",
                                          "train.checkpoint_every=1",
                                          "train.log_every=1",
-                                         "lora.rank=1",
-                                         "lora.alpha=1",
-                                         "lora.target_modules=[query]",
-                                         "lora.use_rslora=true",
-                                         "lora.init=gaussian",
-                                         "lora_train={steps: 2}",
+                                         "learners.seq_lora.adapter.rank=1",
+                                         "learners.seq_lora.adapter.alpha=1",
+                                         "learners.seq_lora.adapter.target_modules=[query]",
+                                         "learners.seq_lora.adapter.use_rslora=true",
+                                         "learners.seq_lora.adapter.init=gaussian",
+                                         "learners.seq_lora.train={steps: 2}",
                                          "evaluation.batch_size=3",
                                          "evaluation.ahead=false",
                                          "metrics=[last_pooled]"};
@@ -402,12 +402,12 @@ TEST_F(ContinualRun, InputsThatDoNotFitAreNamed) {
       {"metrics.0: fwt cannot be had from this stream: it needs accuracies on tasks before they are trained (set "
        "evaluation.ahead: true",
        {"metrics=[fwt]", "evaluation.ahead=false"}},
-      {"simplecil has no prototype of a class to come", {"metrics=[transfer]", "methods=[simplecil]"}},
+      {"these methods know nothing of classes to come", {"metrics=[transfer]", "methods=[simplecil]"}},
       {"intransigence cannot be had from this stream: it needs the method joint",
        {"metrics=[intransigence]", "methods=[finetune]"}},
       {"it compares tasks, and the stream has one", {"metrics=[bwt]", "stream.increment=6"}},
       {"would know the labels of tasks to come", {"model.data_path=" + (folder_ / "images.h5").string()}},
-      {"rank", {"lora.rank=9"}},
+      {"rank", {"learners.seq_lora.adapter.rank=9"}},
   };
   for (const auto& [part, overrides] : cases) {
     EXPECT_NE(refusal(overrides).find(part), std::string::npos) << part << ":\n" << refusal(overrides);

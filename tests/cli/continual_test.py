@@ -29,7 +29,7 @@ stream: {increment: 2}
 orders: [-1, 1993]
 methods: [joint, finetune, seq_lora, simplecil]
 train: {steps: STEPS, batch_size: 8, checkpoint_every: 5, log_every: 5}
-lora: {rank: 2}
+learners: {seq_lora: {adapter: {rank: 2}}}
 workers: {local: 2}
 """
 

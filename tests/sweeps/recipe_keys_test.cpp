@@ -328,8 +328,10 @@ model:
 images: {path: images/images.h5}
 stream: {increment: 2, validation_per_class: 2}
 train: {steps: 4, batch_size: 8}
-lora: {rank: 2, target_modules: [query, value], rank_pattern: [{module: query, rank: 1}], alpha_pattern: [{module: value, alpha: 2}]}
-lora_train: {steps: 3, batch_size: 8}
+learners:
+  seq_lora:
+    adapter: {rank: 2, target_modules: [query, value], rank_pattern: [{module: query, rank: 1}], alpha_pattern: [{module: value, alpha: 2}]}
+    train: {steps: 3, batch_size: 8}
 )";
   std::map<std::string, Change> changes = {
       {"name", {.change = {"name=other"}}},
@@ -348,24 +350,32 @@ lora_train: {steps: 3, batch_size: 8}
       {"stream.train_per_class", {.context = {"stream.train_per_class=6"}}},
       {"orders", {.change = {"orders=[1993]"}}},
       {"seeds", {.change = {"seeds=[5]"}}},
-      {"lora.type", {.change = {"lora.type=dora"}}},
-      {"lora.options",
-       {.context = {"lora.type=dylora", "lora.rank_pattern=[]"}, .change = {"lora.options={frozen: false}"}}},
-      {"lora.target_modules", {.change = {"lora.target_modules=[query, value, key]"}}},
-      {"lora.target_regex", {.change = {"lora.target_regex=.*query|.*value|.*key"}}},
-      {"lora.exclude_modules",
-       {.context = {"lora.target_modules=[query, value, key]"}, .change = {"lora.exclude_modules=[key]"}}},
-      {"lora.exclude_regex",
-       {.context = {"lora.target_modules=[query, value, key]"}, .change = {"lora.exclude_regex=.*key"}}},
-      {"lora.layers_to_transform", {.change = {"lora.layers_to_transform=[0]"}}},
-      {"lora.rank_pattern.0.module", {.change = {"lora.rank_pattern.0.module=value"}}},
-      {"lora.alpha_pattern.0.module", {.change = {"lora.alpha_pattern.0.module=query"}}},
+      {"learners.seq_lora.adapter.type", {.change = {"learners.seq_lora.adapter.type=dora"}}},
+      {"learners.seq_lora.adapter.options",
+       {.context = {"learners.seq_lora.adapter.type=dylora", "learners.seq_lora.adapter.rank_pattern=[]"},
+        .change = {"learners.seq_lora.adapter.options={frozen: false}"}}},
+      {"learners.seq_lora.adapter.target_modules",
+       {.change = {"learners.seq_lora.adapter.target_modules=[query, value, key]"}}},
+      {"learners.seq_lora.adapter.target_regex",
+       {.change = {"learners.seq_lora.adapter.target_regex=.*query|.*value|.*key"}}},
+      {"learners.seq_lora.adapter.exclude_modules",
+       {.context = {"learners.seq_lora.adapter.target_modules=[query, value, key]"},
+        .change = {"learners.seq_lora.adapter.exclude_modules=[key]"}}},
+      {"learners.seq_lora.adapter.exclude_regex",
+       {.context = {"learners.seq_lora.adapter.target_modules=[query, value, key]"},
+        .change = {"learners.seq_lora.adapter.exclude_regex=.*key"}}},
+      {"learners.seq_lora.adapter.layers_to_transform",
+       {.change = {"learners.seq_lora.adapter.layers_to_transform=[0]"}}},
+      {"learners.seq_lora.adapter.rank_pattern.0.module",
+       {.change = {"learners.seq_lora.adapter.rank_pattern.0.module=value"}}},
+      {"learners.seq_lora.adapter.alpha_pattern.0.module",
+       {.change = {"learners.seq_lora.adapter.alpha_pattern.0.module=query"}}},
       {"train.momentum", {.context = {"train.optimizer=sgd"}}},
       {"train.dtype", {.refused = true}},
       {"model.train.momentum", {.context = {"model.train.optimizer=sgd"}}},
       {"model.train.dtype", {.refused = true}},
-      {"lora_train.momentum", {.context = {"lora_train.optimizer=sgd"}}},
-      {"lora_train.dtype", {.refused = true}},
+      {"learners.seq_lora.train.momentum", {.context = {"learners.seq_lora.train.optimizer=sgd"}}},
+      {"learners.seq_lora.train.dtype", {.refused = true}},
       {"metrics", {.only_drawn = true}},
   };
   return {{"continual", recipe, std::move(changes), {}}};

@@ -1,36 +1,23 @@
 #include "algorithms/continual/joint/joint.h"
 
 #include "algorithms/continual/config.h"
-#include "algorithms/continual/finetune/finetune.h"
-#include "algorithms/continual/head.h"
+#include "core/error.h"
 
 namespace moraine::algorithms::continual {
-namespace {
 
-// What is trained and what a state predicts is fine-tuning's; the plan differs.
-const Finetune kWeights("joint", false);
-
-}  // namespace
-
-std::vector<UnitRequest> Joint::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task,
-                                      int64_t seed, const std::vector<std::string>&) const {
-  return {{fmt::format("tasks0-{}", task),
-           training_spec(config.train, stream, 0, task, false, seed),
-           {},
-           trained_images(config.train) * static_cast<double>(task + 1)}};
+State Joint::walk_task(TaskPlan& plan, int64_t task, const State&) const {
+  TrainWeightsSpec spec;
+  plan_training(spec, plan, plan.config.train, 0, task, /*local_logits=*/false);
+  UnitRequest request = training_request(task, plan.config.train, {});
+  request.label = fmt::format("tasks0-{}", task);
+  request.passes *= static_cast<double>(task + 1);
+  const auto id = plan.need(std::move(spec), std::move(request));
+  return id ? State({*id}) : std::nullopt;
 }
 
-core::ArtefactPtr Joint::execute(const Unit& unit, const LearnerSite& site) const {
-  return kWeights.execute(unit, site);
-}
-
-std::unique_ptr<Classifier> Joint::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t seed,
+std::unique_ptr<Classifier> Joint::classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                               const LearnerSite& site) const {
-  return kWeights.classifier(state, seed, site);
-}
-
-int64_t Joint::trained_parameters(const ContinualConfig& config, const models::Vit& base) const {
-  return kWeights.trained_parameters(config, base);
+  return fitted_classifier(state, spec, site);
 }
 
 }  // namespace moraine::algorithms::continual
