@@ -1,7 +1,12 @@
 #include "algorithms/continual/learner.h"
 
+#include "algorithms/continual/er/er.h"
+#include "algorithms/continual/ewc/ewc.h"
 #include "algorithms/continual/finetune/finetune.h"
 #include "algorithms/continual/joint/joint.h"
+#include "algorithms/continual/linear_probe/linear_probe.h"
+#include "algorithms/continual/lwf/lwf.h"
+#include "algorithms/continual/ranpac/ranpac.h"
 #include "algorithms/continual/seq_lora/seq_lora.h"
 #include "algorithms/continual/simplecil/simplecil.h"
 #include "core/error.h"
@@ -10,12 +15,18 @@
 namespace moraine::algorithms::continual {
 
 const std::vector<const Learner*>& learners() {
-  static const Finetune finetune("finetune", false), finetune_local("finetune_local", true);
   static const Joint joint;
+  static const Finetune finetune("finetune", false), finetune_local("finetune_local", true);
   static const SeqLora seq_lora("seq_lora", false), seq_lora_local("seq_lora_local", true);
+  static const LinearProbe linear_probe;
+  static const Ewc ewc;
+  static const Lwf lwf;
+  static const Er er;
   static const SimpleCil simplecil;
-  static const std::vector<const Learner*> all = {&joint,    &finetune,       &finetune_local,
-                                                  &seq_lora, &seq_lora_local, &simplecil};
+  static const RanPac ranpac;
+  static const std::vector<const Learner*> all = {
+      &joint, &finetune, &finetune_local, &seq_lora, &seq_lora_local, &linear_probe, &ewc,
+      &lwf,   &er,       &simplecil,      &ranpac};
   return all;
 }
 

@@ -45,9 +45,8 @@ using State = std::optional<std::vector<std::string>>;
 struct UnitRequest {
   std::string label;  // "task3": the run's name is put in front
   std::vector<std::string> inputs = {};
-  double passes = 0;    // of one example forward, for the predicted cost; backward counts two
-  bool of_run = true;   // false: belongs to no order and no seed, all runs of a recipe share it
-  bool merges = false;  // reads artefacts alone: runs on the coordinator, without examples and backbone
+  double passes = 0;   // of one example forward, for the predicted cost; backward counts two
+  bool of_run = true;  // false: belongs to no order and no seed, all runs of a recipe share it
 };
 
 /// What a learner walks through one task with: facts, and units to need.
@@ -92,7 +91,7 @@ struct UnitKind {
   core::ArtefactPtr (*execute)(const Unit&, const LearnerSite&) = nullptr;
   /// What is wrong with names and shapes; numbers are checked for all. `width` is that of the backbone's features.
   std::optional<std::string> (*problem)(const Unit&, const core::Artefact&, int64_t width) = nullptr;
-  bool merges = false;  // UnitRequest::merges
+  bool merges = false;  // reads artefacts alone: runs on the coordinator, without examples and backbone
 };
 
 /// Scores of classes for examples; what an evaluation runs.

@@ -8,7 +8,22 @@ const core::Schema<LearnersConfig>& learners_schema() {
   static const auto schema = core::Schema<C>()
                                  .optional_object("seq_lora", &C::seq_lora, seq_lora_schema())
                                  .joined_later()
-                                 .doc("seq_lora and seq_lora_local");
+                                 .doc("seq_lora and seq_lora_local")
+                                 .optional_object("linear_probe", &C::linear_probe, linear_probe_schema())
+                                 .joined_later()
+                                 .doc("The head alone")
+                                 .optional_object("ewc", &C::ewc, ewc_schema())
+                                 .joined_later()
+                                 .doc("Elastic weight consolidation")
+                                 .optional_object("lwf", &C::lwf, lwf_schema())
+                                 .joined_later()
+                                 .doc("Learning without forgetting")
+                                 .optional_object("er", &C::er, er_schema())
+                                 .joined_later()
+                                 .doc("Experience replay")
+                                 .optional_object("ranpac", &C::ranpac, ranpac_schema())
+                                 .joined_later()
+                                 .doc("Random projection and ridge regression");
   return schema;
 }
 
@@ -18,6 +33,10 @@ std::vector<const TrainConfig*> all_training(const LearnersConfig& learners) {
     if (options && options->train) all.push_back(&*options->train);
   };
   add(learners.seq_lora);
+  add(learners.linear_probe);
+  add(learners.ewc);
+  add(learners.lwf);
+  add(learners.er);
   return all;
 }
 

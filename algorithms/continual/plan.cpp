@@ -71,7 +71,7 @@ std::optional<std::string> Continual::ask(const Track& track, int64_t task, cons
   const std::string label =
       fmt::format("train/{}/{}", request.of_run ? track.name() : track.learner->name(), request.label);
   return plan.need(label, [&] {
-    if (request.merges) {
+    if (find_unit_kind(kind).merges) {
       SiteSpec site;
       site.compute = compute_identity(config_.workers);
       return Unit{kind, label, make(std::move(site)), std::move(request.inputs), Place::kCoordinator, 1e6};

@@ -169,6 +169,8 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
       for (const auto& id : *track.states.back()) {
         const auto artefact = state.artefact(id);
         bytes += static_cast<int64_t>(artefact->bytes().size());
+        if (const auto buffer = artefact->meta().find("buffer"); buffer != artefact->meta().end())
+          bytes += buffer->at("bytes").get<int64_t>();  // of the examples whose rows it holds
         for (const auto& view : artefact->file().tensors()) numbers += view.numel();
       }
       costs.push_back({{"method", learner->name()},

@@ -58,21 +58,9 @@ std::vector<int64_t> rows_of(const TrainSpec& spec, const data::TaskStream& stre
   return rows;
 }
 
+uint64_t adapter_seed(int64_t seed) { return core::derive_seed(static_cast<uint64_t>(seed), "continual/lora"); }
+
 }  // namespace
-
-void check_adapter(const adapters::AdapterConfig& adapter, const models::ModelFacts& model, const std::string& key) {
-  (void)adapters::targets_of(adapter, model.slots);
-  if (adapters::parametrisation(adapter.type).traits().needs_examples)
-    throw core::UserError(fmt::format("algorithms/continual: {}: type {} starts from examples, which a stream of tasks "
-                                      "does not give it",
-                                      key, adapter.type),
-                          "choose another type, or method: finetune");
-}
-
-int64_t trained_numbers(const std::optional<adapters::AdapterConfig>& adapter, const models::ModelFacts& model) {
-  if (!adapter) return model.parameters;
-  return adapters::parametrisation(adapter->type).count(adapters::targets_of(*adapter, model.slots), *adapter).trained;
-}
 
 void plan_training(TrainSpec& spec, const TaskPlan& plan, const TrainConfig& train, int64_t first, int64_t last,
                    bool local_logits) {
@@ -81,24 +69,6 @@ void plan_training(TrainSpec& spec, const TaskPlan& plan, const TrainConfig& tra
   spec.train = train_identity(train);
   spec.seed = core::derive_seed(static_cast<uint64_t>(plan.seed), fmt::format("continual/task{}", last));
   spec.head_seed = head_seed(plan.seed);
-}
-
-void plan_adapter(TrainSpec& spec, const TaskPlan& plan, const adapters::AdapterConfig& adapter) {
-  spec.lora = adapter;
-  spec.lora_seed = core::derive_seed(static_cast<uint64_t>(plan.seed), "continual/lora");
-}
-
-UnitRequest training_request(int64_t task, const TrainConfig& train, std::vector<std::string> before) {
-  return {.label = fmt::format("task{}", task),
-          .inputs = std::move(before),
-          .passes = 3 * static_cast<double>(train.steps * train.batch_size)};
-}
-
-void describe_adapter(const std::optional<adapters::AdapterConfig>& adapter, int64_t seed, EvaluateSpec& spec) {
-  if (!adapter) return;
-  spec.lora = adapter;
-  if (adapters::parametrisation(adapter->type).traits().from_seed)
-    spec.lora_seed = core::derive_seed(static_cast<uint64_t>(seed), "continual/lora");
 }
 
 Fitted fitted(const core::ArtefactPtr& artefact, const std::optional<adapters::AdapterConfig>& adapter,
@@ -119,11 +89,12 @@ Fitted fitted(const core::ArtefactPtr& artefact, const std::optional<adapters::A
   return out;
 }
 
-Trainee Trainee::make(const TrainSpec& spec, const core::ArtefactPtr& before, bool head_only, const LearnerSite& site) {
+Trainee Trainee::make(const core::ArtefactPtr& before, const std::optional<adapters::AdapterConfig>& adapter,
+                      uint64_t adapter_seed, bool head_only, const LearnerSite& site) {
   Trainee trainee;
-  trainee.fitted = continual::fitted(before, spec.lora, spec.lora_seed.value_or(0), site);
+  trainee.fitted = continual::fitted(before, adapter, adapter_seed, site);
   if (before) trainee.head = Head::read(*before, site.context.device());
-  if (spec.lora) {
+  if (adapter) {
     trainee.what = What::kAdapter;
     for (const auto& [name, tensor] : trainee.fitted.adapter->parameters())
       trainee.parameters.emplace_back(kAdapterPrefix + name, tensor);
@@ -205,12 +176,51 @@ std::optional<std::string> problem_of_trained(const Unit& unit, const core::Arte
   return good ? std::nullopt : std::optional(fmt::format("has no head of {} rows", rows));
 }
 
-std::unique_ptr<Classifier> fitted_classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
-                                              const LearnerSite& site) {
+void TrainedLearner::describe(const ContinualConfig& config, int64_t seed, EvaluateSpec& spec) const {
+  spec.lora = options(config).adapter;
+  if (spec.lora && adapters::parametrisation(spec.lora->type).traits().from_seed) spec.lora_seed = adapter_seed(seed);
+}
+
+std::unique_ptr<Classifier> TrainedLearner::classifier(const std::vector<core::ArtefactPtr>& state,
+                                                       const EvaluateSpec& spec, const LearnerSite& site) const {
   const core::ArtefactPtr artefact = state.empty() ? nullptr : state.front();
   Fitted model = fitted(artefact, spec.lora, spec.lora_seed.value_or(0), site);
   Head head = artefact ? Head::read(*artefact, site.context.device()) : Head{};
   return std::make_unique<HeadClassifier>(std::move(model.model), std::move(head), spec.head_seed.value_or(0));
+}
+
+int64_t TrainedLearner::trained_parameters(const ContinualConfig& config, const models::ModelFacts& model) const {
+  const auto adapter = options(config).adapter;
+  if (!adapter) return model.parameters;
+  return adapters::parametrisation(adapter->type).count(adapters::targets_of(*adapter, model.slots), *adapter).trained;
+}
+
+void TrainedLearner::check(const ContinualConfig& config, const models::ModelFacts& model) const {
+  const auto adapter = options(config).adapter;
+  if (!adapter) return;
+  (void)adapters::targets_of(*adapter, model.slots);
+  if (adapters::parametrisation(adapter->type).traits().needs_examples)
+    throw core::UserError(
+        fmt::format("algorithms/continual: adapters of type {} start from examples, which a stream of "
+                    "tasks does not give them",
+                    adapter->type),
+        "choose another type, or method: finetune");
+}
+
+TrainConfig TrainedLearner::training(const ContinualConfig& config) const {
+  return options(config).train.value_or(config.train);
+}
+
+void TrainedLearner::plan_task(TrainSpec& spec, const TaskPlan& plan, int64_t task,
+                               const std::vector<std::string>& before, bool local_logits) const {
+  plan_training(spec, plan, training(plan.config), task, task, local_logits);
+  spec.lora = options(plan.config).adapter;
+  if (spec.lora) spec.lora_seed = adapter_seed(plan.seed);
+  spec.fresh = before.empty();
+}
+
+UnitRequest TrainedLearner::request(const TaskPlan& plan, int64_t task, std::vector<std::string> before) const {
+  return training_request(task, training(plan.config), std::move(before));
 }
 
 }  // namespace moraine::algorithms::continual

@@ -26,10 +26,11 @@ core::Schema<C>& add_training_options(core::Schema<C>& schema) {
       .template optional_object<TrainConfig>("train", &C::train, train_schema())
       .doc("Training on one task; absent = the recipe's train");
 }
-/// Throws UserError if the adapter fits no slot of the model, or starts from examples.
-void check_adapter(const adapters::AdapterConfig& adapter, const models::ModelFacts& model, const std::string& key);
-/// Numbers that an adapter trains, or all of the model.
-int64_t trained_numbers(const std::optional<adapters::AdapterConfig>& adapter, const models::ModelFacts& model);
+/// The training that such options say, or the recipe's.
+template <typename Options>
+const TrainConfig& training_in(const std::optional<Options>& options, const TrainConfig& recipe) {
+  return options && options->train ? *options->train : recipe;
+}
 
 /// What every unit says that trains on tasks.
 struct TrainSpec : SiteSpec {
@@ -68,13 +69,6 @@ const core::Schema<C>& plain_train_schema() {
 /// Tasks `first` .. `last` on logits of all classes until `last`, or of task `last` alone.
 void plan_training(TrainSpec& spec, const TaskPlan& plan, const TrainConfig& train, int64_t first, int64_t last,
                    bool local_logits);
-/// With an adapter, which is drawn once for a whole run.
-void plan_adapter(TrainSpec& spec, const TaskPlan& plan, const adapters::AdapterConfig& adapter);
-/// "task3" with its cost, after what `before` holds.
-UnitRequest training_request(int64_t task, const TrainConfig& train, std::vector<std::string> before);
-/// What an evaluation of a state with an adapter needs.
-void describe_adapter(const std::optional<adapters::AdapterConfig>& adapter, int64_t seed, EvaluateSpec& spec);
-
 /// A backbone as an artefact left it: all its weights, or an adapter on it, or the backbone itself where the artefact
 /// has neither (or is none).
 struct Fitted {
@@ -107,8 +101,9 @@ struct TrainingHooks {
 /// What a unit trains: a model, by its adapter, all its weights or (neither) its head alone, and the head.
 struct Trainee {
   enum class What { kWeights, kAdapter, kHead };
-  /// As `before` left it, or fresh: the unit's specification says which of adapter and weights.
-  static Trainee make(const TrainSpec& spec, const core::ArtefactPtr& before, bool head_only, const LearnerSite& site);
+  /// As `before` left it, or fresh: an adapter, or without one all weights, or with `head_only` neither.
+  static Trainee make(const core::ArtefactPtr& before, const std::optional<adapters::AdapterConfig>& adapter,
+                      uint64_t adapter_seed, bool head_only, const LearnerSite& site);
 
   What what = What::kHead;
   Fitted fitted;
@@ -135,8 +130,22 @@ core::ArtefactPtr train_tasks(const std::string& kind, const TrainSpec& spec, Tr
 /// Names and shapes of what train_tasks() gives.
 std::optional<std::string> problem_of_trained(const Unit& unit, const core::Artefact& artefact, int64_t width);
 
-/// The model and head of a state's first artefact.
-std::unique_ptr<Classifier> fitted_classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
-                                              const LearnerSite& site);
+/// Learners whose state's first artefact is what train_tasks() gave: what they share.
+class TrainedLearner : public Learner {
+ public:
+  virtual TrainingOptions options(const ContinualConfig& config) const = 0;
+  void describe(const ContinualConfig& config, int64_t seed, EvaluateSpec& spec) const override;
+  std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
+                                         const LearnerSite& site) const override;
+  int64_t trained_parameters(const ContinualConfig& config, const models::ModelFacts& model) const override;
+  void check(const ContinualConfig& config, const models::ModelFacts& model) const override;
+
+ protected:
+  TrainConfig training(const ContinualConfig& config) const;
+  /// Fills what `spec` says of training on one task, after `before`.
+  void plan_task(TrainSpec& spec, const TaskPlan& plan, int64_t task, const std::vector<std::string>& before,
+                 bool local_logits = false) const;
+  UnitRequest request(const TaskPlan& plan, int64_t task, std::vector<std::string> before) const;
+};
 
 }  // namespace moraine::algorithms::continual

@@ -23,7 +23,7 @@ UnitKind train_weights_units();
 /// own with the rows of old classes left alone (`finetune_local`: what prompt and adapter methods compare with).
 /// Trained: all weights, head rows of the logits. A worker sends them all. Seeds: data order per task, initial head
 /// rows. Source: PILOT's finetune; the local variant as L2P, MOS and EASE train.
-class Finetune final : public Learner {
+class Finetune final : public TrainedLearner {
  public:
   Finetune(std::string name, bool local_logits) : name_(std::move(name)), local_(local_logits) {}
   std::string name() const override { return name_; }
@@ -31,11 +31,7 @@ class Finetune final : public Learner {
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override { return {train_weights_units()}; }
   std::string state_kind() const override { return TrainWeightsSpec::kKind; }
-  std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
-                                         const LearnerSite& site) const override;
-  int64_t trained_parameters(const ContinualConfig&, const models::ModelFacts& model) const override {
-    return model.parameters;
-  }
+  TrainingOptions options(const ContinualConfig&) const override { return {}; }
 
  private:
   std::string name_;

@@ -12,19 +12,15 @@ namespace moraine::algorithms::continual {
 /// Joint training, the upper bound: after task i, all weights trained from the backbone on the examples of tasks 0..i
 /// at once, as many steps per task as the others take. No chain: the units of all tasks run side by side. Its first
 /// task is fine-tuning's.
-class Joint final : public Learner {
+class Joint final : public TrainedLearner {
  public:
   std::string name() const override { return "joint"; }
   std::string title() const override { return "joint training on all seen tasks"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override { return {train_weights_units()}; }
   std::string state_kind() const override { return TrainWeightsSpec::kKind; }
-  std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
-                                         const LearnerSite& site) const override;
+  TrainingOptions options(const ContinualConfig&) const override { return {}; }
   bool chained() const override { return false; }
-  int64_t trained_parameters(const ContinualConfig&, const models::ModelFacts& model) const override {
-    return model.parameters;
-  }
 };
 
 }  // namespace moraine::algorithms::continual

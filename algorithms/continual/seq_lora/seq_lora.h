@@ -29,7 +29,7 @@ struct TrainLoraSpec : TrainSpec {
 /// options of `learners.seq_lora`. Trained: the adapter and head rows of the logits. Frozen: the backbone. A worker
 /// sends the adapter and the head. Seeds: the adapter's by run and slot, data order per task, initial head rows.
 /// Source: SeqLoRA in O-LoRA (arXiv 2310.14152).
-class SeqLora final : public Learner {
+class SeqLora final : public TrainedLearner {
  public:
   SeqLora(std::string name, bool local_logits) : name_(std::move(name)), local_(local_logits) {}
   std::string name() const override { return name_; }
@@ -37,11 +37,7 @@ class SeqLora final : public Learner {
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
   std::string state_kind() const override { return TrainLoraSpec::kKind; }
-  void describe(const ContinualConfig& config, int64_t seed, EvaluateSpec& spec) const override;
-  std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
-                                         const LearnerSite& site) const override;
-  int64_t trained_parameters(const ContinualConfig& config, const models::ModelFacts& model) const override;
-  void check(const ContinualConfig& config, const models::ModelFacts& model) const override;
+  TrainingOptions options(const ContinualConfig& config) const override;
 
  private:
   std::string name_;
