@@ -6,6 +6,7 @@
 #include "algorithms/continual/joint/joint.h"
 #include "algorithms/continual/linear_probe/linear_probe.h"
 #include "algorithms/continual/lwf/lwf.h"
+#include "algorithms/continual/o_lora/o_lora.h"
 #include "algorithms/continual/ranpac/ranpac.h"
 #include "algorithms/continual/seq_lora/seq_lora.h"
 #include "algorithms/continual/simplecil/simplecil.h"
@@ -18,6 +19,7 @@ const std::vector<const Learner*>& learners() {
   static const Joint joint;
   static const Finetune finetune("finetune", false), finetune_local("finetune_local", true);
   static const SeqLora seq_lora("seq_lora", false), seq_lora_local("seq_lora_local", true);
+  static const OLora o_lora;
   static const LinearProbe linear_probe;
   static const Ewc ewc;
   static const Lwf lwf;
@@ -25,7 +27,7 @@ const std::vector<const Learner*>& learners() {
   static const SimpleCil simplecil;
   static const RanPac ranpac;
   static const std::vector<const Learner*> all = {
-      &joint, &finetune, &finetune_local, &seq_lora, &seq_lora_local, &linear_probe, &ewc,
+      &joint, &finetune, &finetune_local, &seq_lora, &seq_lora_local, &o_lora, &linear_probe, &ewc,
       &lwf,   &er,       &simplecil,      &ranpac};
   return all;
 }

@@ -9,6 +9,9 @@ const core::Schema<LearnersConfig>& learners_schema() {
                                  .optional_object("seq_lora", &C::seq_lora, seq_lora_schema())
                                  .joined_later()
                                  .doc("seq_lora and seq_lora_local")
+                                 .optional_object("o_lora", &C::o_lora, o_lora_schema())
+                                 .joined_later()
+                                 .doc("One LoRA per task")
                                  .optional_object("linear_probe", &C::linear_probe, linear_probe_schema())
                                  .joined_later()
                                  .doc("The head alone")
@@ -33,6 +36,7 @@ std::vector<const TrainConfig*> all_training(const LearnersConfig& learners) {
     if (options && options->train) all.push_back(&*options->train);
   };
   add(learners.seq_lora);
+  add(learners.o_lora);
   add(learners.linear_probe);
   add(learners.ewc);
   add(learners.lwf);

@@ -7,6 +7,7 @@
 #include "algorithms/continual/ewc/ewc.h"
 #include "algorithms/continual/linear_probe/linear_probe.h"
 #include "algorithms/continual/lwf/lwf.h"
+#include "algorithms/continual/o_lora/o_lora.h"
 #include "algorithms/continual/ranpac/ranpac.h"
 #include "algorithms/continual/seq_lora/seq_lora.h"
 #include "core/config.h"
@@ -16,6 +17,7 @@ namespace moraine::algorithms::continual {
 /// Options of learners, each by its own field table. Absent = its defaults.
 struct LearnersConfig {
   std::optional<SeqLoraOptions> seq_lora = {};
+  std::optional<OLoraOptions> o_lora = {};
   std::optional<LinearProbeOptions> linear_probe = {};
   std::optional<EwcOptions> ewc = {};
   std::optional<LwfOptions> lwf = {};

@@ -220,7 +220,10 @@ void TrainedLearner::plan_task(TrainSpec& spec, const TaskPlan& plan, int64_t ta
 }
 
 UnitRequest TrainedLearner::request(const TaskPlan& plan, int64_t task, std::vector<std::string> before) const {
-  return training_request(task, training(plan.config), std::move(before));
+  const TrainConfig train = training(plan.config);
+  return {.label = fmt::format("task{}", task),
+          .inputs = std::move(before),
+          .passes = 3 * static_cast<double>(train.steps * train.batch_size)};
 }
 
 }  // namespace moraine::algorithms::continual

@@ -23,6 +23,7 @@
 #include "algorithms/continual/ewc/ewc.h"
 #include "algorithms/continual/head.h"
 #include "algorithms/continual/lwf/lwf.h"
+#include "algorithms/continual/o_lora/o_lora.h"
 #include "algorithms/continual/ranpac/ranpac.h"
 #include "algorithms/objectives/examples.h"
 #include "data/example_dataset.h"
@@ -44,7 +45,7 @@ model: {architecture: {image_size: 4, patch_size: 2, hidden_size: 8, intermediat
 images: {path: images.h5}
 stream: {increment: 2, train_per_class: 10}
 train: {steps: 4, batch_size: 8, micro_batch_size: 4, learning_rate: 3e-3}
-learners: {seq_lora: {adapter: {rank: 2}}, ewc: {samples: 7}, er: {buffer_size: 9}, ranpac: {features: 12}}
+learners: {seq_lora: {adapter: {rank: 2}}, o_lora: {adapter: {rank: 2}}, ewc: {samples: 7}, er: {buffer_size: 9}, ranpac: {features: 12}}
 )";
 constexpr const char* kTexts = R"(
 name: tiny
@@ -53,7 +54,7 @@ model: {path: bert}
 texts: {path: texts.h5}
 stream: {increment: 2, train_per_class: 10}
 train: {steps: 4, batch_size: 8, micro_batch_size: 4, learning_rate: 3e-3}
-learners: {seq_lora: {adapter: {rank: 2}}, ewc: {samples: 7}, er: {buffer_size: 9}, ranpac: {features: 12}}
+learners: {seq_lora: {adapter: {rank: 2}}, o_lora: {adapter: {rank: 2}}, ewc: {samples: 7}, er: {buffer_size: 9}, ranpac: {features: 12}}
 )";
 
 class Learners : public ContinualWorld {
@@ -103,8 +104,8 @@ class Learners : public ContinualWorld {
 
 TEST_F(Learners, AllRunOnImagesAndOnTextsAndObeyTheRelationsOfTheirSettings) {
   const std::string methods =
-      "methods=[joint, finetune, finetune_local, seq_lora, seq_lora_local, linear_probe, ewc, lwf, er, simplecil, "
-      "ranpac]";
+      "methods=[joint, finetune, finetune_local, seq_lora, seq_lora_local, o_lora, linear_probe, ewc, lwf, er, "
+      "simplecil, ranpac]";
   for (const char* recipe : {kImages, kTexts}) {
     const auto units = run_on(recipe, {methods});
     std::set<std::string> seen;
@@ -118,7 +119,7 @@ TEST_F(Learners, AllRunOnImagesAndOnTextsAndObeyTheRelationsOfTheirSettings) {
         EXPECT_GE(own.at("task_incremental").get<int64_t>(), own.at("class_incremental").get<int64_t>()) << label;
       }
     }
-    EXPECT_EQ(seen.size(), 11u);
+    EXPECT_EQ(seen.size(), 12u);
   }
 }
 
@@ -202,6 +203,34 @@ TEST(EwcPenalty, IsTheWeightedSquareOfTheChange) {
   const at::Tensor sum = continual::ewc_penalty({{"a", value}, {"b", value}}, {{"a", anchor}, {"b", anchor}},
                                                 {{"a", importance}, {"b", importance}});
   EXPECT_NEAR(sum.item<double>(), 2 * expected, 1e-9);
+}
+
+TEST(Overlap, IsTheSumOfAbsoluteInnerProducts) {
+  const at::Tensor old = models::random_tensor({2, 5}, 1), fresh = models::random_tensor({3, 5}, 2);
+  double expected = 0;
+  for (int64_t i = 0; i < 2; ++i)
+    for (int64_t j = 0; j < 3; ++j) {
+      double inner = 0;
+      for (int64_t k = 0; k < 5; ++k) inner += old[i][k].item<double>() * fresh[j][k].item<double>();
+      expected += std::abs(inner);
+    }
+  EXPECT_NEAR(continual::overlap({{"a", old}, {"b", old}}, {{"a", fresh}, {"b", fresh}}).item<double>(), 2 * expected,
+              1e-12);
+}
+
+// Later LoRAs with a strong penalty read other directions than with none; all of them stay as they were trained.
+TEST_F(Learners, LorasOfTasksAreKeptApart) {
+  const auto overlap_after = [&](const std::string& strength) {
+    const auto units = run_on(kTexts, {"methods=[o_lora]", "learners.o_lora.strength=" + strength, "train.steps=30"});
+    models::NamedTensors first, second;
+    for (const auto& view : result_of(units, "train/o_lora/order-1/seed1/task0")->file().tensors())
+      if (view.name.ends_with("lora_A.weight")) first.emplace_back(view.name, models::copy_of(view));
+    for (const auto& [name, a] : first)
+      second.emplace_back(name, tensor(*result_of(units, "train/o_lora/order-1/seed1/task1"), name));
+    EXPECT_EQ(units.at("test/o_lora/order-1/seed1/after2").spec.at("parts"), 3);
+    return continual::overlap(first, second).item<double>();
+  };
+  EXPECT_LT(overlap_after("10"), 0.5 * overlap_after("0"));
 }
 
 TEST(Distillation, IsTheCrossEntropyOfSoftenedScores) {

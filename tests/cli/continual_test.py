@@ -32,7 +32,7 @@ train: {steps: STEPS, batch_size: 8, checkpoint_every: 5, log_every: 5}
 learners: {seq_lora: {adapter: {rank: 2}}}
 workers: {local: 2}
 """
-EVERY_METHOD = "methods=[finetune, seq_lora, linear_probe, ewc, lwf, er, simplecil, ranpac]"
+EVERY_METHOD = "methods=[finetune, seq_lora, o_lora, linear_probe, ewc, lwf, er, simplecil, ranpac]"
 TEXTS = f"""
 name: texts
 method: continual

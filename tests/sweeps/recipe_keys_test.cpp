@@ -346,9 +346,10 @@ model:
 images: {path: images/images.h5}
 stream: {increment: 2, validation_per_class: 2}
 train: {steps: 4, batch_size: 8}
-methods: [joint, finetune, finetune_local, seq_lora, seq_lora_local, linear_probe, ewc, lwf, er, simplecil, ranpac]
+methods: [joint, finetune, finetune_local, seq_lora, seq_lora_local, o_lora, linear_probe, ewc, lwf, er, simplecil, ranpac]
 learners:
   seq_lora: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
+  o_lora: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
   linear_probe: {train: {steps: 3, batch_size: 8}}
   ewc: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
   lwf: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
@@ -382,11 +383,15 @@ learners:
       "value, alpha: 2}]}";
   for (size_t at = recipe.find("ADAPTER"); at != std::string::npos; at = recipe.find("ADAPTER"))
     recipe.replace(at, 7, adapter);
-  for (const std::string learner : {"seq_lora", "linear_probe", "ewc", "lwf", "er"}) {
+  for (const std::string learner : {"seq_lora", "o_lora", "linear_probe", "ewc", "lwf", "er"}) {
     const std::string train = "learners." + learner + ".train.";
     changes[train + "momentum"] = {.context = {train + "optimizer=sgd"}};
     changes[train + "dtype"] = {.refused = true};
     if (learner != "linear_probe") change_adapter("learners." + learner + ".adapter.", changes);
+  }
+  for (const std::string key : {"type", "options", "init"}) {  // o_lora is of plain LoRAs
+    const std::string at = "learners.o_lora.adapter.";
+    changes[at + key] = {.change = {at + (key == "init" ? "init=pissa" : "type=dylora")}, .refused = true};
   }
   const std::string texts = R"(
 name: sweep

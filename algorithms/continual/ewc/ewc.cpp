@@ -90,13 +90,14 @@ core::ArtefactPtr train_ewc(const Unit& unit, const LearnerSite& site) {
   const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
   Trainee trainee = Trainee::make(before, spec.lora, spec.lora_seed.value_or(0), /*head_only=*/false, site);
   TrainingHooks hooks;
-  models::NamedTensors importance, anchors, values;
+  models::NamedTensors importance, anchors, parameters;
   if (before) {
     importance = tensors_of(*site.context.artefact(unit.inputs.at(1)), site.context.device());
     anchors = alike(importance, tensors_of(*before, site.context.device()));
-    hooks.adjust = [&](const TrainJob& job) { values = alike(importance, job.parameters); };
+    hooks.adjust = [&](const TrainJob& job) { parameters = job.parameters; };
     hooks.extra_loss = [&](const StepBatch& batch) {
-      return spec.strength * static_cast<double>(batch.rows.size()) * ewc_penalty(values, anchors, importance);
+      const at::Tensor penalty = ewc_penalty(alike(importance, parameters), anchors, importance);
+      return spec.strength * static_cast<double>(batch.rows.size()) * penalty;
     };
   }
   return train_tasks(unit.kind, spec, trainee, site, training_in(site.config.learners.ewc, site.config.train), hooks);
