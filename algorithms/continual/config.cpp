@@ -1,6 +1,7 @@
 #include "algorithms/continual/config.h"
 
 #include <map>
+#include <numeric>
 
 #include "algorithms/continual/learner.h"
 #include "algorithms/continual/metrics.h"
@@ -94,11 +95,20 @@ const core::Schema<BackboneConfig>& backbone_schema() {
 }
 
 const core::Schema<TaskConfig>& task_schema() {
-  static const auto schema = [] {
-    core::Schema<TaskConfig> s;
-    s.field("classes", &TaskConfig::classes).required().min(0).unique().doc("Labels of one task");
-    return s;
-  }();
+  using C = TaskConfig;
+  static const auto schema = core::Schema<C>()
+                                 .field("classes", &C::classes)
+                                 .min(0)
+                                 .unique()
+                                 .doc("Labels of one task")
+                                 .field("path", &C::path)
+                                 .joined_later()
+                                 .path()
+                                 .doc("Instead: a prepared file of texts whose classes are this task's (texts.path)")
+                                 .check([](const C& c) -> Violation {
+                                   if (c.classes.empty() == c.path.empty()) return "give one of classes and path";
+                                   return std::nullopt;
+                                 });
   return schema;
 }
 
@@ -160,8 +170,11 @@ Violation cross_check(const ContinualConfig& c) {
   if (c.methods.empty()) return "methods must not be empty";
   if (c.evaluation.split == "validation" && c.stream.validation_per_class == 0)
     return "evaluation.split: validation needs stream.validation_per_class";
-  if (c.images.has_value() == c.texts.has_value()) return "give exactly one of images and texts";
-  if (c.texts && c.model.path.empty()) return "texts need a model at model.path: shapes are those of a ViT";
+  const auto files = std::ranges::count_if(c.stream.tasks, [](const TaskConfig& task) { return !task.path.empty(); });
+  if (files > 0 && files < std::ssize(c.stream.tasks)) return "give either all tasks a path or none";
+  if (c.images.has_value() + c.texts.has_value() + (files > 0) != 1)
+    return "give exactly one of images, texts and tasks with paths";
+  if (!c.images && c.model.path.empty()) return "texts need a model at model.path: shapes are those of a ViT";
   std::vector<const TrainConfig*> trainings = all_training(c.learners);
   trainings.push_back(&c.train);
   if (c.model.train) trainings.push_back(&*c.model.train);
@@ -223,9 +236,24 @@ const core::Schema<ContinualConfig>& continual_schema() {
   return schema;
 }
 
-data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order) const {
+std::vector<std::string> ContinualConfig::text_paths() const {
+  if (texts) return {texts->path};
+  std::vector<std::string> paths;
+  for (const auto& task : stream.tasks)
+    if (!task.path.empty()) paths.push_back(task.path);
+  return paths;
+}
+
+data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order, const std::vector<int64_t>& file_classes) const {
   data::TaskStreamSpec spec;
-  for (const auto& task : stream.tasks) spec.tasks.push_back(task.classes);
+  int64_t first = 0;
+  for (const int64_t classes : file_classes) {
+    auto& list = spec.tasks.emplace_back(static_cast<size_t>(classes));
+    std::iota(list.begin(), list.end(), first);
+    first += classes;
+  }
+  if (file_classes.empty())
+    for (const auto& task : stream.tasks) spec.tasks.push_back(task.classes);
   spec.base_classes = stream.base_classes;
   spec.increment = stream.increment;
   spec.leave_out = stream.leave_out;

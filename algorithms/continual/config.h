@@ -33,8 +33,10 @@ struct BackboneConfig {
   std::optional<TrainConfig> train;
 };
 
+/// One task: labels of the stream's examples, or a file of texts of its own.
 struct TaskConfig {
   std::vector<int64_t> classes;
+  std::string path;
 };
 struct StreamConfig {
   std::vector<TaskConfig> tasks;
@@ -51,7 +53,7 @@ struct EvaluationConfig {
 
 struct ContinualConfig : RunConfig {
   BackboneConfig model;
-  std::optional<ImagesConfig> images;  // exactly one of images and texts
+  std::optional<ImagesConfig> images;  // exactly one of images, texts and tasks with paths
   std::optional<TextsConfig> texts;
   StreamConfig stream;
   std::vector<int64_t> orders = {-1};  // class orders: -1 = as labels stand, else a seed
@@ -63,7 +65,10 @@ struct ContinualConfig : RunConfig {
   std::vector<std::string> metrics;  // empty = the canonical ones that the cells give
 
   std::vector<int64_t> all_seeds() const { return seeds.empty() ? std::vector<int64_t>{seed} : seeds; }
-  data::TaskStreamSpec stream_spec(int64_t order) const;
+  /// Files of texts: one, or one of each task; none for images.
+  std::vector<std::string> text_paths() const;
+  /// `file_classes`: numbers of classes of each task's file, where tasks have files.
+  data::TaskStreamSpec stream_spec(int64_t order, const std::vector<int64_t>& file_classes) const;
 };
 
 const core::Schema<ContinualConfig>& continual_schema();

@@ -72,6 +72,7 @@ Continual::Continual(ContinualConfig config, const core::Json& inputs)
     : config_(std::move(config)),
       model_(recorded_model(inputs)),
       tokens_(inputs.value("tokens", model_.image_tokens)),
+      file_classes_(inputs.value("file_classes", std::vector<int64_t>())),
       class_names_(inputs.at("class_names").get<std::vector<std::string>>()),
       fingerprint_(inputs.at("fingerprint").get<std::string>()),
       backbone_fingerprint_(inputs.at("backbone_fingerprint").get<std::string>()),
@@ -102,7 +103,7 @@ CellsOffered Continual::offered(Setting setting) const {
 
 std::shared_ptr<const ExampleSource> Continual::open_examples() const {
   return config_.images ? open_images(*config_.images, model_, at::kCPU)
-                        : open_texts(*config_.texts, model_, config_.model.path, at::kCPU);
+                        : open_texts(config_.text_paths(), model_, config_.model.path, at::kCPU);
 }
 
 void Continual::open_streams(const ExampleSource& examples, core::Problems& problems) {
@@ -110,13 +111,15 @@ void Continual::open_streams(const ExampleSource& examples, core::Problems& prob
   fingerprint_ = set.fingerprint;
   class_names_ = set.class_names;
   tokens_ = examples.tokens_per_example();
-  if (const auto problem = data::problem_of(config_.stream_spec(-1), static_cast<int64_t>(set.class_names.size()))) {
+  if (!config_.images && !config_.texts) file_classes_ = examples.classes_of_files();
+  if (const auto problem =
+          data::problem_of(config_.stream_spec(-1, file_classes_), static_cast<int64_t>(set.class_names.size()))) {
     problems.add("stream", "stream", *problem, "every class stands in one task or in leave_out");
     return;
   }
   streams_.clear();
   for (const int64_t order : config_.orders) {
-    const auto stream = data::TaskStream::make(set, config_.stream_spec(order));
+    const auto stream = data::TaskStream::make(set, config_.stream_spec(order, file_classes_));
     StreamFacts facts{order, stream.hash, {}};
     for (const auto& task : stream.tasks)
       facts.tasks.push_back(
@@ -160,10 +163,13 @@ void Continual::open_inputs() {
       problems.add(key, key, error.what(), error.hint());
     }
   };
-  attempt(config_.images ? "images.path" : "texts.path", [&] {
-    if (config_.images) require_size(config_, model_, problems);
-    open_streams(*open_examples(), problems);
-  });
+  attempt(config_.images  ? "images.path"
+          : config_.texts ? "texts.path"
+                          : "stream.tasks",
+          [&] {
+            if (config_.images) require_size(config_, model_, problems);
+            open_streams(*open_examples(), problems);
+          });
   if (!config_.model.data_path.empty()) attempt("model.data_path", [&] { open_backbone_data(problems); });
   for (const auto& name : config_.methods)
     attempt("learners." + name, [&] { find_learner(name).check(config_, model_); });

@@ -102,8 +102,9 @@ class Continual final : public Method {
 
   ContinualConfig config_;
   models::ModelFacts model_;
-  int64_t tokens_ = 1;                // a backbone passes for one example, in the mean
-  std::vector<StreamFacts> streams_;  // by position in config_.orders
+  int64_t tokens_ = 1;                 // a backbone passes for one example, in the mean
+  std::vector<StreamFacts> streams_;   // by position in config_.orders
+  std::vector<int64_t> file_classes_;  // of each task's file, where tasks have files
   std::vector<std::string> class_names_;
   std::string fingerprint_, backbone_fingerprint_, backbone_id_;
 };

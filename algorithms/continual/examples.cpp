@@ -5,6 +5,7 @@
 #include "algorithms/image_source.h"
 #include "algorithms/objectives/examples.h"
 #include "core/error.h"
+#include "core/hash.h"
 #include "data/example_dataset.h"
 #include "data/model_tokenizer.h"
 
@@ -26,6 +27,7 @@ class Images final : public ExampleSource {
     return source_.labels(split, rows);
   }
   const data::LabelledSet& set() const override { return set_; }
+  std::vector<int64_t> classes_of_files() const override { return {source_.dataset().info().num_classes()}; }
   at::Device device() const override { return source_.device(); }
   int64_t tokens_per_example() const override { return tokens_; }
   int64_t stored_bytes(std::span<const int64_t> rows) const override {
@@ -40,17 +42,33 @@ class Images final : public ExampleSource {
 
 class Texts final : public ExampleSource {
  public:
-  Texts(data::ExampleDataset train, data::ExampleDataset test, const std::string& path, at::Device device)
-      : train_(std::move(train)), test_(std::move(test)), device_(device) {
-    const data::ExampleSetInfo& info = train_.info();
-    set_ = {info.fingerprint, info.class_names, train_.labels(), test_.labels(), path, "text"};
+  struct File {
+    data::ExampleDataset train, test;
+    std::string path;
+  };
+  Texts(std::vector<File> files, at::Device device) : files_(std::move(files)), device_(device) {
     int64_t tokens = 0;
-    for (int64_t row = 0; row < train_.size(); ++row) tokens += train_.length(row);
-    tokens_ = std::max<int64_t>(1, tokens / train_.size());
+    set_.noun = "text";
+    for (const File& file : files_) {
+      const data::ExampleSetInfo& info = file.train.info();
+      const auto first = static_cast<int64_t>(set_.class_names.size());
+      const bool several = files_.size() > 1;
+      for (const auto& name : info.class_names) set_.class_names.push_back(several ? info.name + "/" + name : name);
+      for (const int64_t label : file.train.labels()) set_.train.push_back(first + label);
+      for (const int64_t label : file.test.labels()) set_.test.push_back(first + label);
+      set_.fingerprint += info.fingerprint;
+      set_.path += (set_.path.empty() ? "" : ", ") + file.path;
+      for (int64_t row = 0; row < file.train.size(); ++row) tokens += file.train.length(row);
+    }
+    if (files_.size() > 1) set_.fingerprint = core::sha256(set_.fingerprint);
+    tokens_ = std::max<int64_t>(1, tokens / static_cast<int64_t>(set_.train.size()));
   }
   models::Input batch(const std::string& split, std::span<const int64_t> rows) const override {
     std::vector<data::Example> examples;
-    for (const int64_t row : rows) examples.push_back(of(split).at(row));
+    for (const int64_t row : rows) {
+      const auto [file, place] = find(split, row);
+      examples.push_back(file->at(place));
+    }
     return objectives::texts(examples, device_);
   }
   std::vector<int64_t> labels(const std::string& split, std::span<const int64_t> rows) const override {
@@ -60,18 +78,34 @@ class Texts final : public ExampleSource {
     return out;
   }
   const data::LabelledSet& set() const override { return set_; }
+  std::vector<int64_t> classes_of_files() const override {
+    std::vector<int64_t> classes;
+    for (const File& file : files_) classes.push_back(static_cast<int64_t>(file.train.info().class_names.size()));
+    return classes;
+  }
   at::Device device() const override { return device_; }
   int64_t tokens_per_example() const override { return tokens_; }
   int64_t stored_bytes(std::span<const int64_t> rows) const override {
     int64_t tokens = 0;
-    for (const int64_t row : rows) tokens += train_.length(row);
+    for (const int64_t row : rows) {
+      const auto [file, place] = find("train", row);
+      tokens += file->length(place);
+    }
     return tokens * static_cast<int64_t>(sizeof(int32_t));
   }
 
  private:
-  const data::ExampleDataset& of(const std::string& split) const { return split == "train" ? train_ : test_; }
+  // The file's split that holds a row of all, and the row's place in it.
+  std::pair<const data::ExampleDataset*, int64_t> find(const std::string& split, int64_t row) const {
+    for (const File& file : files_) {
+      const data::ExampleDataset& own = split == "train" ? file.train : file.test;
+      if (row < own.size()) return {&own, row};
+      row -= own.size();
+    }
+    throw core::InternalError(fmt::format("a row {} behind the last text of split {}", row, split));
+  }
 
-  data::ExampleDataset train_, test_;
+  std::vector<File> files_;
   data::LabelledSet set_;
   at::Device device_;
   int64_t tokens_ = 0;
@@ -138,14 +172,18 @@ std::shared_ptr<const ExampleSource> open_images(const ImagesConfig& images, con
                                   model.image_tokens);
 }
 
-std::shared_ptr<const ExampleSource> open_texts(const TextsConfig& texts, const models::ModelFacts& model,
+std::shared_ptr<const ExampleSource> open_texts(const std::vector<std::string>& paths, const models::ModelFacts& model,
                                                 const std::string& model_directory, at::Device device) {
   if (model.vocab_size == 0)
     throw core::UserError(fmt::format("algorithms/continual: the model is a {}, which reads no text", model.family),
                           "give the stream images, or an encoder or a decoder at model.path");
-  auto train = data::ExampleDataset::open(texts.path, "train"), test = data::ExampleDataset::open(texts.path, "test");
-  for (const auto* dataset : {&train, &test}) require_fit(*dataset, texts.path, model, model_directory);
-  return std::make_shared<Texts>(std::move(train), std::move(test), texts.path, device);
+  std::vector<Texts::File> files;
+  for (const std::string& path : paths) {
+    files.push_back({data::ExampleDataset::open(path, "train"), data::ExampleDataset::open(path, "test"), path});
+    for (const auto* dataset : {&files.back().train, &files.back().test})
+      require_fit(*dataset, path, model, model_directory);
+  }
+  return std::make_shared<Texts>(std::move(files), device);
 }
 
 }  // namespace moraine::algorithms::continual

@@ -51,6 +51,8 @@ class ExampleSource {
   virtual std::vector<int64_t> labels(const std::string& split, std::span<const int64_t> rows) const = 0;
   /// What a stream is cut from.
   virtual const data::LabelledSet& set() const = 0;
+  /// Numbers of classes of the files it was opened from.
+  virtual std::vector<int64_t> classes_of_files() const = 0;
   virtual at::Device device() const = 0;
   /// Tokens a backbone passes for one training example, in the mean.
   virtual int64_t tokens_per_example() const = 0;
@@ -62,10 +64,11 @@ class ExampleSource {
 /// be read, have other channels, or the model reads no images.
 std::shared_ptr<const ExampleSource> open_images(const ImagesConfig& images, const models::ModelFacts& model,
                                                  at::Device device);
-/// Prepared texts of task "classification", padded to the longest of a batch. Throws UserError if they cannot be read,
-/// have no classes, do not fit the model's positions or vocabulary, or the model reads no text. A tokenizer.json in
-/// `model_directory` must be the one they were made with.
-std::shared_ptr<const ExampleSource> open_texts(const TextsConfig& texts, const models::ModelFacts& model,
+/// Prepared texts of task "classification", padded to the longest of a batch; the classes of several files stand behind
+/// each other, named "<file's name>/<class>". Throws UserError if they cannot be read, have no classes, do not fit the
+/// model's positions or vocabulary, or the model reads no text. A tokenizer.json in `model_directory` must be the one
+/// they were made with.
+std::shared_ptr<const ExampleSource> open_texts(const std::vector<std::string>& paths, const models::ModelFacts& model,
                                                 const std::string& model_directory, at::Device device);
 
 }  // namespace moraine::algorithms::continual

@@ -97,12 +97,12 @@ std::shared_ptr<const ExampleSource> Continual::load_images(const std::string& p
 
 std::shared_ptr<const ExampleSource> Continual::load_examples(const SiteSpec& spec, const models::ModelFacts& model,
                                                               WorkerContext& context) const {
-  if (spec.images ? !config_.images : !config_.texts)
+  if (spec.images.has_value() != config_.images.has_value())
     throw core::UserError("algorithms/continual: this site's recipe has other examples than the unit",
                           "give every process the same recipe");
   if (spec.images) return load_images(config_.images->path, *spec.images, spec.images->fingerprint, model, context);
   const std::string& fingerprint = spec.texts->fingerprint;
-  const auto open = [&] { return open_texts(*config_.texts, model, config_.model.path, context.device()); };
+  const auto open = [&] { return open_texts(config_.text_paths(), model, config_.model.path, context.device()); };
   return checked(fingerprint, fingerprint, open, context);
 }
 

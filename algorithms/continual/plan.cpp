@@ -21,11 +21,14 @@ std::string Continual::Track::name() const {
 SiteSpec Continual::site_spec(const Stages& stages, const StreamFacts* stream) const {
   SiteSpec spec;
   spec.compute = compute_identity(config_.workers);
-  if (config_.images) spec.images = ImagesSpec{fingerprint_, config_.images->mean, config_.images->deviation};
-  if (config_.texts) spec.texts = TextsSpec{fingerprint_};
+  if (config_.images)
+    spec.images = ImagesSpec{fingerprint_, config_.images->mean, config_.images->deviation};
+  else
+    spec.texts = TextsSpec{fingerprint_};
   spec.backbone = stages.backbone.value_or("");
   if (spec.backbone.starts_with("random:")) spec.architecture = model_.config;
-  if (stream != nullptr) spec.stream = StreamSpec{stream->order, stream->hash, config_.stream_spec(stream->order)};
+  if (stream != nullptr)
+    spec.stream = StreamSpec{stream->order, stream->hash, config_.stream_spec(stream->order, file_classes_)};
   return spec;
 }
 

@@ -123,6 +123,33 @@ TEST_F(Learners, AllRunOnImagesAndOnTextsAndObeyTheRelationsOfTheirSettings) {
   }
 }
 
+// Classes of every file are its own; a stream of one file's classes is the same as that file among others, left aside.
+TEST_F(Learners, TasksMayHaveFilesOfTheirOwn) {
+  write_texts("three.h5", 3, 12);
+  write_texts("two.h5", 2, 13);
+  const std::vector<std::string> files = {"texts=null", "stream.tasks=[{path: " + (folder_ / "three.h5").string() +
+                                                            "}, {path: " + (folder_ / "two.h5").string() + "}]"};
+  auto overrides = files;
+  overrides.insert(overrides.end(), {"methods=[finetune, simplecil]", "orders=[-1, 2]"});
+  const auto units = run_on(kTexts, overrides);
+  const core::Json streams = recipe_.method->inputs().at("streams");
+  EXPECT_EQ(streams[0].at("tasks")[0].at("classes"), core::Json({0, 1, 2}));
+  EXPECT_EQ(streams[0].at("tasks")[1].at("classes"), core::Json({3, 4}));
+  EXPECT_EQ(streams[1].at("tasks")[0].at("classes"), core::Json({3, 4})) << "numpy's permutation of 2 by seed 2: 1, 0";
+  EXPECT_EQ(streams[0].at("tasks")[1].at("test"), 10);
+  EXPECT_EQ(recipe_.method->inputs().at("class_names")[3], "tiny/c0");
+  const auto restored = find_method("continual").restore(recipe_.values, recipe_.method->inputs());
+  EXPECT_TRUE(restored->plan(*this).pending.empty());
+  // The mean of class 4 is that of the second file's class 1.
+  const at::Tensor mean = tensor(*result_of(units, "train/simplecil/class4"), "prototype");
+  const auto alone = run_on(kTexts, {"methods=[simplecil]", "texts.path=" + (folder_ / "two.h5").string(),
+                                     "stream.increment=1", "stream.train_per_class=0"});
+  const auto all = run_on(kTexts, {"methods=[simplecil]", files[0], files[1], "stream.train_per_class=0"});
+  EXPECT_TRUE(tensor(*result_of(all, "train/simplecil/class4"), "prototype")
+                  .equal(tensor(*result_of(alone, "train/simplecil/class1"), "prototype")));
+  EXPECT_EQ(mean.numel(), 8);
+}
+
 TEST_F(Learners, AdaptersOfEveryKindGoThroughAStream) {
   for (const char* type : {"lora", "dora", "vera", "nola", "ia3", "adaptertune"}) {
     const auto units = run_on(kTexts, {"methods=[seq_lora]", std::string("learners.seq_lora.adapter.type=") + type,

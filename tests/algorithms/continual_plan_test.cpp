@@ -220,12 +220,14 @@ TEST(ContinualConfig, WrongRecipesAreRefused) {
       {"train.dtype=bfloat16", "float32"},
       {"model.architecture.patch_size=5", "multiple of patch_size"},
       {"stream.increment=0", "increment"},
+      {"stream.tasks=[{classes: [0]}, {path: one.h5}]", "give either all tasks a path or none"},
+      {"stream.tasks=[{}]", "give one of classes and path"},
       {"lora.rank=4", "lora: has moved to learners.seq_lora.adapter"},
       {"lora_train={steps: 3}", "lora_train: has moved to learners.seq_lora.train"},
       {"learners.seq_lora.adaptor.rank=4", "did you mean 'adapter'"},
       {"learners.seq_laro.adapter.rank=4", "did you mean 'seq_lora'"},
-      {"images=null", "give exactly one of images and texts"},
-      {"texts.path=texts.h5", "give exactly one of images and texts"},
+      {"images=null", "give exactly one of images, texts and tasks with paths"},
+      {"texts.path=texts.h5", "give exactly one of images, texts and tasks with paths"},
   };
   for (const auto& [change, part] : cases)
     EXPECT_NE(refusal(change).find(part), std::string::npos) << change << ": " << refusal(change);

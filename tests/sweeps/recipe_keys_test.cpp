@@ -402,10 +402,14 @@ stream: {increment: 2}
 train: {steps: 4, batch_size: 8}
 methods: [simplecil]
 )";
-  changes["texts.path"] = {.elsewhere = true};
+  changes["texts.path"] = changes["stream.tasks.0.path"] = {.elsewhere = true};
   const std::map<std::string, Change> of_texts = {
-      {"texts.path", path_change("texts.path", "examples/labelled.h5", "examples/relabelled.h5")}};
-  return {{"continual", recipe, std::move(changes), {}}, {"continual", texts, of_texts, {"texts.path"}}};
+      {"texts.path", path_change("texts.path", "examples/labelled.h5", "examples/relabelled.h5")},
+      {"stream.tasks.0.path",
+       path_change("stream.tasks.0.path", "examples/labelled.h5", "examples/relabelled.h5",
+                   {"texts=null", "stream.tasks=[{path: " + file("examples/labelled.h5") + "}]"})}};
+  return {{"continual", recipe, std::move(changes), {}},
+          {"continual", texts, of_texts, {"texts.path", "stream.tasks.0.path"}}};
 }
 
 std::vector<Sweep> RecipeKeys::finetune() {
