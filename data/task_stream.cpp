@@ -102,10 +102,17 @@ std::optional<std::string> problem_of(const TaskStreamSpec& spec, int64_t num_cl
 
 TaskStream TaskStream::make(const ImageDataset& dataset, const TaskStreamSpec& spec) {
   const ImageSetInfo& info = dataset.info();
-  if (const auto problem = problem_of(spec, info.num_classes()))
-    throw core::UserError(fmt::format("data: task stream over {}: {}", dataset.path().string(), *problem),
+  return make(LabelledSet{info.fingerprint, info.class_names, dataset.labels("train"), dataset.labels("test"),
+                          dataset.path().string(), "image"},
+              spec);
+}
+
+TaskStream TaskStream::make(const LabelledSet& set, const TaskStreamSpec& spec) {
+  const auto num_classes = static_cast<int64_t>(set.class_names.size());
+  if (const auto problem = problem_of(spec, num_classes))
+    throw core::UserError(fmt::format("data: task stream over {}: {}", set.path, *problem),
                           "every class stands in one task or in leave_out");
-  const auto train = rows_by_class(dataset.labels("train")), test = rows_by_class(dataset.labels("test"));
+  const auto train = rows_by_class(set.train), test = rows_by_class(set.test);
   const auto rows_of = [](const auto& rows, int64_t label) {
     const auto at = rows.find(label);
     return at == rows.end() ? std::vector<int64_t>() : at->second;
@@ -114,10 +121,10 @@ TaskStream TaskStream::make(const ImageDataset& dataset, const TaskStreamSpec& s
   stream.evaluated_split = spec.evaluate_validation ? "train" : "test";
   core::Json described = {{"format", 1},
                           {"scenario", "class_incremental"},
-                          {"fingerprint", info.fingerprint},
+                          {"fingerprint", set.fingerprint},
                           {"evaluated", stream.evaluated_split},
                           {"tasks", core::Json::array()}};
-  for (auto& classes : class_lists(spec, info.num_classes())) {
+  for (auto& classes : class_lists(spec, num_classes)) {
     Task task{std::move(classes), {}, {}};
     for (const int64_t label : task.classes) {
       const std::string purpose = fmt::format("stream/class{}", label);
@@ -127,9 +134,9 @@ TaskStream TaskStream::make(const ImageDataset& dataset, const TaskStreamSpec& s
                               ? draw(own, spec.seed, purpose, 0, std::max<int64_t>(1, spec.validation_per_class))
                               : draw(rows_of(test, label), spec.seed, purpose + "/test", 0, spec.test_per_class);
       if (trained.empty() || tested.empty())
-        throw core::UserError(fmt::format("data: class {} ({}) has no image left to {} on: {}", label,
-                                          info.class_names[static_cast<size_t>(label)],
-                                          trained.empty() ? "train" : "test", dataset.path().string()),
+        throw core::UserError(fmt::format("data: class {} ({}) has no {} left to {} on: {}", label,
+                                          set.class_names[static_cast<size_t>(label)], set.noun,
+                                          trained.empty() ? "train" : "test", set.path),
                               "leave the class out, or lower validation_per_class");
       task.train.insert(task.train.end(), trained.begin(), trained.end());
       task.test.insert(task.test.end(), tested.begin(), tested.end());

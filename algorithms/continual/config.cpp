@@ -1,11 +1,12 @@
 #include "algorithms/continual/config.h"
 
-#include <algorithm>
+#include <map>
+#include <numeric>
 
-#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/continual/learner.h"
 #include "algorithms/continual/metrics.h"
 #include "core/error.h"
+#include "models/vit.h"
 
 namespace moraine::algorithms::continual {
 namespace {
@@ -55,7 +56,9 @@ const core::Schema<BackboneConfig>& backbone_schema() {
     core::Schema<C> s;
     s.field("path", &C::path)
         .path()
-        .doc("Hugging Face or timm directory of a ViT (config.json + safetensors); exclusive with architecture")
+        .doc(
+            "Hugging Face or timm directory (config.json + safetensors): of images a ViT, of texts an encoder or a "
+            "decoder; exclusive with architecture")
         .field("image_size", &C::image_size)
         .joined_later()
         .min(0)
@@ -91,30 +94,21 @@ const core::Schema<BackboneConfig>& backbone_schema() {
   return schema;
 }
 
-const core::Schema<ImagesConfig>& images_schema() {
-  using C = ImagesConfig;
-  static const auto schema = [] {
-    core::Schema<C> s;
-    s.field("path", &C::path)
-        .required()
-        .path()
-        .doc("Prepared HDF5 file (scripts/fetch_images, scripts/prepare_images.py)")
-        .field("mean", &C::mean)
-        .doc("Subtracted from pixels in [0, 1]")
-        .field("deviation", &C::deviation)
-        .above(0)
-        .doc("Pixels are divided by it");
-    return s;
-  }();
-  return schema;
-}
-
 const core::Schema<TaskConfig>& task_schema() {
-  static const auto schema = [] {
-    core::Schema<TaskConfig> s;
-    s.field("classes", &TaskConfig::classes).required().min(0).unique().doc("Labels of one task");
-    return s;
-  }();
+  using C = TaskConfig;
+  static const auto schema = core::Schema<C>()
+                                 .field("classes", &C::classes)
+                                 .min(0)
+                                 .unique()
+                                 .doc("Labels of one task")
+                                 .field("path", &C::path)
+                                 .joined_later()
+                                 .path()
+                                 .doc("Instead: a prepared file of texts whose classes are this task's (texts.path)")
+                                 .check([](const C& c) -> Violation {
+                                   if (c.classes.empty() == c.path.empty()) return "give one of classes and path";
+                                   return std::nullopt;
+                                 });
   return schema;
 }
 
@@ -136,16 +130,16 @@ const core::Schema<StreamConfig>& stream_schema() {
         .doc("Labels that are in no task")
         .field("train_per_class", &C::train_per_class)
         .min(0)
-        .unit("images")
-        .doc("Training images of each class; 0 = all")
+        .unit("examples")
+        .doc("Training examples of each class; 0 = all")
         .field("test_per_class", &C::test_per_class)
         .min(0)
-        .unit("images")
-        .doc("Test images of each class; 0 = all")
+        .unit("examples")
+        .doc("Test examples of each class; 0 = all")
         .field("validation_per_class", &C::validation_per_class)
         .min(0)
-        .unit("images")
-        .doc("Training images of each class that are held back, for evaluation.split: validation");
+        .unit("examples")
+        .doc("Training examples of each class that are held back, for evaluation.split: validation");
     return s;
   }();
   return schema;
@@ -157,12 +151,12 @@ const core::Schema<EvaluationConfig>& evaluation_schema() {
     core::Schema<C> s;
     s.field("batch_size", &C::batch_size)
         .min(1)
-        .unit("images")
+        .unit("examples")
         .evaluation_only()
-        .doc("Images per forward pass")
+        .doc("Examples per forward pass")
         .field("split", &C::split)
         .choices({"test", "validation"})
-        .doc("Which images the accuracies are about; use validation while choosing settings")
+        .doc("Which examples the accuracies are about; use validation while choosing settings")
         .field("ahead", &C::ahead)
         .evaluation_only()
         .doc("Also evaluate tasks before they are trained, task-incrementally; forward transfer needs it");
@@ -176,12 +170,16 @@ Violation cross_check(const ContinualConfig& c) {
   if (c.methods.empty()) return "methods must not be empty";
   if (c.evaluation.split == "validation" && c.stream.validation_per_class == 0)
     return "evaluation.split: validation needs stream.validation_per_class";
-  for (const TrainConfig* train :
-       {&c.train, c.lora_train ? &*c.lora_train : &c.train, c.model.train ? &*c.model.train : &c.train})
-    if (train->dtype != "float32") return "vision transformers train in float32: set dtype: float32";
-  if (adapters::parametrisation(c.lora.type).wants(c.lora) != adapters::Wants::kNothing)
-    return fmt::format("lora: type {} starts from examples here, which a stream of tasks does not give it",
-                       c.lora.type);
+  const auto files = std::ranges::count_if(c.stream.tasks, [](const TaskConfig& task) { return !task.path.empty(); });
+  if (files > 0 && files < std::ssize(c.stream.tasks)) return "give either all tasks a path or none";
+  if (c.images.has_value() + c.texts.has_value() + (files > 0) != 1)
+    return "give exactly one of images, texts and tasks with paths";
+  if (!c.images && c.model.path.empty()) return "texts need a model at model.path: shapes are those of a ViT";
+  std::vector<const TrainConfig*> trainings = all_training(c.learners);
+  trainings.push_back(&c.train);
+  if (c.model.train) trainings.push_back(&*c.model.train);
+  for (const TrainConfig* train : trainings)
+    if (train->dtype != "float32") return "streams are trained in float32: set dtype: float32";
   return std::nullopt;
 }
 
@@ -200,8 +198,11 @@ const core::Schema<ContinualConfig>& continual_schema() {
     add_run_fields(s);
     s.object("model", &C::model, backbone_schema())
         .doc("The frozen backbone all methods start from")
-        .object("images", &C::images, images_schema())
-        .doc("The labelled images")
+        .optional_object("images", &C::images, images_schema())
+        .doc("The labelled images, or")
+        .optional_object("texts", &C::texts, texts_schema())
+        .joined_later()
+        .doc("the labelled texts of the stream")
         .object("stream", &C::stream, stream_schema())
         .doc("How they are cut into tasks")
         .field("orders", &C::orders)
@@ -219,10 +220,9 @@ const core::Schema<ContinualConfig>& continual_schema() {
         .doc("Methods compared in this run, on the same streams and backbone")
         .object("train", &C::train, train_schema())
         .doc("Training on one task; joint training takes as many steps per task it sees")
-        .object("lora", &C::lora, adapters::adapter_schema())
-        .doc("Adapter of the seq_lora methods")
-        .optional_object("lora_train", &C::lora_train, train_schema())
-        .doc("Training of the seq_lora methods on one task; absent = train")
+        .object("learners", &C::learners, learners_schema())
+        .joined_later()
+        .doc("Options of methods, each by its name")
         .object("evaluation", &C::evaluation, evaluation_schema())
         .doc("What is measured")
         .field("metrics", &C::metrics)
@@ -236,9 +236,24 @@ const core::Schema<ContinualConfig>& continual_schema() {
   return schema;
 }
 
-data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order) const {
+std::vector<std::string> ContinualConfig::text_paths() const {
+  if (texts) return {texts->path};
+  std::vector<std::string> paths;
+  for (const auto& task : stream.tasks)
+    if (!task.path.empty()) paths.push_back(task.path);
+  return paths;
+}
+
+data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order, const std::vector<int64_t>& file_classes) const {
   data::TaskStreamSpec spec;
-  for (const auto& task : stream.tasks) spec.tasks.push_back(task.classes);
+  int64_t first = 0;
+  for (const int64_t classes : file_classes) {
+    auto& list = spec.tasks.emplace_back(static_cast<size_t>(classes));
+    std::iota(list.begin(), list.end(), first);
+    first += classes;
+  }
+  if (file_classes.empty())
+    for (const auto& task : stream.tasks) spec.tasks.push_back(task.classes);
   spec.base_classes = stream.base_classes;
   spec.increment = stream.increment;
   spec.leave_out = stream.leave_out;
@@ -251,9 +266,58 @@ data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order) const {
   return spec;
 }
 
-models::Vit open_backbone(const BackboneConfig& model, std::optional<at::ScalarType> dtype) {
+core::Json modernised(core::Json values) {
+  if (!values.contains("lora")) return values;
+  core::Json& options = values["learners"]["seq_lora"];
+  options = {{"adapter", values.at("lora")}, {"train", values.value("lora_train", core::Json())}};
+  values.erase("lora");
+  values.erase("lora_train");
+  return values;
+}
+
+void parse_continual(const core::ConfigNode& root, ContinualConfig& config, core::Problems& problems) {
+  static const std::map<std::string, std::string> moved = {{"lora", "learners.seq_lora.adapter"},
+                                                           {"lora_train", "learners.seq_lora.train"}};
+  core::ConfigNode kept = root;
+  kept.members.clear();
+  kept.member_origins.clear();
+  for (size_t i = 0; i < root.members.size(); ++i) {
+    const auto& [key, node] = root.members[i];
+    if (const auto place = moved.find(key); place != moved.end()) {
+      problems.add(root.member_origins[i], key, "has moved to " + place->second, "options stand under their method");
+      continue;
+    }
+    kept.members.emplace_back(key, node);
+    kept.member_origins.push_back(root.member_origins[i]);
+  }
+  continual_schema().parse(kept, "", config, problems);
+}
+
+std::unique_ptr<models::Backbone> open_backbone(const BackboneConfig& model, std::optional<at::ScalarType> dtype) {
   const auto size = model.image_size > 0 ? std::optional(model.image_size) : std::nullopt;
-  return models::Vit::from_directory(model.path, dtype, size).backbone();
+  return models::open_backbone(model.path, dtype, size);
+}
+
+models::ModelFacts vit_shapes(const models::VitConfig& shapes) {
+  return {.family = "vit",
+          .width = shapes.hidden_size,
+          .parameters = shapes.backbone_parameters(),
+          .image_size = shapes.image_size,
+          .channels = shapes.num_channels,
+          .image_tokens = 1 + shapes.num_patches(),
+          .slots = {},
+          .config = shapes.to_json()};
+}
+
+models::ModelFacts vit_facts(const models::VitConfig& shapes) {
+  models::ModelFacts facts = vit_shapes(shapes);
+  facts.slots = models::Vit::from_config(shapes, 0, at::kFloat).slots();  // its values are never read
+  return facts;
+}
+
+models::ModelFacts backbone_facts(const BackboneConfig& model) {
+  if (model.architecture) return vit_facts(vit_config(*model.architecture));
+  return models::model_facts(model.path, model.image_size > 0 ? std::optional(model.image_size) : std::nullopt);
 }
 
 models::VitConfig vit_config(const ArchitectureConfig& shapes) {

@@ -5,33 +5,33 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/hash.h"
 #include "core/hdf5.h"
 #include "data/image_dataset.h"
+#include "models/open_backbone.h"
 #include "models/tensor_io.h"
 
 namespace moraine::algorithms::continual {
 namespace {
 
-// A backbone on shapes: its own weights are never read.
-models::Vit probe(const BackboneConfig& model) {
-  return model.architecture ? models::Vit::from_config(vit_config(*model.architecture), 0, at::kFloat)
-                            : open_backbone(model, std::nullopt);
-}
-
 // Identity of a model directory: its configuration and every tensor's bytes.
-std::string identity_of(const models::Vit& vit) {
+std::string identity_of(const models::Backbone& model) {
   const at::NoGradGuard no_grad;
-  std::string text = vit.config().to_json().dump();
-  const models::NamedTensors weights(vit.weights().begin(), vit.weights().end());
+  std::string text = model.config_json().dump();
+  const models::NamedTensors weights(model.weights().begin(), model.weights().end());
   std::vector<at::Tensor> keep;
   for (const auto& view : models::views_of(weights, keep))
     text += fmt::format("\n{} {}", view.name, core::sha256(view.data));
   return "dir:" + core::sha256(text);
+}
+
+// Runs recorded before there were other families have the configuration of a vision transformer alone.
+models::ModelFacts recorded_model(const core::Json& inputs) {
+  if (inputs.contains("model")) return models::ModelFacts::from_json(inputs.at("model"));
+  return vit_facts(models::VitConfig::from_json(inputs.at("architecture"), "recorded inputs"));
 }
 
 core::Json to_json(const StreamFacts& stream) {
@@ -49,16 +49,30 @@ StreamFacts stream_from_json(const core::Json& json) {
   return stream;
 }
 
+// A model that is loaded runs at its own size unless the recipe says otherwise.
+void require_size(const ContinualConfig& config, const models::ModelFacts& model, core::Problems& problems) {
+  if (config.model.path.empty() || config.model.image_size > 0 || model.image_size == 0) return;
+  const auto dataset = data::ImageDataset::open(config.images->path);
+  const data::ImageSetInfo& info = dataset.info();
+  if (info.height == model.image_size && info.width == model.image_size) return;
+  problems.add("model.image_size", "model.image_size",
+               fmt::format("images are {} x {}, the model in {} takes {} x {}", info.height, info.width,
+                           config.model.path, model.image_size, model.image_size),
+               fmt::format("set model.image_size to the size to scale them to, a multiple of {}; {} keeps the model as "
+                           "it is",
+                           model.config.at("patch_size").get<int64_t>(), model.image_size));
+}
+
 }  // namespace
 
 Continual::Continual(ContinualConfig config)
-    : config_(std::move(config)),
-      architecture_(config_.model.architecture ? vit_config(*config_.model.architecture)
-                                               : probe(config_.model).config()) {}
+    : config_(std::move(config)), model_(backbone_facts(config_.model)), tokens_(model_.image_tokens) {}
 
 Continual::Continual(ContinualConfig config, const core::Json& inputs)
     : config_(std::move(config)),
-      architecture_(models::VitConfig::from_json(inputs.at("architecture"), "recorded inputs")),
+      model_(recorded_model(inputs)),
+      tokens_(inputs.value("tokens", model_.image_tokens)),
+      file_classes_(inputs.value("file_classes", std::vector<int64_t>())),
       class_names_(inputs.at("class_names").get<std::vector<std::string>>()),
       fingerprint_(inputs.at("fingerprint").get<std::string>()),
       backbone_fingerprint_(inputs.at("backbone_fingerprint").get<std::string>()),
@@ -69,11 +83,8 @@ Continual::Continual(ContinualConfig config, const core::Json& inputs)
 core::Json Continual::inputs() const {
   core::Json streams = core::Json::array();
   for (const auto& stream : streams_) streams.push_back(to_json(stream));
-  return {{"architecture", architecture_.to_json()},
-          {"streams", streams},
-          {"class_names", class_names_},
-          {"fingerprint", fingerprint_},
-          {"backbone_fingerprint", backbone_fingerprint_},
+  return {{"model", model_.to_json()},   {"tokens", tokens_},           {"streams", streams},
+          {"class_names", class_names_}, {"fingerprint", fingerprint_}, {"backbone_fingerprint", backbone_fingerprint_},
           {"backbone", backbone_id_}};
 }
 
@@ -82,12 +93,65 @@ CellsOffered Continual::offered(Setting setting) const {
     return std::find(config_.methods.begin(), config_.methods.end(), name) != config_.methods.end();
   };
   const bool heads = std::any_of(config_.methods.begin(), config_.methods.end(),
-                                 [](const auto& name) { return !find_learner(name).accumulates(); });
+                                 [](const auto& name) { return find_learner(name).has_head(); });
   CellsOffered cells;
   cells.tasks = streams_.empty() ? 0 : static_cast<int64_t>(streams_.front().tasks.size());
   cells.ahead = setting == Setting::kTaskIncremental && config_.evaluation.ahead && heads;
   cells.joint = uses("joint");
   return cells;
+}
+
+std::shared_ptr<const ExampleSource> Continual::open_examples() const {
+  return config_.images ? open_images(*config_.images, model_, at::kCPU)
+                        : open_texts(config_.text_paths(), model_, config_.model.path, at::kCPU);
+}
+
+void Continual::open_streams(const ExampleSource& examples, core::Problems& problems) {
+  const data::LabelledSet& set = examples.set();
+  fingerprint_ = set.fingerprint;
+  class_names_ = set.class_names;
+  tokens_ = examples.tokens_per_example();
+  if (!config_.images && !config_.texts) file_classes_ = examples.classes_of_files();
+  if (const auto problem =
+          data::problem_of(config_.stream_spec(-1, file_classes_), static_cast<int64_t>(set.class_names.size()))) {
+    problems.add("stream", "stream", *problem, "every class stands in one task or in leave_out");
+    return;
+  }
+  streams_.clear();
+  for (const int64_t order : config_.orders) {
+    const auto stream = data::TaskStream::make(set, config_.stream_spec(order, file_classes_));
+    StreamFacts facts{order, stream.hash, {}};
+    for (const auto& task : stream.tasks)
+      facts.tasks.push_back(
+          {task.classes, static_cast<int64_t>(task.train.size()), static_cast<int64_t>(task.test.size())});
+    streams_.push_back(std::move(facts));
+  }
+}
+
+void Continual::open_backbone_data(core::Problems& problems) {
+  const auto images =
+      open_images({config_.model.data_path, config_.images->mean, config_.images->deviation}, model_, at::kCPU);
+  backbone_fingerprint_ = images->set().fingerprint;
+  if (backbone_fingerprint_ == fingerprint_)
+    problems.add("model.data_path", "model.data_path",
+                 "holds the images of the stream: the backbone would know the labels of tasks to come",
+                 "train it on another data set");
+}
+
+void Continual::check_metrics(core::Problems& problems) const {
+  for (size_t i = 0; i < config_.metrics.size(); ++i) {
+    const MetricInfo& info = find_metric(config_.metrics[i]);
+    const auto reason = why_missing(info, offered(Setting::kTaskIncremental));
+    if (!reason || !why_missing(info, offered(Setting::kClassIncremental))) continue;
+    const bool ahead = info.needs == Needs::kAll || info.needs == Needs::kNext || info.needs == Needs::kNextBefore;
+    std::string hint = "leave the metric out";
+    if (ahead && !config_.evaluation.ahead) hint = "set evaluation.ahead: true, or leave the metric out";
+    if (ahead && config_.evaluation.ahead && !offered(Setting::kTaskIncremental).ahead)
+      hint = "these methods know nothing of classes to come: add one with a head, or leave the metric out";
+    if (info.needs == Needs::kJoint) hint = "add joint to methods, or leave the metric out";
+    problems.add(fmt::format("metrics.{}", i), fmt::format("metrics.{}", i),
+                 fmt::format("{} cannot be had from this stream: {}", info.name, *reason), hint);
+  }
 }
 
 void Continual::open_inputs() {
@@ -99,71 +163,19 @@ void Continual::open_inputs() {
       problems.add(key, key, error.what(), error.hint());
     }
   };
-  attempt("images.path", [&] {
-    const auto dataset = data::ImageDataset::open(config_.images.path);
-    fingerprint_ = dataset.info().fingerprint;
-    class_names_ = dataset.info().class_names;
-    const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels,
-                           architecture_.image_size, at::kCPU);
-    const data::ImageSetInfo& info = dataset.info();
-    if (!config_.model.path.empty() && config_.model.image_size == 0 &&
-        (info.height != architecture_.image_size || info.width != architecture_.image_size))
-      problems.add("model.image_size", "model.image_size",
-                   fmt::format("images are {} x {}, the model in {} takes {} x {}", info.height, info.width,
-                               config_.model.path, architecture_.image_size, architecture_.image_size),
-                   fmt::format("set model.image_size to the size to scale them to, a multiple of {}; {} keeps the "
-                               "model as it is",
-                               architecture_.patch_size, architecture_.image_size));
-    if (const auto problem = data::problem_of(config_.stream_spec(-1), dataset.info().num_classes())) {
-      problems.add("stream", "stream", *problem, "every class stands in one task or in leave_out");
-      return;
-    }
-    streams_.clear();
-    for (const int64_t order : config_.orders) {
-      const auto stream = data::TaskStream::make(dataset, config_.stream_spec(order));
-      StreamFacts facts{order, stream.hash, {}};
-      for (const auto& task : stream.tasks)
-        facts.tasks.push_back(
-            {task.classes, static_cast<int64_t>(task.train.size()), static_cast<int64_t>(task.test.size())});
-      streams_.push_back(std::move(facts));
-    }
-  });
-  if (!config_.model.data_path.empty())
-    attempt("model.data_path", [&] {
-      const auto dataset = data::ImageDataset::open(config_.model.data_path);
-      backbone_fingerprint_ = dataset.info().fingerprint;
-      const ImageSource fits(dataset, config_.images.mean, config_.images.deviation, architecture_.num_channels,
-                             architecture_.image_size, at::kCPU);
-      if (backbone_fingerprint_ == fingerprint_)
-        problems.add("model.data_path", "model.data_path",
-                     "holds the images of the stream: the backbone would know the labels of tasks to come",
-                     "train it on another data set");
-    });
-  attempt("lora", [&] {
-    for (const auto& name : config_.methods)
-      if (find_learner(name).kind() == "train_lora") {
-        (void)adapters::targets_of(config_.lora, probe(config_.model).slots());
-        if (adapters::parametrisation(config_.lora.type).traits().from_seed)
-          throw core::UserError(fmt::format("{} keeps no part of an adapter that only a seed regenerates: type {}",
-                                            name, config_.lora.type),
-                                "choose another lora.type");
-      }
-  });
-  if (!streams_.empty())
-    for (size_t i = 0; i < config_.metrics.size(); ++i) {
-      const MetricInfo& info = find_metric(config_.metrics[i]);
-      const auto reason = why_missing(info, offered(Setting::kTaskIncremental));
-      if (!reason || !why_missing(info, offered(Setting::kClassIncremental))) continue;
-      const bool ahead = info.needs == Needs::kAll || info.needs == Needs::kNext || info.needs == Needs::kNextBefore;
-      std::string hint = "leave the metric out";
-      if (ahead && !config_.evaluation.ahead) hint = "set evaluation.ahead: true, or leave the metric out";
-      if (ahead && config_.evaluation.ahead && config_.methods == std::vector<std::string>{"simplecil"})
-        hint = "simplecil has no prototype of a class to come: add another method, or leave the metric out";
-      if (info.needs == Needs::kJoint) hint = "add joint to methods, or leave the metric out";
-      problems.add(fmt::format("metrics.{}", i), fmt::format("metrics.{}", i),
-                   fmt::format("{} cannot be had from this stream: {}", info.name, *reason), hint);
-    }
-  if (!config_.model.path.empty()) attempt("model.path", [&] { backbone_id_ = identity_of(probe(config_.model)); });
+  attempt(config_.images  ? "images.path"
+          : config_.texts ? "texts.path"
+                          : "stream.tasks",
+          [&] {
+            if (config_.images) require_size(config_, model_, problems);
+            open_streams(*open_examples(), problems);
+          });
+  if (!config_.model.data_path.empty()) attempt("model.data_path", [&] { open_backbone_data(problems); });
+  for (const auto& name : config_.methods)
+    attempt("learners." + name, [&] { find_learner(name).check(config_, model_); });
+  if (!streams_.empty()) check_metrics(problems);
+  if (!config_.model.path.empty())
+    attempt("model.path", [&] { backbone_id_ = identity_of(*open_backbone(config_.model, std::nullopt)); });
   if (config_.model.architecture && !config_.model.train)
     backbone_id_ =
         fmt::format("random:{}", core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone"));
@@ -171,21 +183,16 @@ void Continual::open_inputs() {
 }
 
 ParameterTable Continual::parameters() const {
-  const models::Vit base = probe(config_.model);
   ParameterTable table;
-  table.columns = {"method", "trained per task", "% of the backbone", "head per class", "numbers sent per task"};
-  const int64_t backbone = architecture_.backbone_parameters(), width = architecture_.hidden_size;
+  table.columns = {"method", "trained per task", "% of the backbone", "numbers per class", "numbers sent per task"};
   for (const auto& name : config_.methods) {
     const Learner& learner = find_learner(name);
-    const int64_t trained = learner.trained_parameters(config_, base);
-    const int64_t row = learner.accumulates() ? width : width + 1;
-    table.rows.push_back(
-        {name, trained, 100.0 * static_cast<double>(trained) / static_cast<double>(backbone), row, trained});
+    const int64_t trained = learner.trained_parameters(config_, model_);
+    table.rows.push_back({name, trained, 100.0 * static_cast<double>(trained) / static_cast<double>(model_.parameters),
+                          learner.numbers_per_class(config_, model_), trained});
   }
-  table.notes = {
-      fmt::format("backbone: {} parameters, {} tokens of width {}; numbers sent: without the head, which grows with "
-                  "the classes seen",
-                  backbone, architecture_.num_patches() + 1, width)};
+  table.notes = {fmt::format("backbone: {} parameters, width {}; numbers sent: without what every class adds",
+                             model_.parameters, model_.width)};
   return table;
 }
 
@@ -196,7 +203,7 @@ void Continual::publish(const RunState& state, const std::filesystem::path& run_
     const auto backbone = state.artefact(*stages.backbone);
     models::NamedTensors weights;
     for (const auto& view : backbone->file().tensors()) weights.emplace_back(view.name, models::copy_of(view));
-    write_model_directory(run_directory / "backbone", architecture_.to_json(), std::move(weights));
+    write_model_directory(run_directory / "backbone", model_.config, std::move(weights));
   }
   if (!stages.matrices) return;
   const auto artefact = state.artefact(*stages.matrices);
@@ -225,7 +232,7 @@ MethodEntry method_entry() {
           "methods that learn classes task by task, compared on the same streams",
           [](const core::ConfigNode& root, core::Problems& problems) {
             ContinualConfig config;
-            continual_schema().parse(root, "", config, problems);
+            parse_continual(root, config, problems);
             ParsedRecipe recipe;
             recipe.run = config;
             continual_schema().resolve(root, "", config, recipe.resolved);
@@ -234,9 +241,9 @@ MethodEntry method_entry() {
             return recipe;
           },
           [](const core::Json& values, const core::Json& inputs) -> std::unique_ptr<Method> {
-            return std::make_unique<Continual>(continual_schema().from_json(values), inputs);
+            return std::make_unique<Continual>(continual_schema().from_json(modernised(values)), inputs);
           },
-          [](const core::Json& values) { return continual_schema().identity(values); },
+          [](const core::Json& values) { return continual_schema().identity(modernised(values)); },
           [] { return continual_schema().json_schema(); },
           [] { return continual_schema().markdown(); }};
 }

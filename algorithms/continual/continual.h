@@ -19,12 +19,12 @@ namespace moraine::algorithms::continual {
 constexpr double kNotEvaluated = -1;
 
 /// Continual learning: several learners on the same class-incremental streams and the same frozen backbone, for every
-/// class order and seed of the recipe. After each task the model is evaluated on the test images of every task,
+/// class order and seed of the recipe. After each task the model is evaluated on the test examples of every task,
 /// class-incrementally (all classes seen compete) and task-incrementally (the task's own classes compete), out of the
 /// same scores.
 ///
 /// A chained learner's unit of task i needs that of task i - 1; evaluations after task i are leaves, so they run on
-/// other workers while task i + 1 trains. Seeds: the run's `seed` makes the backbone and draws images; `seeds` draw
+/// other workers while task i + 1 trains. Seeds: the run's `seed` makes the backbone and draws examples; `seeds` draw
 /// initial values and data order.
 class Continual final : public Method {
  public:
@@ -50,7 +50,7 @@ class Continual final : public Method {
     const StreamFacts* stream = nullptr;
     int64_t seed = 0;
     std::optional<std::string> initial;                 // evaluation before the first task
-    std::vector<std::vector<std::string>> states;       // after task i, as far as known
+    std::vector<State> states;                          // after task i
     std::vector<std::optional<std::string>> evaluated;  // after task i
 
     std::string name() const;
@@ -65,8 +65,13 @@ class Continual final : public Method {
   // plan.cpp
   Stages walk(PlanBuilder& plan) const;
   void walk_track(Track& track, const Stages& stages, PlanBuilder& plan) const;
+  std::optional<std::string> ask(const Track& track, int64_t task, const std::string& kind, UnitRequest request,
+                                 const TaskPlan::MakeSpec& make, const Stages& stages, PlanBuilder& plan) const;
+  std::optional<std::string> train_backbone_unit(PlanBuilder& plan) const;
+  SiteSpec site_spec(const Stages& stages, const StreamFacts* stream) const;
   Unit make_unit(const std::string& kind, const std::string& label, core::Json spec, std::vector<std::string> inputs,
                  double cost, const Stages& stages) const;
+  double pass_cost() const;  // of one example forward
   double evaluation_cost(const Track& track, int64_t after) const;
   Unit evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state,
                        const Stages& stages) const;
@@ -77,20 +82,29 @@ class Continual final : public Method {
   core::ArtefactPtr train_backbone(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate(const Unit& unit, const LearnerSite& site) const;
   core::ArtefactPtr collect(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<const models::Vit> load_backbone(const Unit& unit, WorkerContext& context) const;
-  std::shared_ptr<const ImageSource> load_images(const std::string& path, const std::string& fingerprint,
-                                                 const core::Json& spec, const models::VitConfig& shapes,
-                                                 WorkerContext& context) const;
-  static data::TaskStreamSpec draw_of(const Unit& unit);
+  std::shared_ptr<const models::Backbone> load_backbone(const SiteSpec& spec, WorkerContext& context) const;
+  std::shared_ptr<const ExampleSource> load_images(const std::string& path, const ImagesSpec& spec,
+                                                   const std::string& fingerprint, const models::ModelFacts& model,
+                                                   WorkerContext& context) const;
+  std::shared_ptr<const ExampleSource> load_examples(const SiteSpec& spec, const models::ModelFacts& model,
+                                                     WorkerContext& context) const;
   LearnerSite site_of(const Unit& unit, WorkerContext& context) const;
+
+  // continual.cpp
+  std::shared_ptr<const ExampleSource> open_examples() const;
+  void open_streams(const ExampleSource& examples, core::Problems& problems);
+  void open_backbone_data(core::Problems& problems);
+  void check_metrics(core::Problems& problems) const;
 
   // summary.cpp
   void add_tables(core::Json& out, const Stages& stages, const RunState& state) const;
   void add_pictures(core::Json& out, const Stages& stages, const RunState& state) const;
 
   ContinualConfig config_;
-  models::VitConfig architecture_;
-  std::vector<StreamFacts> streams_;  // by position in config_.orders
+  models::ModelFacts model_;
+  int64_t tokens_ = 1;                 // a backbone passes for one example, in the mean
+  std::vector<StreamFacts> streams_;   // by position in config_.orders
+  std::vector<int64_t> file_classes_;  // of each task's file, where tasks have files
   std::vector<std::string> class_names_;
   std::string fingerprint_, backbone_fingerprint_, backbone_id_;
 };

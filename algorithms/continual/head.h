@@ -1,9 +1,7 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -11,6 +9,8 @@
 #include <ATen/core/Tensor.h>
 
 #include "algorithms/continual/learner.h"
+#include "core/artefact.h"
+#include "models/backbone.h"
 
 namespace moraine::algorithms::continual {
 
@@ -30,39 +30,18 @@ struct Head {
   void set(std::span<const int64_t> trained, const at::Tensor& weight_rows, const at::Tensor& bias_rows);
 };
 
-/// Trains `parameters`, which `vit` uses, and the head rows of spec.logits by cross entropy over these logits on the
-/// training images of spec.tasks. The batch of a step is a pure function of (seed, step); labels outside spec.logits do
-/// not occur. Returns the artefact of kind `kind`: what state() names, the head of every class seen, and the curve.
-/// `own` says how often this worker saves and logs; how to train stands in the unit.
-core::ArtefactPtr train_head_and(const std::string& kind, const Unit& unit, const LearnerSite& site,
-                                 const TrainConfig& own, models::NamedTensors parameters, Head head, models::Vit& vit,
-                                 const std::function<models::NamedTensors()>& state,
-                                 std::vector<ParameterGroup> groups = {});
-
-/// spec of such a unit: tasks to train on, logits, seeds and training.
-core::Json training_spec(const TrainConfig& train, const StreamFacts& stream, int64_t first_task, int64_t last_task,
-                         bool local_logits, int64_t seed);
-/// Images that training passes through the network.
-double trained_images(const TrainConfig& train);
-/// `train` with its steps multiplied by the number of tasks of spec.tasks: joint training's equal budget per image.
-TrainConfig scaled_training(const TrainConfig& train, const core::Json& spec);
-
-/// features(images) times the head's rows.
-class HeadClassifier : public Classifier {
+/// A model's features times its head's rows; those that were never trained come from `seed`.
+class HeadClassifier final : public Classifier {
  public:
-  HeadClassifier(Head head, uint64_t seed, int64_t width, at::Device device)
-      : head_(std::move(head)), seed_(seed), width_(width), device_(device) {}
+  HeadClassifier(std::unique_ptr<models::Backbone> model, Head head, uint64_t seed)
+      : model_(std::move(model)), head_(std::move(head)), seed_(seed) {}
   bool knows(int64_t) const override { return true; }  // at its initial value, if need be
-  at::Tensor scores(const at::Tensor& images, std::span<const int64_t> labels) override;
-
- protected:
-  virtual at::Tensor features(const at::Tensor& images) = 0;
+  at::Tensor scores(const models::Input& batch, std::span<const int64_t> labels, std::optional<int64_t> task) override;
 
  private:
+  std::unique_ptr<models::Backbone> model_;
   Head head_;
   uint64_t seed_;
-  int64_t width_;
-  at::Device device_;
 };
 
 }  // namespace moraine::algorithms::continual

@@ -1,7 +1,13 @@
 #include "algorithms/continual/learner.h"
 
+#include "algorithms/continual/er/er.h"
+#include "algorithms/continual/ewc/ewc.h"
 #include "algorithms/continual/finetune/finetune.h"
 #include "algorithms/continual/joint/joint.h"
+#include "algorithms/continual/linear_probe/linear_probe.h"
+#include "algorithms/continual/lwf/lwf.h"
+#include "algorithms/continual/o_lora/o_lora.h"
+#include "algorithms/continual/ranpac/ranpac.h"
 #include "algorithms/continual/seq_lora/seq_lora.h"
 #include "algorithms/continual/simplecil/simplecil.h"
 #include "core/error.h"
@@ -10,12 +16,19 @@
 namespace moraine::algorithms::continual {
 
 const std::vector<const Learner*>& learners() {
-  static const Finetune finetune("finetune", false), finetune_local("finetune_local", true);
   static const Joint joint;
+  static const Finetune finetune("finetune", false), finetune_local("finetune_local", true);
   static const SeqLora seq_lora("seq_lora", false), seq_lora_local("seq_lora_local", true);
+  static const OLora o_lora;
+  static const LinearProbe linear_probe;
+  static const Ewc ewc;
+  static const Lwf lwf;
+  static const Er er;
   static const SimpleCil simplecil;
-  static const std::vector<const Learner*> all = {&joint,    &finetune,       &finetune_local,
-                                                  &seq_lora, &seq_lora_local, &simplecil};
+  static const RanPac ranpac;
+  static const std::vector<const Learner*> all = {
+      &joint, &finetune, &finetune_local, &seq_lora, &seq_lora_local, &o_lora, &linear_probe, &ewc,
+      &lwf,   &er,       &simplecil,      &ranpac};
   return all;
 }
 
@@ -25,10 +38,22 @@ const Learner& find_learner(const std::string& name) {
   throw core::InternalError(fmt::format("no continual learner '{}'", name));
 }
 
-const Learner& learner_of_kind(const std::string& kind) {
+const Learner& learner_of_state(const std::string& kind) {
   for (const Learner* learner : learners())
-    if (learner->kind() == kind) return *learner;
-  throw core::InternalError(fmt::format("no continual learner has units of kind '{}'", kind));
+    if (learner->state_kind() == kind) return *learner;
+  throw core::InternalError(fmt::format("no continual learner has states of kind '{}'", kind));
+}
+
+const UnitKind& find_unit_kind(const std::string& name) {
+  static const auto all = [] {
+    std::vector<UnitKind> kinds;
+    for (const Learner* learner : learners())
+      for (UnitKind& kind : learner->unit_kinds()) kinds.push_back(std::move(kind));
+    return kinds;
+  }();
+  for (const UnitKind& kind : all)
+    if (kind.name == name) return kind;
+  throw core::InternalError(fmt::format("no continual learner has units of kind '{}'", name));
 }
 
 std::vector<std::string> learner_names() {

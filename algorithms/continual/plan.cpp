@@ -1,8 +1,6 @@
-// What a continual run wants done: one pure walk per learner, order and seed. A chain of training units (or a fan-out,
-// when the learner is not chained), each followed by one evaluation unit, which nothing waits for but the matrices at
-// the end.
+// What a continual run wants done: one pure walk per learner, order and seed, which asks the learner for the state
+// after each task. Every state is followed by one evaluation unit, which nothing waits for but the matrices at the end.
 #include <algorithm>
-#include <map>
 
 #include "algorithms/continual/continual.h"
 #include "algorithms/continual/draw.h"
@@ -12,12 +10,7 @@
 namespace moraine::algorithms::continual {
 namespace {
 
-// Raised when a change of the code changes what units of a kind give for the same spec; learners have their own.
-int64_t result_version(const std::string& kind) {
-  static const std::map<std::string, int64_t> versions = {{"evaluate", 1}, {"matrices", 1}, {"train_backbone", 1}};
-  const auto found = versions.find(kind);
-  return found == versions.end() ? learner_of_kind(kind).result_version() : found->second;
-}
+const std::string kInitialState = "train_weights";  // of the backbone with initial head rows
 
 }  // namespace
 
@@ -25,104 +18,108 @@ std::string Continual::Track::name() const {
   return fmt::format("{}/order{}/seed{}", learner->name(), stream->order, seed);
 }
 
+SiteSpec Continual::site_spec(const Stages& stages, const StreamFacts* stream) const {
+  SiteSpec spec;
+  spec.compute = compute_identity(config_.workers);
+  if (config_.images)
+    spec.images = ImagesSpec{fingerprint_, config_.images->mean, config_.images->deviation};
+  else
+    spec.texts = TextsSpec{fingerprint_};
+  spec.backbone = stages.backbone.value_or("");
+  if (spec.backbone.starts_with("random:")) spec.architecture = model_.config;
+  if (stream != nullptr)
+    spec.stream = StreamSpec{stream->order, stream->hash, config_.stream_spec(stream->order, file_classes_)};
+  return spec;
+}
+
 Unit Continual::make_unit(const std::string& kind, const std::string& label, core::Json spec,
                           std::vector<std::string> inputs, double cost, const Stages& stages) const {
-  spec["method"] = "continual";
-  spec["version"] = result_version(kind);
-  spec["compute"] = compute_identity(config_.workers);
-  spec["images"] = {
-      {"fingerprint", fingerprint_}, {"mean", config_.images.mean}, {"deviation", config_.images.deviation}};
-  if (stages.backbone) {
-    spec["backbone"] = *stages.backbone;
-    if (stages.backbone->starts_with("random:")) spec["architecture"] = architecture_.to_json();
-    if (stages.backbone->find(':') == std::string::npos)
-      inputs.push_back(*stages.backbone);  // execute() finds it by id
-  }
-  if (spec.contains("stream")) spec["stream"]["draw"] = config_.stream_spec(spec["stream"].at("order").get<int64_t>());
+  if (stages.backbone && stages.backbone->find(':') == std::string::npos)
+    inputs.push_back(*stages.backbone);  // execute() finds it by id
   return {kind, label, std::move(spec), std::move(inputs), Place::kWorker, cost};
 }
 
+double Continual::pass_cost() const { return 2 * static_cast<double>(model_.parameters * tokens_); }
+
 double Continual::evaluation_cost(const Track& track, int64_t after) const {
   const auto last = config_.evaluation.ahead ? static_cast<int64_t>(track.stream->tasks.size()) - 1 : after;
-  double images = 0;
+  double examples = 0;
   for (int64_t task = 0; task <= last; ++task)
-    images += static_cast<double>(track.stream->tasks[static_cast<size_t>(task)].test);
-  return 2 * static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1)) * images;
+    examples += static_cast<double>(track.stream->tasks[static_cast<size_t>(task)].test);
+  return pass_cost() * examples;
 }
 
 Unit Continual::evaluation_unit(const Track& track, int64_t after, const std::vector<std::string>& state,
                                 const Stages& stages) const {
   // Before the first task every learner with a head is the backbone with initial head rows: one unit serves them all.
   const bool initial = after < 0;
-  core::Json spec = {{"state", initial ? learner_of_kind("train_weights").kind() : track.learner->kind()},
-                     {"parts", state.size()},
-                     {"after", after},
-                     {"stream", {{"order", track.stream->order}, {"hash", track.stream->hash}}},
-                     {"ahead", config_.evaluation.ahead},
-                     {"batch_size", config_.evaluation.batch_size}};
-  if (!track.learner->accumulates()) spec["head_seed"] = head_seed(track.seed);
-  if (track.learner->kind() == "train_lora" && !initial)
-    spec["lora"] = adapters::adapter_schema().to_json(config_.lora);
-  return make_unit("evaluate",
+  EvaluateSpec spec;
+  static_cast<SiteSpec&>(spec) = site_spec(stages, track.stream);
+  spec.version = EvaluateSpec::kVersion;
+  spec.state = initial ? kInitialState : track.learner->state_kind();
+  spec.parts = static_cast<int64_t>(state.size());
+  spec.after = after;
+  spec.ahead = config_.evaluation.ahead;
+  spec.batch_size = config_.evaluation.batch_size;
+  if (track.learner->has_head()) spec.head_seed = head_seed(track.seed);
+  if (!initial) track.learner->describe(config_, track.seed, spec);
+  return make_unit(EvaluateSpec::kKind,
                    fmt::format("test/{}/{}", track.name(), initial ? "before" : fmt::format("after{}", after)),
-                   std::move(spec), state, evaluation_cost(track, after), stages);
+                   core::to_spec(EvaluateSpec::schema(), spec), state, evaluation_cost(track, after), stages);
+}
+
+std::optional<std::string> Continual::ask(const Track& track, int64_t task, const std::string& kind,
+                                          UnitRequest request, const TaskPlan::MakeSpec& make, const Stages& stages,
+                                          PlanBuilder& plan) const {
+  const std::string label =
+      fmt::format("train/{}/{}", request.of_run ? track.name() : track.learner->name(), request.label);
+  return plan.need(label, [&] {
+    if (find_unit_kind(kind).merges) {
+      SiteSpec site;
+      site.compute = compute_identity(config_.workers);
+      return Unit{kind, label, make(std::move(site)), std::move(request.inputs), Place::kCoordinator, 1e6};
+    }
+    Unit unit = make_unit(kind, label, make(site_spec(stages, request.of_run ? track.stream : nullptr)),
+                          std::move(request.inputs), pass_cost() * request.passes, stages);
+    const auto tasks = static_cast<int64_t>(track.stream->tasks.size());
+    if (request.of_run && track.learner->chained())
+      unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
+    return unit;
+  });
 }
 
 void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan) const {
-  const double parameters =
-      static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
-  const auto tasks = static_cast<int64_t>(track.stream->tasks.size());
-  if (config_.evaluation.ahead && !track.learner->accumulates())
+  if (config_.evaluation.ahead && track.learner->has_head())
     track.initial = plan.need(evaluation_unit(track, -1, {}, stages));
-  std::vector<std::string> before;
-  track.evaluated.resize(static_cast<size_t>(tasks));
-  bool whole = true;  // an accumulated state is what all tasks so far gave, or none
-  for (int64_t task = 0; task < tasks; ++task) {
-    std::vector<std::string> after = track.learner->accumulates() ? before : std::vector<std::string>();
-    bool complete = whole || !track.learner->accumulates();
-    for (auto& request : track.learner->units(config_, *track.stream, task, track.seed, before)) {
-      const std::string label = track.learner->accumulates()
-                                    ? fmt::format("train/{}/{}", track.learner->name(), request.label)
-                                    : fmt::format("train/{}/{}", track.name(), request.label);
-      const auto id = plan.need(label, [&] {
-        request.spec["fresh"] = request.inputs.empty();
-        Unit unit = make_unit(track.learner->kind(), label, std::move(request.spec), std::move(request.inputs),
-                              6 * parameters * request.images, stages);
-        if (track.learner->chained())
-          unit.follows = unit.cost * static_cast<double>(tasks - 1 - task) + evaluation_cost(track, tasks - 1);
-        return unit;
-      });
-      if (id) after.push_back(*id);
-      complete &= id.has_value();
-    }
-    whole = complete;
-    if (complete) {
-      track.evaluated[static_cast<size_t>(task)] = plan.need(evaluation_unit(track, task, after, stages));
-      track.states.push_back(after);
-    } else if (track.learner->chained()) {
-      return;  // the next task starts from this one
-    }
-    if (track.learner->chained() || track.learner->accumulates()) before = std::move(after);
+  State state = std::vector<std::string>();
+  for (int64_t task = 0; task < static_cast<int64_t>(track.stream->tasks.size()); ++task) {
+    TaskPlan own(config_, *track.stream, track.seed,
+                 [&](const std::string& kind, UnitRequest request, const TaskPlan::MakeSpec& make) {
+                   return ask(track, task, kind, std::move(request), make, stages, plan);
+                 });
+    state = track.learner->walk_task(own, task, state);
+    track.states.push_back(state);
+    track.evaluated.push_back(state ? plan.need(evaluation_unit(track, task, *state, stages)) : std::nullopt);
   }
+}
+
+std::optional<std::string> Continual::train_backbone_unit(PlanBuilder& plan) const {
+  const TrainConfig& train = *config_.model.train;
+  BackboneSpec spec;
+  static_cast<SiteSpec&>(spec) = site_spec({}, nullptr);
+  spec.version = BackboneSpec::kVersion;
+  spec.architecture = model_.config;
+  spec.data = backbone_fingerprint_;
+  spec.train = train_identity(train);
+  spec.seed = core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone");
+  return plan.need(make_unit(BackboneSpec::kKind, "train/backbone", core::to_spec(BackboneSpec::schema(), spec), {},
+                             3 * pass_cost() * static_cast<double>(train.steps * train.batch_size), {}));
 }
 
 Continual::Stages Continual::walk(PlanBuilder& plan) const {
   Stages stages;
-  if (!backbone_id_.empty()) {
-    stages.backbone = backbone_id_;
-  } else {
-    const TrainConfig& train = *config_.model.train;
-    const double parameters =
-        static_cast<double>(architecture_.backbone_parameters() * (architecture_.num_patches() + 1));
-    core::Json spec = {{"architecture", architecture_.to_json()},
-                       {"data", backbone_fingerprint_},
-                       {"train", train_identity(train)},
-                       {"seed", core::derive_seed(static_cast<uint64_t>(config_.seed), "continual/backbone")}};
-    stages.backbone =
-        plan.need(make_unit("train_backbone", "train/backbone", std::move(spec), {},
-                            6 * parameters * static_cast<double>(train.steps * train.batch_size), stages));
-    if (!stages.backbone) return stages;
-  }
+  stages.backbone = backbone_id_.empty() ? train_backbone_unit(plan) : backbone_id_;
+  if (!stages.backbone) return stages;
   std::vector<std::string> evaluations;
   core::Json entries = core::Json::array();
   bool complete = true;
@@ -138,20 +135,18 @@ Continual::Stages Continual::walk(PlanBuilder& plan) const {
           rows.push_back(id ? core::Json(evaluations.size()) : core::Json(nullptr));
           if (id) evaluations.push_back(*id);
         };
-        note(track.initial, config_.evaluation.ahead && !learner->accumulates());
+        note(track.initial, config_.evaluation.ahead && learner->has_head());
         for (const auto& id : track.evaluated) note(id, true);
         entries.push_back({{"name", track.name()}, {"rows", rows}});
         stages.tracks.push_back(std::move(track));
       }
   }
   if (!complete) return stages;
-  Unit unit{"matrices",
-            "matrices",
-            {{"method", "continual"}, {"version", result_version("matrices")}, {"tracks", entries}},
-            evaluations,
-            Place::kCoordinator,
-            1e6};
-  stages.matrices = plan.need(std::move(unit));
+  MatricesSpec spec;
+  spec.version = MatricesSpec::kVersion;
+  spec.tracks = std::move(entries);
+  stages.matrices = plan.need({MatricesSpec::kKind, "matrices", core::to_spec(MatricesSpec::schema(), spec),
+                               std::move(evaluations), Place::kCoordinator, 1e6});
   return stages;
 }
 

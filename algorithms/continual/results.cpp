@@ -16,8 +16,9 @@ void require(bool good, const Unit& unit, const std::string& what) {
                           "its worker runs another version, or its machine damages data");
 }
 
+template <typename T>
 bool all_finite(const core::TensorView& view) {
-  float value = 0;
+  T value = 0;
   for (size_t at = 0; at + sizeof value <= view.data.size(); at += sizeof value) {
     std::memcpy(&value, view.data.data() + at, sizeof value);
     if (!std::isfinite(value)) return false;
@@ -25,25 +26,15 @@ bool all_finite(const core::TensorView& view) {
   return true;
 }
 
+// Trained numbers are float32, sums that must add exactly float64, places of examples int64.
 void check_numbers(const Unit& unit, const core::Artefact& artefact) {
   for (const auto& view : artefact.file().tensors()) {
-    require(view.dtype == core::DType::kF32, unit, fmt::format("holds '{}', which is not float32", view.name));
-    require(all_finite(view), unit, fmt::format("holds values in '{}' that are not finite", view.name));
+    const bool single = view.dtype == core::DType::kF32, whole = view.dtype == core::DType::kI64;
+    require(single || whole || view.dtype == core::DType::kF64, unit,
+            fmt::format("holds '{}', which is of another type", view.name));
+    require(whole || (single ? all_finite<float>(view) : all_finite<double>(view)), unit,
+            fmt::format("holds values in '{}' that are not finite", view.name));
   }
-}
-
-// One row per class, every class of the logits among them.
-void check_head(const Unit& unit, const core::Artefact& artefact, const std::vector<int64_t>& logits, int64_t width) {
-  const auto classes = artefact.meta().at("classes").get<std::vector<int64_t>>();
-  for (const int64_t label : logits)
-    require(std::count(classes.begin(), classes.end(), label) == 1, unit,
-            fmt::format("has no row of its own for class {}", label));
-  const auto rows = static_cast<int64_t>(classes.size());
-  const auto* weight = artefact.file().find("head.weight");
-  const auto* bias = artefact.file().find("head.bias");
-  require(weight != nullptr && weight->shape == std::vector<int64_t>{rows, width} && bias != nullptr &&
-              bias->shape == std::vector<int64_t>{rows},
-          unit, fmt::format("has no head of {} rows", rows));
 }
 
 void check_evaluation(const Unit& unit, const core::Artefact& artefact, size_t tasks) {
@@ -69,17 +60,13 @@ void Continual::check_result(const Unit& unit, const core::Artefact& artefact) c
   const auto own = kinds.find(unit.kind);
   const std::string kind = own == kinds.end() ? unit.kind : own->second;
   require(artefact.kind() == kind, unit, fmt::format("is of kind '{}', not '{}'", artefact.kind(), kind));
-  const int64_t width = architecture_.hidden_size;
   try {
     if (kind == "accuracy_matrices") return;
     if (kind == "evaluation") return check_evaluation(unit, artefact, streams_.at(0).tasks.size());
     check_numbers(unit, artefact);
     if (kind == "backbone") return;
-    if (unit.spec.contains("logits"))
-      return check_head(unit, artefact, unit.spec.at("logits").get<std::vector<int64_t>>(), width);
-    const auto* prototype = artefact.file().find("prototype");
-    require(prototype != nullptr && prototype->shape == std::vector<int64_t>{width}, unit,
-            fmt::format("has no prototype of {} numbers", width));
+    if (const auto problem = find_unit_kind(unit.kind).problem(unit, artefact, model_.width))
+      require(false, unit, *problem);
   } catch (const core::Json::exception& error) {
     require(false, unit, fmt::format("has metadata that cannot be read: {}", error.what()));
   }

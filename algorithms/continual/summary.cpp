@@ -111,9 +111,9 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
   }
   Json notes = {
       "± is the sample standard deviation over orders and seeds; forgetting as Chaudhry (negative = gain); task mean: "
-      "the image's task is given"};
+      "the example's task is given"};
   if (config_.evaluation.split == "validation")
-    notes.push_back("validation images, for choosing settings: not a result");
+    notes.push_back("validation examples, for choosing settings: not a result");
   out["tables"].push_back(
       {{"title", "Accuracy, %"},
        {"highlight", true},
@@ -164,20 +164,21 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
   Json costs = Json::array();
   for (const Learner* learner : present)
     for (const auto& track : stages.tracks) {
-      if (track.learner != learner || track.states.size() < track.stream->tasks.size()) continue;
+      if (track.learner != learner || !track.states.back()) continue;
       int64_t bytes = 0, numbers = 0;
-      for (const auto& id : track.states.back()) {
+      for (const auto& id : *track.states.back()) {
         const auto artefact = state.artefact(id);
         bytes += static_cast<int64_t>(artefact->bytes().size());
+        if (const auto buffer = artefact->meta().find("buffer"); buffer != artefact->meta().end())
+          bytes += buffer->at("bytes").get<int64_t>();  // of the examples whose rows it holds
         for (const auto& view : artefact->file().tensors()) numbers += view.numel();
       }
-      costs.push_back(
-          {{"method", learner->name()},
-           {"what", learner->title()},
-           {"numbers", numbers},
-           {"share", 100.0 * static_cast<double>(numbers) / static_cast<double>(architecture_.backbone_parameters())},
-           {"bytes", bytes},
-           {"passes", 1}});
+      costs.push_back({{"method", learner->name()},
+                       {"what", learner->title()},
+                       {"numbers", numbers},
+                       {"share", 100.0 * static_cast<double>(numbers) / static_cast<double>(model_.parameters)},
+                       {"bytes", bytes},
+                       {"passes", 1}});
       break;
     }
   if (!costs.empty())
@@ -189,8 +190,8 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
                                column("numbers", "numbers"),
                                {{"key", "share"}, {"label", "% of the backbone"}, {"digits", 1}},
                                column("bytes", "bytes"),
-                               column("passes", "forward passes per image")}},
-                             {"notes", {fmt::format("backbone: {} parameters", architecture_.backbone_parameters())}}});
+                               column("passes", "forward passes per example")}},
+                             {"notes", {fmt::format("backbone: {} parameters", model_.parameters)}}});
 
   const auto best = std::max_element(present.begin(), present.end(), [&](const Learner* a, const Learner* b) {
     const auto score = [&](const Learner* learner) {
@@ -233,7 +234,8 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
     int64_t offset = 0;
     if (learner->chained())
       for (const auto& after : tracks.front()->states) {
-        const Json curve = state.artefact(after.front())->meta().at("curve");
+        if (!after) break;
+        const Json curve = state.artefact(after->front())->meta().value("curve", Json::array());
         for (const auto& point : curve) losses.push_back({offset + point[0].get<int64_t>(), point[1]});
         if (!curve.empty()) offset += curve.back()[0].get<int64_t>();
       }
@@ -265,7 +267,7 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
       if (any)
         out["heatmaps"].push_back({{"title", fmt::format("{}: accuracy, {}, %", learner->name(), title)},
                                    {"row_label", "model"},
-                                   {"column_label", "test images of"},
+                                   {"column_label", "test examples of"},
                                    {"rows", names},
                                    {"columns", columns},
                                    {"values", cells},
@@ -277,14 +279,14 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
     out["curves"].push_back(
         {{"title", "Class-incremental accuracy over all classes seen"},
          {"x_label", "tasks trained"},
-         {"y_label", "% of test images, pooled"},
+         {"y_label", "% of test examples, pooled"},
          {"series", accuracy},
          {"notes",
           {fmt::format("mean over {} orders x {} seeds", config_.orders.size(), config_.all_seeds().size())}}});
   if (!training.empty())
     out["curves"].push_back({{"title", "Training loss"},
                              {"x_label", "step, tasks one after the other"},
-                             {"y_label", "nats per image"},
+                             {"y_label", "nats per example"},
                              {"series", training},
                              {"notes", {"chained methods, first order and seed"}}});
 }

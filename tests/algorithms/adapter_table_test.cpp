@@ -93,7 +93,7 @@ images: {path: images.h5}
 stream: {increment: 2}
 train: {steps: 2, batch_size: 4, learning_rate: 1e-2}
 methods: [seq_lora]
-lora: ADAPTER
+learners: {seq_lora: {adapter: ADAPTER}}
 )",
        {}},
   };

@@ -1,6 +1,5 @@
 // Units of a continual run, executed in this thread on a set of tiny images, against plain loops.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <map>
 
@@ -10,15 +9,11 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/from_blob.h>
 
-#include "algorithms/register.h"
 #include "core/error.h"
-#include "core/hdf5.h"
-#include "data/fingerprint.h"
 #include "data/task_stream.h"
 #include "models/tensor_io.h"
 #include "models/vit.h"
-#include "tests/temporary_directory.h"
-#include "worker/context.h"
+#include "tests/algorithms/continual_world.h"
 
 namespace moraine::algorithms {
 namespace {
@@ -35,92 +30,16 @@ stream: {increment: 2, train_per_class: 10}
 orders: [-1, 3]
 train: {steps: 6, batch_size: 8, learning_rate: 3e-3}
 methods: [joint, finetune, finetune_local, seq_lora, simplecil]
-lora: {rank: 2}
+learners: {seq_lora: {adapter: {rank: 2}}}
 )";
 
-class ContinualRun : public testing::Test, public RunState {
+class ContinualRun : public ContinualWorld {
  protected:
   ContinualRun() {
-    write_images("images.h5", 6, 97);
-    write_images("others.h5", 3, 98);
     std::filesystem::copy_file(folder_ / "images.h5", folder_ / "images_copy.h5");
     std::filesystem::copy_file(folder_ / "others.h5", folder_ / "others_copy.h5");
     folder_.write("recipe.yaml", kRecipe);
   }
-
-  // Noisy images whose brightest pixel tells the class; 14 training and 5 test images each.
-  void write_images(const std::string& name, int64_t classes, uint32_t state) {
-    core::Hdf5File file(folder_ / name, core::Hdf5File::Mode::kCreate);
-    file.set_attribute("format", "moraine-images");
-    file.set_attribute("format_version", 1);
-    file.set_attribute("name", "tiny");
-    core::Json names = core::Json::array();
-    for (int64_t label = 0; label < classes; ++label) names.push_back("c" + std::to_string(label));
-    file.set_attribute("class_names", names.dump());
-    for (const auto& [split, each] : {std::pair{"train", 14}, std::pair{"test", 5}}) {
-      std::vector<uint8_t> pixels;
-      std::vector<int64_t> labels;
-      for (int64_t row = 0; row < each * classes; ++row) {
-        labels.push_back(row % classes);
-        for (int64_t pixel = 0; pixel < 16; ++pixel) {
-          state = state * 1664525 + 1013904223;
-          pixels.push_back(static_cast<uint8_t>((state >> 24) / 2 + (pixel == 2 * labels.back() ? 120 : 0)));
-        }
-      }
-      file.write<uint8_t>(std::string(split) + "/images", pixels, {each * classes, 1, 4, 4});
-      file.write<int64_t>(std::string(split) + "/labels", labels, {each * classes});
-    }
-    file.set_attribute("fingerprint", data::image_fingerprint(file));
-    file.close();
-  }
-
-  std::optional<std::string> result(const std::string& unit) const override {
-    const auto it = results_.find(unit);
-    return it == results_.end() ? std::nullopt : std::optional(it->second->id());
-  }
-  core::ArtefactPtr artefact(const std::string& id) const override { return artefacts_.at(id); }
-
-  core::ArtefactPtr execute(const Method& by, const Unit& unit) {
-    static const std::atomic<int> no_signals{0};
-    worker::WorkerOptions options;
-    worker::DirectContext context(unit, 1, options, no_signals,
-                                  {.artefact = [&](const std::string& id) { return artefacts_.at(id); },
-                                   .metric = [](const core::metrics::Record&) {},
-                                   .progress = [](double, double) {}});
-    return by.execute(unit, context);
-  }
-
-  // Runs everything and returns the finished units by label.
-  std::map<std::string, Unit> run(const std::vector<std::string>& overrides = {}) {
-    results_.clear();
-    recipe_ = load_recipe(folder_ / "recipe.yaml", overrides);
-    recipe_.method->open_inputs();
-    for (Plan plan = recipe_.method->plan(*this); !plan.pending.empty(); plan = recipe_.method->plan(*this))
-      for (const auto& unit : plan.pending) {
-        results_[unit.id()] = execute(*recipe_.method, unit);
-        artefacts_[results_[unit.id()]->id()] = results_[unit.id()];
-        EXPECT_NO_THROW(recipe_.method->check_result(unit, *results_[unit.id()])) << unit.label;
-      }
-    EXPECT_EQ(recipe_.method->missing_result(*this), std::nullopt);
-    std::map<std::string, Unit> units;
-    for (const auto& unit : recipe_.method->plan(*this).finished) units[unit.label] = unit;
-    return units;
-  }
-  core::Json tested(const std::map<std::string, Unit>& units, const std::string& label) const {
-    return results_.at(units.at(label).id())->meta().at("result");
-  }
-  std::string refusal(const std::vector<std::string>& overrides) {
-    try {
-      load_recipe(folder_ / "recipe.yaml", overrides).method->open_inputs();
-    } catch (const core::UserError& error) {
-      return error.what();
-    }
-    return "accepted";
-  }
-
-  TemporaryDirectory folder_;
-  ParsedRecipe recipe_;
-  std::map<std::string, core::ArtefactPtr> results_, artefacts_;
 };
 
 TEST_F(ContinualRun, CellsObeyTheRelationsOfTheirSettings) {
@@ -264,12 +183,12 @@ TEST_F(ContinualRun, UnitsRunTheirSpecificationWhateverTheWorkersOwnRecipeSays) 
                                          "train.clip_norm=0.001",
                                          "train.checkpoint_every=1",
                                          "train.log_every=1",
-                                         "lora.rank=1",
-                                         "lora.alpha=1",
-                                         "lora.target_modules=[query]",
-                                         "lora.use_rslora=true",
-                                         "lora.init=gaussian",
-                                         "lora_train={steps: 2}",
+                                         "learners.seq_lora.adapter.rank=1",
+                                         "learners.seq_lora.adapter.alpha=1",
+                                         "learners.seq_lora.adapter.target_modules=[query]",
+                                         "learners.seq_lora.adapter.use_rslora=true",
+                                         "learners.seq_lora.adapter.init=gaussian",
+                                         "learners.seq_lora.train={steps: 2}",
                                          "evaluation.batch_size=3",
                                          "evaluation.ahead=false",
                                          "metrics=[last_pooled]"};
@@ -402,12 +321,12 @@ TEST_F(ContinualRun, InputsThatDoNotFitAreNamed) {
       {"metrics.0: fwt cannot be had from this stream: it needs accuracies on tasks before they are trained (set "
        "evaluation.ahead: true",
        {"metrics=[fwt]", "evaluation.ahead=false"}},
-      {"simplecil has no prototype of a class to come", {"metrics=[transfer]", "methods=[simplecil]"}},
+      {"these methods know nothing of classes to come", {"metrics=[transfer]", "methods=[simplecil]"}},
       {"intransigence cannot be had from this stream: it needs the method joint",
        {"metrics=[intransigence]", "methods=[finetune]"}},
       {"it compares tasks, and the stream has one", {"metrics=[bwt]", "stream.increment=6"}},
       {"would know the labels of tasks to come", {"model.data_path=" + (folder_ / "images.h5").string()}},
-      {"rank", {"lora.rank=9"}},
+      {"rank", {"learners.seq_lora.adapter.rank=9"}},
   };
   for (const auto& [part, overrides] : cases) {
     EXPECT_NE(refusal(overrides).find(part), std::string::npos) << part << ":\n" << refusal(overrides);

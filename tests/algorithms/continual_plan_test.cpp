@@ -151,11 +151,34 @@ TEST_F(ContinualPlan, AChangedKeyRedoesOnlyWhatItDetermines) {
   EXPECT_EQ(pending("train.checkpoint_every=7"), Kinds{});
   EXPECT_EQ(pending("metrics=[bwt]"), Kinds{});
   EXPECT_EQ(pending("methods=[joint, simplecil]"), Kinds{"matrices"});
-  EXPECT_EQ(pending("lora.rank=4"), Kinds{"train_lora"});
+  EXPECT_EQ(pending("learners.seq_lora.adapter.rank=4"), Kinds{"train_lora"});
   EXPECT_EQ(pending("train.steps=61"), Kinds{"train_weights"});
   EXPECT_EQ(pending("evaluation.batch_size=7"), Kinds{"evaluate"});
   EXPECT_EQ(pending("seeds=[1, 2, 3]"), (Kinds{"train_weights", "train_lora", "evaluate"}));
   EXPECT_EQ(pending("seed=2"), Kinds{"train_backbone"});
+}
+
+// As recipe.json and inputs.json stood in run directories before learners had options of their own and backbones were
+// of other families.
+TEST_F(ContinualPlan, RunsRecordedWithOlderKeysKeepTheirUnits) {
+  const auto recipe = load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/continual/fashion_mnist.yaml", {});
+  core::Json inputs = recipe.method->inputs(), older = recipe.values;
+  const core::Json options = older.at("learners").at("seq_lora");
+  older["lora"] = options.at("adapter");
+  older["lora_train"] = options.at("train");
+  older.erase("learners");
+  inputs["streams"] = {
+      {{"order", -1}, {"hash", "stream"}, {"tasks", {{{"classes", {0, 1}}, {"train", 40}, {"test", 20}}}}}};
+  core::Json older_inputs = inputs;
+  older_inputs["architecture"] = inputs.at("model").at("config");
+  older_inputs.erase("model");
+  older_inputs.erase("tokens");
+  const MethodEntry& entry = find_method("continual");
+  EXPECT_EQ(entry.identity(older), entry.identity(recipe.values));
+  finish_all(*entry.restore(recipe.values, inputs));
+  const auto restored = entry.restore(older, older_inputs);
+  EXPECT_TRUE(restored->plan(*this).pending.empty()) << restored->plan(*this).pending.front().spec;
+  EXPECT_EQ(restored->inputs().at("model").at("slots"), inputs.at("model").at("slots"));
 }
 
 TEST_F(ContinualPlan, AnUnfinishedRunHasASummary) {
@@ -197,6 +220,14 @@ TEST(ContinualConfig, WrongRecipesAreRefused) {
       {"train.dtype=bfloat16", "float32"},
       {"model.architecture.patch_size=5", "multiple of patch_size"},
       {"stream.increment=0", "increment"},
+      {"stream.tasks=[{classes: [0]}, {path: one.h5}]", "give either all tasks a path or none"},
+      {"stream.tasks=[{}]", "give one of classes and path"},
+      {"lora.rank=4", "lora: has moved to learners.seq_lora.adapter"},
+      {"lora_train={steps: 3}", "lora_train: has moved to learners.seq_lora.train"},
+      {"learners.seq_lora.adaptor.rank=4", "did you mean 'adapter'"},
+      {"learners.seq_laro.adapter.rank=4", "did you mean 'seq_lora'"},
+      {"images=null", "give exactly one of images, texts and tasks with paths"},
+      {"texts.path=texts.h5", "give exactly one of images, texts and tasks with paths"},
   };
   for (const auto& [change, part] : cases)
     EXPECT_NE(refusal(change).find(part), std::string::npos) << change << ": " << refusal(change);

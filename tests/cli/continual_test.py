@@ -29,8 +29,19 @@ stream: {increment: 2}
 orders: [-1, 1993]
 methods: [joint, finetune, seq_lora, simplecil]
 train: {steps: STEPS, batch_size: 8, checkpoint_every: 5, log_every: 5}
-lora: {rank: 2}
+learners: {seq_lora: {adapter: {rank: 2}}}
 workers: {local: 2}
+"""
+EVERY_METHOD = "methods=[finetune, seq_lora, o_lora, linear_probe, ewc, lwf, er, simplecil, ranpac]"
+TEXTS = f"""
+name: texts
+method: continual
+model: {{path: {SOURCE}/recipes/models/tiny-public}}
+texts: {{path: texts.h5}}
+stream: {{increment: 2, train_per_class: 12, test_per_class: 4}}
+train: {{steps: 4, batch_size: 4}}
+learners: {{seq_lora: {{adapter: {{type: dora, rank: 2}}}}, ewc: {{samples: 5}}, er: {{buffer_size: 10}}, ranpac: {{features: 20}}}}
+workers: {{local: 1}}
 """
 
 
@@ -73,7 +84,9 @@ def workers_and_kills_do_not_change_the_matrices(world: World) -> None:
     world.recipe.write_text(RECIPE.replace("STEPS", "60").replace("[-1, 1993]", "[1993]").replace("[joint, ", "["))
     for workers in (1, 3):
         world.run(f"w{workers}", f"workers.local={workers}")
+        world.run(f"every{workers}", f"workers.local={workers}", EVERY_METHOD, "train.steps=8", "learners.ranpac.features=20")
     assert world.hash("w1") == world.hash("w3")
+    assert world.hash("every1") == world.hash("every3")
     for number, sign in enumerate((signal.SIGKILL, signal.SIGTERM)):   # in the middle of the chain, each start a little later
         process = subprocess.Popen(world.command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         started = 0
@@ -89,6 +102,21 @@ def workers_and_kills_do_not_change_the_matrices(world: World) -> None:
     assert world.hash("killed") == world.hash("w1")
     world.run("seed", "seeds=[2]")
     assert world.hash("seed") != world.hash("w1")
+
+
+def texts_are_learnt_like_images(world: World) -> None:
+    records = world.directory / "texts.jsonl"
+    records.write_text("".join(json.dumps({"t": f"{'abcdef'[i % 6]} number {i}", "l": f"c{i % 6}"}) + "\n" for i in range(240)))
+    subprocess.run([sys.executable, SOURCE / "scripts/prepare_examples.py", "classification", "--name", "texts", "--out", world.directory / "texts.h5", "--text", "t",
+                    "--label", "l", "--test", "0.3", records], check=True, capture_output=True)
+    world.recipe.write_text(TEXTS)
+    for workers in (1, 3):
+        done = world.run(f"w{workers}", f"workers.local={workers}", EVERY_METHOD)
+    expect_in(done.stdout, "ranpac", "linear_probe")
+    assert world.hash("w1") == world.hash("w3")
+    expect_in(world.run("refused", "model.image_size=8", expect=2).stderr, "reads no images")
+    images = ("texts=null", "images.path=images.h5")
+    expect_in(world.run("refused", *images, expect=2).stderr, "which reads no images")
 
 
 def chains_trained_by_groups_equal_one_process(world: World) -> None:
@@ -138,6 +166,8 @@ def bad_recipes_are_refused(world: World) -> None:
         ("stream.tasks=[{classes: [0, 1, 2]}, {classes: [4, 5]}]",): ("class 3 is in no task",),
         ("metrics=[fwt]", "evaluation.ahead=false"): ("fwt cannot be had from this stream", "evaluation.ahead: true"),
         ("metrics=[forgeting_pycil]",): ("forgetting_pycil",),
+        ("lora.rank=3",): ("lora: has moved to learners.seq_lora.adapter",),
+        ("methods=[seq_lora]", "learners.seq_lora.adapter.type=lora_sb"): ("learners.seq_lora", "start from examples"),
         ("methods=[simplecl]",): ("did you mean 'simplecil'",),
         ("images.path=nowhere.h5",): ("nowhere.h5",),
         ("images.path=recipe.yaml",): ("recipe.yaml",),

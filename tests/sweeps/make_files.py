@@ -35,6 +35,13 @@ for name, shift in (("completion", 1), ("others", 2)):
     subprocess.run([sys.executable, SOURCE / "scripts/prepare_examples.py", "completion", "--name", name, "--out", directory / f"examples/{name}.h5", "--prompt", "q",
                     "--completion", "a", records], check=True, capture_output=True)
 
+# Texts with classes.
+for name, classes in (("labelled", 6), ("relabelled", 4)):
+    records = directory / f"examples/{name}.jsonl"
+    records.write_text("".join('{"t": "number %d", "l": "%d"}\n' % (i, i % classes) for i in range(120)))
+    subprocess.run([sys.executable, SOURCE / "scripts/prepare_examples.py", "classification", "--name", name, "--out", directory / f"examples/{name}.h5", "--text", "t",
+                    "--label", "l", "--test", "0.3", records], check=True, capture_output=True)
+
 # A token for every letter: the texts are of single bytes.
 letters = [chr(code) for code in range(32, 127)] + ["\n"]
 special = ["[UNK]", "[CLS]", "[SEP]"]

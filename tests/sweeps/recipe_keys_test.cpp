@@ -158,7 +158,7 @@ class RecipeKeys : public testing::TestWithParam<std::string> {
     for (const uint64_t seed : {1, 2}) write_model(seed);
     write_vit();
     fs::create_directories(*files_ / "copies");
-    for (const char* name : {"text", "images", "encoder", "encoded", "model1"})
+    for (const char* name : {"text", "images", "encoder", "encoded", "examples", "model1"})
       fs::copy(*files_ / name, *files_ / "copies" / name, fs::copy_options::recursive);
   }
   static void TearDownTestSuite() { files_.reset(); }
@@ -198,6 +198,7 @@ class RecipeKeys : public testing::TestWithParam<std::string> {
   void examine(const Sweep& sweep, const Key& key);
 
   static std::vector<Sweep> sweeps_of(const std::string& method);
+  static void change_adapter(const std::string& at, std::map<std::string, Change>& changes);
   static std::vector<Sweep> flexmore();
   static std::vector<Sweep> federated(const std::string& method);
   static std::vector<Sweep> continual();
@@ -347,8 +348,25 @@ train: {{steps: 2, batch_size: 2}}
            {}}};
 }
 
+// Keys of an adapter whose rank_pattern names query and whose alpha_pattern names value.
+void RecipeKeys::change_adapter(const std::string& at, std::map<std::string, Change>& changes) {
+  const auto set = [&](const std::string& key, const std::string& value) { return at + key + "=" + value; };
+  changes[at + "type"] = {.change = {set("type", "dora")}};
+  changes[at + "options"] = {.context = {set("type", "dylora"), set("rank_pattern", "[]")},
+                             .change = {set("options", "{frozen: false}")}};
+  changes[at + "target_modules"] = {.change = {set("target_modules", "[query, value, key]")}};
+  changes[at + "target_regex"] = {.change = {set("target_regex", ".*query|.*value|.*key")}};
+  changes[at + "exclude_modules"] = {.context = {set("target_modules", "[query, value, key]")},
+                                     .change = {set("exclude_modules", "[key]")}};
+  changes[at + "exclude_regex"] = {.context = {set("target_modules", "[query, value, key]")},
+                                   .change = {set("exclude_regex", ".*key")}};
+  changes[at + "layers_to_transform"] = {.change = {set("layers_to_transform", "[0]")}};
+  changes[at + "rank_pattern.0.module"] = {.change = {set("rank_pattern.0.module", "value")}};
+  changes[at + "alpha_pattern.0.module"] = {.change = {set("alpha_pattern.0.module", "query")}};
+}
+
 std::vector<Sweep> RecipeKeys::continual() {
-  const std::string recipe = R"(
+  std::string recipe = R"(
 name: sweep
 method: continual
 model:
@@ -358,8 +376,14 @@ model:
 images: {path: images/images.h5}
 stream: {increment: 2, validation_per_class: 2}
 train: {steps: 4, batch_size: 8}
-lora: {rank: 2, target_modules: [query, value], rank_pattern: [{module: query, rank: 1}], alpha_pattern: [{module: value, alpha: 2}]}
-lora_train: {steps: 3, batch_size: 8}
+methods: [joint, finetune, finetune_local, seq_lora, seq_lora_local, o_lora, linear_probe, ewc, lwf, er, simplecil, ranpac]
+learners:
+  seq_lora: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
+  o_lora: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
+  linear_probe: {train: {steps: 3, batch_size: 8}}
+  ewc: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
+  lwf: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
+  er: {adapter: ADAPTER, train: {steps: 3, batch_size: 8}}
 )";
   std::map<std::string, Change> changes = {
       {"name", {.change = {"name=other"}}},
@@ -378,27 +402,44 @@ lora_train: {steps: 3, batch_size: 8}
       {"stream.train_per_class", {.context = {"stream.train_per_class=6"}}},
       {"orders", {.change = {"orders=[1993]"}}},
       {"seeds", {.change = {"seeds=[5]"}}},
-      {"lora.type", {.change = {"lora.type=dora"}}},
-      {"lora.options",
-       {.context = {"lora.type=dylora", "lora.rank_pattern=[]"}, .change = {"lora.options={frozen: false}"}}},
-      {"lora.target_modules", {.change = {"lora.target_modules=[query, value, key]"}}},
-      {"lora.target_regex", {.change = {"lora.target_regex=.*query|.*value|.*key"}}},
-      {"lora.exclude_modules",
-       {.context = {"lora.target_modules=[query, value, key]"}, .change = {"lora.exclude_modules=[key]"}}},
-      {"lora.exclude_regex",
-       {.context = {"lora.target_modules=[query, value, key]"}, .change = {"lora.exclude_regex=.*key"}}},
-      {"lora.layers_to_transform", {.change = {"lora.layers_to_transform=[0]"}}},
-      {"lora.rank_pattern.0.module", {.change = {"lora.rank_pattern.0.module=value"}}},
-      {"lora.alpha_pattern.0.module", {.change = {"lora.alpha_pattern.0.module=query"}}},
       {"train.momentum", {.context = {"train.optimizer=sgd"}}},
       {"train.dtype", {.refused = true}},
       {"model.train.momentum", {.context = {"model.train.optimizer=sgd"}}},
       {"model.train.dtype", {.refused = true}},
-      {"lora_train.momentum", {.context = {"lora_train.optimizer=sgd"}}},
-      {"lora_train.dtype", {.refused = true}},
       {"metrics", {.only_drawn = true}},
   };
-  return {{"continual", recipe, std::move(changes), {}}};
+  const std::string adapter =
+      "{rank: 2, target_modules: [query, value], rank_pattern: [{module: query, rank: 1}], alpha_pattern: [{module: "
+      "value, alpha: 2}]}";
+  for (size_t at = recipe.find("ADAPTER"); at != std::string::npos; at = recipe.find("ADAPTER"))
+    recipe.replace(at, 7, adapter);
+  for (const std::string learner : {"seq_lora", "o_lora", "linear_probe", "ewc", "lwf", "er"}) {
+    const std::string train = "learners." + learner + ".train.";
+    changes[train + "momentum"] = {.context = {train + "optimizer=sgd"}};
+    changes[train + "dtype"] = {.refused = true};
+    if (learner != "linear_probe") change_adapter("learners." + learner + ".adapter.", changes);
+  }
+  for (const std::string key : {"type", "options", "init"}) {  // o_lora is of plain LoRAs
+    const std::string at = "learners.o_lora.adapter.";
+    changes[at + key] = {.change = {at + (key == "init" ? "init=pissa" : "type=dylora")}, .refused = true};
+  }
+  const std::string texts = R"(
+name: sweep
+method: continual
+model: {path: model1}
+texts: {path: examples/labelled.h5}
+stream: {increment: 2}
+train: {steps: 4, batch_size: 8}
+methods: [simplecil]
+)";
+  changes["texts.path"] = changes["stream.tasks.0.path"] = {.elsewhere = true};
+  const std::map<std::string, Change> of_texts = {
+      {"texts.path", path_change("texts.path", "examples/labelled.h5", "examples/relabelled.h5")},
+      {"stream.tasks.0.path",
+       path_change("stream.tasks.0.path", "examples/labelled.h5", "examples/relabelled.h5",
+                   {"texts=null", "stream.tasks=[{path: " + file("examples/labelled.h5") + "}]"})}};
+  return {{"continual", recipe, std::move(changes), {}},
+          {"continual", texts, of_texts, {"texts.path", "stream.tasks.0.path"}}};
 }
 
 std::vector<Sweep> RecipeKeys::finetune() {

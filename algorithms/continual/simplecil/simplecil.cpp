@@ -1,6 +1,5 @@
 #include "algorithms/continual/simplecil/simplecil.h"
 
-#include <algorithm>
 #include <map>
 
 #include <ATen/TensorOperators.h>
@@ -8,81 +7,89 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
 
-#include "algorithms/continual/config.h"
+#include "algorithms/continual/class_units.h"
 #include "core/error.h"
 #include "models/tensor_io.h"
 
 namespace moraine::algorithms::continual {
 namespace {
 
-constexpr size_t kBatch = 100;  // images per forward pass; fixed, because a prototype's last bits depend on it
+/// The mean feature of a class.
+struct PrototypeSpec : ClassSpec {
+  static constexpr const char* kKind = "prototype";
+  static constexpr int64_t kVersion = 1;
+  static const core::Schema<PrototypeSpec>& schema() {
+    static const auto schema = [] {
+      core::Schema<PrototypeSpec> s;
+      add_class_fields(s);
+      return s;
+    }();
+    return schema;
+  }
+};
 
 at::Tensor unit_length(const at::Tensor& x) { return x / x.norm(2, {-1}, /*keepdim=*/true).clamp_min(1e-12); }
 
 class CosineClassifier final : public Classifier {
  public:
-  CosineClassifier(models::Vit vit, std::map<int64_t, at::Tensor> prototypes)
-      : vit_(std::move(vit)), prototypes_(std::move(prototypes)) {}
-  bool knows(int64_t label) const override { return prototypes_.count(label) > 0; }
-  at::Tensor scores(const at::Tensor& images, std::span<const int64_t> labels) override {
+  CosineClassifier(std::unique_ptr<models::Backbone> model, std::map<int64_t, at::Tensor> prototypes)
+      : model_(std::move(model)), prototypes_(std::move(prototypes)) {}
+  bool knows(int64_t label) const override { return prototypes_.contains(label); }
+  at::Tensor scores(const models::Input& batch, std::span<const int64_t> labels, std::optional<int64_t>) override {
     std::vector<at::Tensor> rows;
     for (const int64_t label : labels) rows.push_back(prototypes_.at(label));
-    return at::linear(unit_length(vit_.features(images)), at::stack(rows));
+    return at::linear(unit_length(model_->features(batch)), at::stack(rows));
   }
 
  private:
-  models::Vit vit_;
+  std::unique_ptr<models::Backbone> model_;
   std::map<int64_t, at::Tensor> prototypes_;  // of unit length
 };
 
-}  // namespace
-
-std::vector<UnitRequest> SimpleCil::units(const ContinualConfig& config, const StreamFacts& stream, int64_t task,
-                                          int64_t, const std::vector<std::string>&) const {
-  std::vector<UnitRequest> out;
-  const auto& own = stream.tasks[static_cast<size_t>(task)];
-  for (const int64_t label : own.classes)
-    out.push_back({fmt::format("class{}", label),
-                   {{"class", label},
-                    {"images_seed", config.seed},
-                    {"leave_out", config.stream.leave_out},
-                    {"train_per_class", config.stream.train_per_class},
-                    {"validation_per_class", config.stream.validation_per_class}},
-                   {},
-                   static_cast<double>(own.train) / static_cast<double>(own.classes.size()) / 3});
-  return out;
-}
-
-core::ArtefactPtr SimpleCil::execute(const Unit& unit, const LearnerSite& site) const {
+core::ArtefactPtr make_prototype(const Unit& unit, const LearnerSite& site) {
   const at::NoGradGuard no_grad;
-  const auto label = unit.spec.at("class").get<int64_t>();
-  std::vector<int64_t> rows;  // the same in the stream of every order
-  for (const auto& task : site.stream->tasks) {
-    const auto labels = site.images->labels("train", task.train);
-    for (size_t i = 0; i < labels.size(); ++i)
-      if (labels[i] == label) rows.push_back(task.train[i]);
-  }
-  MORAINE_CHECK(!rows.empty(), "class {} is in no task", label);
-  models::Vit vit = site.base->share();
+  const auto spec = core::from_spec(PrototypeSpec::schema(), unit.spec);
+  const std::vector<int64_t> rows = class_rows(spec, site);
   at::Tensor sum;
-  for (size_t first = 0; first < rows.size(); first += kBatch) {
-    const auto part = std::span(rows).subspan(first, std::min(kBatch, rows.size() - first));
-    const at::Tensor features = vit.features(site.images->batch("train", part)).to(at::kDouble).sum(0);
-    sum = sum.defined() ? sum + features : features;
-    site.context.progress(static_cast<double>(first + part.size()), static_cast<double>(rows.size()));
-  }
+  each_feature_batch(
+      rows, site, [&](const at::Tensor& features) { sum = sum.defined() ? sum + features.sum(0) : features.sum(0); });
   const models::NamedTensors tensors = {{"prototype", (sum / static_cast<double>(rows.size())).to(at::kFloat).cpu()}};
   std::vector<at::Tensor> keep;
-  return core::Artefact::create(kind(), {{"class", label}, {"images", rows.size()}}, models::views_of(tensors, keep));
+  return core::Artefact::create(unit.kind, {{"class", spec.label}, {"images", rows.size()}},
+                                models::views_of(tensors, keep));
 }
 
-std::unique_ptr<Classifier> SimpleCil::classifier(const std::vector<core::ArtefactPtr>& state, uint64_t,
+std::optional<std::string> problem_of_prototype(const Unit&, const core::Artefact& artefact, int64_t width) {
+  const auto* prototype = artefact.file().find("prototype");
+  if (prototype != nullptr && prototype->shape == std::vector<int64_t>{width}) return std::nullopt;
+  return fmt::format("has no prototype of {} numbers", width);
+}
+
+}  // namespace
+
+State SimpleCil::walk_task(TaskPlan& plan, int64_t task, const State& before) const {
+  State after = before;
+  for (const int64_t label : plan.stream.tasks[static_cast<size_t>(task)].classes) {
+    PrototypeSpec spec;
+    plan_class(spec, plan, label);
+    const auto id = plan.need(std::move(spec), class_request(plan, task, label));
+    if (!id) after.reset();
+    if (after) after->push_back(*id);
+  }
+  return after;
+}
+
+std::vector<UnitKind> SimpleCil::unit_kinds() const {
+  return {{PrototypeSpec::kKind, make_prototype, problem_of_prototype}};
+}
+
+std::unique_ptr<Classifier> SimpleCil::classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec&,
                                                   const LearnerSite& site) const {
   std::map<int64_t, at::Tensor> prototypes;
   for (const auto& artefact : state)
     prototypes[artefact->meta().at("class").get<int64_t>()] =
         unit_length(models::copy_of(*artefact->file().find("prototype")).to(site.context.device()));
-  return std::make_unique<CosineClassifier>(site.base->share(), std::move(prototypes));
+  return std::make_unique<CosineClassifier>(site.base->shared_on(site.context.device()), std::move(prototypes));
 }
 
 }  // namespace moraine::algorithms::continual

@@ -8,23 +8,25 @@
 
 namespace moraine::algorithms::continual {
 
-/// SimpleCIL: no training. A class's prototype is the mean CLS feature of its training images on the frozen backbone;
-/// an image belongs to the prototype of the largest cosine. One unit per class, which depends on neither order nor
-/// seed, so all runs of a recipe share them; exact under any sharding of classes. A worker sends d numbers per class.
+/// SimpleCIL: no training. A class's prototype is the mean feature of its training examples on the frozen backbone; an
+/// example belongs to the prototype of the largest cosine. One unit per class, which depends on neither order nor seed,
+/// so all runs of a recipe share them; exact under any sharding of classes. A worker sends d numbers per class.
 /// Source: SimpleCIL in APER (arXiv 2303.07338).
 class SimpleCil final : public Learner {
  public:
   std::string name() const override { return "simplecil"; }
   std::string title() const override { return "class means on the frozen backbone"; }
-  std::string kind() const override { return "prototype"; }
-  bool chained() const override { return false; }
-  bool accumulates() const override { return true; }
-  std::vector<UnitRequest> units(const ContinualConfig& config, const StreamFacts& stream, int64_t task, int64_t seed,
-                                 const std::vector<std::string>& before) const override;
-  core::ArtefactPtr execute(const Unit& unit, const LearnerSite& site) const override;
-  std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, uint64_t head_seed,
+  State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
+  std::vector<UnitKind> unit_kinds() const override;
+  std::string state_kind() const override { return "prototype"; }
+  std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                          const LearnerSite& site) const override;
-  int64_t trained_parameters(const ContinualConfig&, const models::Vit&) const override { return 0; }
+  bool chained() const override { return false; }
+  bool has_head() const override { return false; }
+  int64_t trained_parameters(const ContinualConfig&, const models::ModelFacts&) const override { return 0; }
+  int64_t numbers_per_class(const ContinualConfig&, const models::ModelFacts& model) const override {
+    return model.width;
+  }
 };
 
 }  // namespace moraine::algorithms::continual
