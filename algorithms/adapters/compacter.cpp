@@ -70,6 +70,8 @@ class Compacter final : public Parametrisation {
     return "sum of Kronecker products with factors that all slots share (Compacter's layer, arXiv 2106.04647)";
   }
   Traits traits() const override { return {.zero_at_init = false, .uses_rank = false}; }
+  /// The sum over i of A_i (x) s_i t_i^T is linear in each of the three alone.
+  TensorTraits tensor_traits(std::string_view name) const override { return {.averages_exactly = name == "phm_t"}; }
   core::Json options() const override { return {{"n", 4}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto n = option_of(config, "n").get<int64_t>();

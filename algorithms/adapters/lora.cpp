@@ -38,6 +38,8 @@ class Lora final : public Parametrisation {
   std::string summary() const override {
     return "low-rank update s B A (LoRA, arXiv 2106.09685; rsLoRA, PiSSA and OLoRA by use_rslora and init)";
   }
+  Traits traits() const override { return {.factored = true}; }
+  TensorTraits tensor_traits(std::string_view name) const override { return pair_traits(name); }
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {
     const int64_t factors = lora_parameters(targets);
     return {factors, starts_from_base(config) ? 2 * factors : factors};
@@ -59,6 +61,12 @@ class Lora final : public Parametrisation {
 };
 
 }  // namespace
+
+TensorTraits pair_traits(std::string_view name) {
+  if (name == "lora_A.weight") return {.averages_exactly = false, .ranks_at = 0};
+  if (name == "lora_B.weight") return {.averages_exactly = true, .ranks_at = 1};
+  return {};
+}
 
 LoraFactors first_factors(const SlotInit& init) {
   const at::NoGradGuard no_grad;
@@ -110,7 +118,10 @@ models::NamedTensors LoraSlot::state() const {
 
 std::optional<Factored> LoraSlot::factored(const models::SlotBase&) const {
   Factored parts{{{b_.detach(), a_.detach()}}, options_.scale};
-  if (a0_.defined()) parts.parts.emplace_back(b0_.neg(), a0_);
+  if (a0_.defined()) {
+    parts.parts.emplace_back(b0_.neg(), a0_);
+    parts.frozen = 1;
+  }
   return parts;
 }
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -25,6 +26,7 @@ namespace moraine::algorithms::adapters {
 struct Factored {
   std::vector<std::pair<at::Tensor, at::Tensor>> parts;  // (b, a)
   double scale = 1;
+  size_t frozen = 0;  // of the parts the last ones, which training does not move
 };
 
 /// A parametrisation's function on one slot.
@@ -58,7 +60,19 @@ struct Traits {
   bool nested_ranks = false;    // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool from_seed = false;       // a part comes from create()'s seed alone and is not stored
   bool needs_examples = false;  // start values need SlotInit::gradient, over as many examples as its option `examples`
+  // SlotAdapter::factored() has the change of every slot, in factors that are affine in the trained tensors
+  bool factored = false;
+  bool averages_exactly = false;                       // as TensorTraits', of everything that is trained at once
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
+};
+
+/// What a procedure may do with one trained tensor of a type.
+struct TensorTraits {
+  /// What the slot computes is affine in this tensor and all others that say so, jointly, while the rest is held: then
+  /// the mean of the tensors gives the mean of the changes.
+  bool averages_exactly = false;
+  /// The dimension whose first r entries, in all tensors that have one, are the adapter of rank r at the same scale.
+  std::optional<int64_t> ranks_at = std::nullopt;
 };
 
 /// What a slot's adapter is made of.
@@ -89,6 +103,8 @@ class Parametrisation {
   virtual std::string name() const = 0;     // as in recipes
   virtual std::string summary() const = 0;  // one line, with its source
   virtual Traits traits() const { return {}; }
+  /// Of a trained tensor by its name relative to the slot, or among the shared ones.
+  virtual TensorTraits tensor_traits(std::string_view name) const;
   /// Raised when a change of the code changes results for the same specification.
   virtual int64_t result_version() const { return 1; }
   /// AdapterConfig::options with their defaults; no others are allowed, and types must agree.

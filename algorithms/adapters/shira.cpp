@@ -127,7 +127,7 @@ class Shira final : public Parametrisation {
   std::string summary() const override {
     return "some entries of the weight, at random or the largest (SHiRA, arXiv 2406.13175)";
   }
-  Traits traits() const override { return {.reads_base = true, .from_seed = true}; }
+  Traits traits() const override { return {.reads_base = true, .from_seed = true, .averages_exactly = true}; }
   core::Json options() const override { return {{"mask", "rand"}, {"density", 0.0}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override;
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {
