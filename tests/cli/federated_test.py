@@ -278,7 +278,7 @@ def bad_federations_are_refused(world: Federation) -> None:
         ("comparisons=[central]",): ("comparisons", "centralised"),
         ("lora.type=lora_sb", "lora.alpha=4"): ("lora.type", "lora_sb starts from examples", "would tell of its data"),
         ("method=flora", "lora.type=dora"): ("type dora is no product of factors", "method: fedit"),
-        ("method=ffa_lora", "lora.type=lora_xs"): ("lora_xs averages exactly", "method: fedit"),
+        ("method=ffa_lora", "lora.type=lora_xs"): ("all that type lora_xs trains averages exactly", "method: fedit"),
         ("lora.type=ia3", "lora.rank=8", "lora.alpha=8", "lora.options={feedforward_modules: [up_proj]}"): ("up_proj",),
         ("clients.partition=domain", "clients.count=1", "clients.per_round=0"): ("at least one client per domain",),
     }
