@@ -27,7 +27,8 @@ std::vector<std::string> modules_with_factors(const core::Safetensors& file);
 
 /// An artefact that is a LoRA (kinds "adapter" and "update", docs/formats.md) as a PEFT directory: its metadata hold
 /// adapter_config.json under "peft", or a AdapterConfig under "lora". A server optimiser's moments are left behind.
-/// Throws UserError on metadata with neither, on types other than plain LoRA and rsLoRA, and on tensors other than pairs A and B, such as a change of the base.
+/// Throws UserError on metadata with neither, on types other than plain LoRA and rsLoRA, and on tensors other than
+/// pairs A and B, such as a change of the base.
 void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
                     const std::string& base_model);
 
