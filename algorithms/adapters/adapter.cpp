@@ -147,6 +147,10 @@ Adapter Adapter::create(const AdapterConfig& config, std::span<const models::Slo
   return make(in_order(config), targets_of(config, slots), nullptr, seed, device, /*fresh=*/true);
 }
 
+Adapter Adapter::blank(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device) {
+  return make(in_order(config), targets_of(config, model.slots()), &model, seed, device, /*fresh=*/false);
+}
+
 Adapter Adapter::from_artefact(const core::Artefact& artefact, const models::Backbone& model, at::Device device) {
   const auto stored = artefact.meta().find("adapter");
   if (artefact.kind() != "adapter" || stored == artefact.meta().end())
@@ -228,9 +232,10 @@ Adapter Adapter::truncated(int64_t rank, const models::Backbone& model) const {
   Adapter cut = make(config, targets_of(config, model.slots()), nullptr, 0, model.device(), /*fresh=*/false);
   const at::NoGradGuard no_grad;
   const models::NamedTensors whole = parameters();
+  const TrainedTensors traits = cut.trained();
   models::NamedTensors parts = cut.parameters();
   for (size_t i = 0; i < parts.size(); ++i) {
-    const int64_t ranks_at = parts[i].first.ends_with("lora_A.weight") ? 0 : 1;
+    const int64_t ranks_at = traits.at(parts[i].first).traits.ranks_at.value();
     parts[i].second.set_data(whole[i].second.detach().narrow(ranks_at, 0, rank).clone());
   }
   return cut;
@@ -261,6 +266,17 @@ models::NamedTensors Adapter::parameters() const {
   for (const auto& [name, tensor] : shared_)
     if (tensor.requires_grad()) all.emplace_back("shared." + name, tensor);
   sort_by_name(all);
+  return all;
+}
+
+TrainedTensors Adapter::trained() const {
+  const Parametrisation& type = parametrisation(config_.type);
+  TrainedTensors all;
+  for (size_t i = 0; i < targets_.size(); ++i)
+    for (const auto& [name, tensor] : functions_[i]->parameters())
+      all[targets_[i].slot.path + "." + name] = {targets_[i].slot.path, type.tensor_traits(name)};
+  for (const auto& [name, tensor] : shared_)
+    if (tensor.requires_grad()) all["shared." + name] = {"", type.tensor_traits(name)};
   return all;
 }
 

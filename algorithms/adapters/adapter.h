@@ -26,6 +26,13 @@ struct PeftClassifier {
   std::string task_type;         // "SEQ_CLS"; "" = null
 };
 
+/// A trained tensor of an adapter of a whole model.
+struct TrainedTensor {
+  std::string slot;  // its path; "" of what all slots share
+  TensorTraits traits;
+};
+using TrainedTensors = std::map<std::string, TrainedTensor>;  // by the names of Adapter::parameters()
+
 /// An adapter of a whole model: one SlotAdapter for every selected slot. Trained: what its parametrisation says;
 /// frozen: everything else. Not thread-safe.
 class Adapter {
@@ -40,6 +47,8 @@ class Adapter {
   /// The same of shapes alone. InternalError if the parametrisation reads the base.
   static Adapter create(const AdapterConfig& config, std::span<const models::Slot> slots, uint64_t seed,
                         at::Device device);
+  /// The same with values yet to come: what is right are the shapes and what `seed` alone gives and nobody stores.
+  static Adapter blank(const AdapterConfig& config, const models::Backbone& model, uint64_t seed, at::Device device);
   /// What to_artefact() wrote, for training it further or for using it. Throws UserError naming each tensor that is
   /// missing, left over or of another shape.
   static Adapter from_artefact(const core::Artefact& artefact, const models::Backbone& model, at::Device device);
@@ -76,6 +85,7 @@ class Adapter {
   const SlotAdapter& function(size_t target) const { return *functions_[target]; }
   /// "<slot path>.<name>", and "shared.<name>" of what all slots share; sorted by name.
   models::NamedTensors parameters() const;
+  TrainedTensors trained() const;
   /// Those that learn at AdapterConfig::lr_ratio times the rate; none when it is 1.
   std::vector<ParameterGroup> groups() const;
   /// What is kept and not trained, named alike.

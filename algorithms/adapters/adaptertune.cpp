@@ -59,6 +59,10 @@ class AdapterTune final : public Parametrisation {
     return "a GELU bottleneck behind every block, zero at the start (AdapterTune, arXiv 2603.14706)";
   }
   Traits traits() const override { return {.slots = models::SlotKind::kBlock, .change = Change::kNone}; }
+  /// What is behind the GELU is affine in the way up.
+  TensorTraits tensor_traits(std::string_view name) const override {
+    return {.averages_exactly = name == "up.weight" || name == "up.bias"};
+  }
   core::Json options() const override { return {{"scale", 1.0}, {"every", 1}, {"init", "zero"}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto every = option_of(config, "every").get<int64_t>();

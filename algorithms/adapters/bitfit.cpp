@@ -29,7 +29,7 @@ class Bitfit final : public Parametrisation {
  public:
   std::string name() const override { return "bitfit"; }
   std::string summary() const override { return "trained biases (BitFit, arXiv 2106.10199)"; }
-  Traits traits() const override { return {.uses_rank = false, .change = Change::kBias}; }
+  Traits traits() const override { return {.uses_rank = false, .averages_exactly = true, .change = Change::kBias}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     if (config.dropout != 0) return "bitfit has no inputs that dropout could zero: leave dropout out";
     return std::nullopt;

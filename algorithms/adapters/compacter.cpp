@@ -125,6 +125,8 @@ class Compacter final : public Parametrisation {
   Change change(const AdapterConfig& config) const override {
     return is_adapter(config) ? Change::kNone : traits().change;
   }
+  /// The sum over i of A_i (x) s_i t_i^T is linear in each of the three alone.
+  TensorTraits tensor_traits(std::string_view name) const override { return {.averages_exactly = name == "phm_t"}; }
   core::Json options() const override { return {{"form", "linear"}, {"n", 4}, {"reduction", 32}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override;
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {

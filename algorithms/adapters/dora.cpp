@@ -5,6 +5,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros.h>
 
 #include "algorithms/adapters/lora.h"
 
@@ -58,6 +59,10 @@ class Dora final : public Parametrisation {
     return "LoRA with trained norms of the weight's rows (DoRA, arXiv 2402.09353)";
   }
   Traits traits() const override { return {.reads_base = true, .change = Change::kDense}; }
+  /// Norms of the rows of W + s B A divide the change, so it is affine in neither factor, only in the magnitudes.
+  TensorTraits tensor_traits(std::string_view name) const override {
+    return {.averages_exactly = name == "lora_magnitude_vector"};
+  }
   core::Json options() const override { return eva_options(); }
   Wants wants(const AdapterConfig& config) const override { return eva_wants(config); }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
@@ -72,7 +77,8 @@ class Dora final : public Parametrisation {
   std::shared_ptr<SlotAdapter> make(const SlotInit& init) const override {
     const at::NoGradGuard no_grad;
     const LoraFactors start = first_factors(init);
-    const at::Tensor norms = norms_of_rows(init.base->weight.detach().to(at::kFloat));
+    const at::Tensor norms = init.fresh ? norms_of_rows(init.base->weight.detach().to(at::kFloat))
+                                        : at::zeros({init.target.slot.out}, at::kFloat);
     return std::make_shared<DoraSlot>(leaf(start.a, init.device), leaf(start.b, init.device), leaf(norms, init.device),
                                       LoraSlot::Options{init.target.scale, init.config.dropout, init.target.slot.path});
   }

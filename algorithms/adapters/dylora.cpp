@@ -48,6 +48,7 @@ class Dylora final : public Parametrisation {
     return "LoRA of which every first b ranks work; b is drawn every step (DyLoRA, arXiv 2210.07558)";
   }
   Traits traits() const override { return {.nested_ranks = true}; }
+  TensorTraits tensor_traits(std::string_view name) const override { return pair_traits(name); }
   core::Json options() const override { return {{"min_rank", 1}, {"frozen", true}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto lowest = option_of(config, "min_rank").get<int64_t>();

@@ -68,7 +68,7 @@ class Ia3 final : public Parametrisation {
   std::string summary() const override {
     return "trained factors of a layer's outputs, or of its inputs in feed-forward modules ((IA)^3, arXiv 2205.05638)";
   }
-  Traits traits() const override { return {.uses_rank = false, .change = Change::kDense}; }
+  Traits traits() const override { return {.uses_rank = false, .averages_exactly = true, .change = Change::kDense}; }
   core::Json options() const override { return {{kNames, core::Json::array()}, {kRegex, ""}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     if (config.dropout != 0 || !config.layers_to_transform.empty())

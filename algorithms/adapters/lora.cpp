@@ -58,6 +58,7 @@ class Lora final : public Parametrisation {
   core::Json options() const override { return eva_options(); }
   Wants wants(const AdapterConfig& config) const override { return eva_wants(config); }
   std::optional<std::string> problem(const AdapterConfig& config) const override { return eva_problem(config); }
+  TensorTraits tensor_traits(std::string_view name) const override { return pair_traits(name); }
   Counts count(std::span<const Target> targets, const AdapterConfig& config) const override {
     const int64_t factors = lora_parameters(targets);
     return {factors, starts_from_base(config) ? 2 * factors : factors};
@@ -89,6 +90,12 @@ std::optional<std::string> eva_problem(const AdapterConfig& config) {
   if (config.init != "eva" && config.options.contains("examples"))
     return fmt::format("options.examples is for init: eva, this one is {}", config.init);
   return std::nullopt;
+}
+
+TensorTraits pair_traits(std::string_view name) {
+  if (name == "lora_A.weight") return {.averages_exactly = false, .ranks_at = 0};
+  if (name == "lora_B.weight") return {.averages_exactly = true, .ranks_at = 1};
+  return {};
 }
 
 LoraFactors first_factors(const SlotInit& init) {
@@ -142,7 +149,10 @@ models::NamedTensors LoraSlot::state() const {
 
 std::optional<Factored> LoraSlot::factored(const models::SlotBase&) const {
   Factored parts{{{b_.detach(), a_.detach()}}, options_.scale};
-  if (a0_.defined()) parts.parts.emplace_back(b0_.neg(), a0_);
+  if (a0_.defined()) {
+    parts.parts.emplace_back(b0_.neg(), a0_);
+    parts.frozen = 1;
+  }
   return parts;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "algorithms/adapters/parametrisation.h"
 
@@ -55,6 +56,9 @@ struct LoraFactors {
   bool from_base = false;  // B A is not zero: it is a part of the base
 };
 LoraFactors first_factors(const SlotInit& init);
+
+/// Of pairs A and B: B averages exactly while A is held; ranks are the rows of A and the columns of B.
+TensorTraits pair_traits(std::string_view name);
 
 /// adapter_config.json's fields of a LoRA or DoRA.
 core::Json lora_peft_config(const AdapterConfig& config);

@@ -21,7 +21,7 @@ class LoraSb final : public Parametrisation {
     return "a small trained matrix between singular vectors of the first step of full fine-tuning "
            "(LoRA-SB, arXiv 2411.19557)";
   }
-  Traits traits() const override { return {.zero_at_init = false}; }
+  Traits traits() const override { return {.zero_at_init = false, .averages_exactly = true}; }
   Wants wants(const AdapterConfig&) const override { return Wants::kGradients; }
   core::Json options() const override { return {{"examples", 64}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {

@@ -18,7 +18,7 @@ class LoraXs final : public Parametrisation {
   std::string summary() const override {
     return "a small trained matrix between frozen singular vectors of the weight (LoRA-XS, arXiv 2405.17604)";
   }
-  Traits traits() const override { return {.zero_at_init = false, .reads_base = true}; }
+  Traits traits() const override { return {.zero_at_init = false, .reads_base = true, .averages_exactly = true}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     if (config.init != AdapterConfig().init) return "lora_xs starts from the weight's singular vectors: leave init out";
     return std::nullopt;

@@ -51,6 +51,7 @@ class Matryoshka final : public Parametrisation {
     return "LoRA of which every first k ranks work, all trained at once (MatryoshkaLoRA, arXiv 2605.07850)";
   }
   Traits traits() const override { return {.nested_ranks = true}; }
+  TensorTraits tensor_traits(std::string_view name) const override { return pair_traits(name); }
   core::Json options() const override {
     return {{"ranks", core::Json::array()}, {"as_trained", false}, {"wide_start", true}};
   }

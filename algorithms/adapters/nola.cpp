@@ -108,6 +108,8 @@ class Nola final : public Parametrisation {
     return "LoRA whose factors are combinations of random ones (NOLA, arXiv 2310.02556)";
   }
   Traits traits() const override { return {.from_seed = true}; }
+  /// B A is bilinear in the coefficients of B and of A.
+  TensorTraits tensor_traits(std::string_view name) const override { return {.averages_exactly = name == "nola_b"}; }
   core::Json options() const override { return {{"bases", 512}}; }
   std::optional<std::string> problem(const AdapterConfig& config) const override {
     const auto bases = option_of(config, "bases").get<int64_t>();

@@ -12,6 +12,10 @@
 
 namespace moraine::algorithms::adapters {
 
+TensorTraits Parametrisation::tensor_traits(std::string_view) const {
+  return {.averages_exactly = traits().averages_exactly};
+}
+
 core::Json Parametrisation::peft_config(const AdapterConfig&) const {
   throw core::UserError(fmt::format("algorithms/adapters: PEFT knows no adapter of type {}", name()),
                         "export the merged model instead");

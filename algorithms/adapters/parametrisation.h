@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -25,6 +26,7 @@ namespace moraine::algorithms::adapters {
 struct Factored {
   std::vector<std::pair<at::Tensor, at::Tensor>> parts;  // (b, a)
   double scale = 1;
+  size_t frozen = 0;  // of the parts the last ones, which training does not move
 };
 
 /// A parametrisation's function on one slot.
@@ -51,7 +53,7 @@ struct Counts {
 
 /// How the change of a slot's linear map is written down exactly.
 enum class Change {
-  kFactors,  // SlotAdapter::factored(), of rank factored_rank(), and so delta()
+  kFactors,  // SlotAdapter::factored(), of rank factored_rank(), affine in what is trained, and so delta()
   kDense,    // delta() alone
   kBias,     // of the bias alone
   kNone,     // it is no change of a linear map
@@ -59,12 +61,13 @@ enum class Change {
 
 /// What a procedure may ask before it uses a parametrisation.
 struct Traits {
-  bool zero_at_init = true;   // a fresh adapter changes no bit of the base's output
-  bool reads_base = false;    // start values need the frozen weight, whatever `init` says
-  bool uses_rank = true;      // rank, rank_pattern, alpha and init mean something
-  bool rank_fits = true;      // a rank is at most min(in, out) of its slot
-  bool nested_ranks = false;  // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
-  bool from_seed = false;     // a part comes from create()'s seed alone and is not stored
+  bool zero_at_init = true;       // a fresh adapter changes no bit of the base's output
+  bool reads_base = false;        // start values need the frozen weight, whatever `init` says
+  bool uses_rank = true;          // rank, rank_pattern, alpha and init mean something
+  bool rank_fits = true;          // a rank is at most min(in, out) of its slot
+  bool nested_ranks = false;      // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
+  bool from_seed = false;         // a part comes from create()'s seed alone and is not stored
+  bool averages_exactly = false;  // as TensorTraits', of everything that is trained at once
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
   Change change = Change::kFactors;
 };
@@ -78,6 +81,15 @@ enum class Wants { kNothing, kGradients, kInputMoments };
 inline int64_t factored_rank(const AdapterConfig& config) {
   return starts_from_base(config) ? 2 * config.rank : config.rank;
 }
+
+/// What a procedure may do with one trained tensor of a type.
+struct TensorTraits {
+  /// What the slot computes is affine in this tensor and all others that say so, jointly, while the rest is held: then
+  /// the mean of the tensors gives the mean of the changes.
+  bool averages_exactly = false;
+  /// The dimension whose first r entries, in all tensors that have one, are the adapter of rank r at the same scale.
+  std::optional<int64_t> ranks_at = std::nullopt;
+};
 
 /// What a slot's adapter is made of.
 struct SlotInit {
@@ -109,6 +121,8 @@ class Parametrisation {
   virtual Traits traits() const { return {}; }
   /// Of a type whose options decide what it is; Traits::change otherwise.
   virtual Change change(const AdapterConfig&) const { return traits().change; }
+  /// Of a trained tensor by its name relative to the slot, or among the shared ones.
+  virtual TensorTraits tensor_traits(std::string_view name) const;
   /// Raised when a change of the code changes results for the same specification.
   virtual int64_t result_version() const { return 1; }
   /// AdapterConfig::options with their defaults; no others are allowed, and types must agree.

@@ -189,6 +189,11 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
         "only adapters made of pairs A and B on an unchanged base have a PEFT form");
   };
   if (!as_read && !meta.contains("lora")) refuse("is no LoRA adapter");
+  AdapterConfig config;
+  if (!as_read) config = adapter_schema().from_json(meta.at("lora"));
+  if (config.type != "lora" || starts_from_base(config))
+    refuse(fmt::format("is of type {}{}: one artefact of it is not all; export its run", config.type,
+                       starts_from_base(config) ? ", init " + config.init : ""));
   std::vector<core::TensorView> factors;
   std::map<std::string, int> halves;
   for (const core::TensorView& tensor : adapter.file().tensors()) {
@@ -205,8 +210,7 @@ void export_adapter(const core::Artefact& adapter, const std::filesystem::path& 
   if (as_read) {
     write_peft_directory(directory, meta.at("peft"), patterns_as_read(meta), factors, base_model);
   } else {
-    write_peft_directory(directory, lora_peft_config(adapter_schema().from_json(meta.at("lora"))), {}, factors,
-                         base_model);
+    write_peft_directory(directory, lora_peft_config(config), {}, factors, base_model);
   }
 }
 

@@ -46,7 +46,8 @@ PeftDirectory read_peft_directory(const std::filesystem::path& directory,
 
 /// An artefact that is a LoRA (kinds "adapter" and "update", docs/formats.md) as a PEFT directory: its metadata hold
 /// adapter_config.json under "peft", or a AdapterConfig under "lora". A server optimiser's moments are left behind.
-/// Throws UserError on metadata with neither, and on tensors other than pairs A and B, such as a change of the base.
+/// Throws UserError on metadata with neither, on types other than plain LoRA and rsLoRA, and on tensors other than
+/// pairs A and B, such as a change of the base.
 void export_adapter(const core::Artefact& adapter, const std::filesystem::path& directory,
                     const std::string& base_model);
 

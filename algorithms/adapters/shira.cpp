@@ -145,7 +145,9 @@ class Shira final : public Parametrisation {
     return "some entries of the weight, at random, the largest or those of the largest gradients (SHiRA, arXiv "
            "2406.13175)";
   }
-  Traits traits() const override { return {.reads_base = true, .from_seed = true, .change = Change::kDense}; }
+  Traits traits() const override {
+    return {.reads_base = true, .from_seed = true, .averages_exactly = true, .change = Change::kDense};
+  }
   core::Json options() const override { return {{"mask", "rand"}, {"density", 0.0}, {"examples", 64}}; }
   Wants wants(const AdapterConfig& config) const override {
     return by_gradient(config) ? Wants::kGradients : Wants::kNothing;

@@ -104,6 +104,10 @@ class Vera final : public Parametrisation {
     return "trained vectors around two frozen random matrices that all slots share (VeRA, arXiv 2310.11454)";
   }
   Traits traits() const override { return {.rank_fits = false}; }
+  /// diag(b) B diag(d) A is bilinear in b and d.
+  TensorTraits tensor_traits(std::string_view name) const override {
+    return {.averages_exactly = name == "vera_lambda_b"};
+  }
   core::Json options() const override {
     return {{"projection_prng_key", 0}, {"d_initial", 0.1}, {"save_projection", false}};
   }

@@ -129,7 +129,7 @@ const core::Schema<ServerConfig>& server_schema() {
     core::Schema<C> s;
     s.field("optimizer", &C::optimizer)
         .choices({"fedavg", "fedavgm", "fedadam"})
-        .doc("How the averaged change moves the global factors")
+        .doc("How the averaged change moves the global adapter")
         .field("learning_rate", &C::learning_rate)
         .above(0)
         .doc("fedadam: eta")
@@ -191,7 +191,9 @@ const core::Schema<FederatedConfig>& federated_schema() {
         .min(1)
         .doc("Aggregations")
         .object("lora", &C::lora, adapters::adapter_schema())
-        .doc("The adapter; its scale alpha / rank holds for clients of any rank")
+        .doc(
+            "The adapter, of any type but those that start from examples; its scale alpha / rank holds for clients of "
+            "any rank")
         .object("train", &C::train, train_schema())
         .doc("Training of one client in one round; optimiser state starts anew every round")
         .object("server", &C::server, server_schema())

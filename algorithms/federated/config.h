@@ -64,8 +64,8 @@ struct FederatedConfig : RunConfig {
   std::string tokenizer = "bytes-v1";
   ClientsConfig clients;
   int64_t rounds = 5;
-  adapters::AdapterConfig lora;
-  TrainConfig train;  // of one client in one round
+  adapters::AdapterConfig lora;  // of any type; the key is from when there was one
+  TrainConfig train;             // of one client in one round
   ServerConfig server;
   PruningConfig pruning;
   std::vector<std::string> comparisons;  // centralised | alone

@@ -10,8 +10,8 @@
 #include "algorithms/adapters/adapter.h"
 #include "algorithms/evaluate.h"
 #include "algorithms/federated/client_data.h"
-#include "algorithms/federated/factors.h"
 #include "algorithms/federated/federated.h"
+#include "algorithms/federated/global_adapter.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/hash.h"
@@ -24,12 +24,26 @@ namespace {
 using core::Json;
 
 core::ArtefactPtr write(const std::string& kind, Json meta,
-                        std::initializer_list<std::reference_wrapper<const Factors>> groups) {
+                        std::initializer_list<std::reference_wrapper<const Tensors>> groups) {
   models::NamedTensors tensors;
-  for (const Factors& group : groups)
+  for (const Tensors& group : groups)
     for (const auto& [name, tensor] : group) tensors.emplace_back(name, tensor.detach().cpu());
   std::vector<at::Tensor> keep;
   return core::Artefact::create(kind, std::move(meta), models::views_of(tensors, keep));
+}
+
+// The start and the last state, of what a unit's inputs are before its `others`; none in the first round of most types.
+std::vector<core::ArtefactPtr> start_and_state(const Unit& unit, const GlobalAdapter& adapter, size_t others,
+                                               WorkerContext& context) {
+  const size_t own = unit.inputs.size() - others;
+  std::vector<core::ArtefactPtr> known;
+  if (adapter.start) known.push_back(context.artefact(unit.inputs.at(0)));
+  if (own > known.size()) known.push_back(context.artefact(unit.inputs.at(own - 1)));
+  return known;
+}
+
+Json adapter_json(const GlobalAdapter& global, int64_t rank) {
+  return adapters::adapter_schema().to_json(at_rank(global.lora, rank));
 }
 
 }  // namespace
@@ -37,6 +51,7 @@ core::ArtefactPtr write(const std::string& kind, Json meta,
 core::ArtefactPtr Federated::execute(const Unit& unit, WorkerContext& context) const {
   if (unit.kind == UpdateSpec::kKind) return update(unit, context);
   const at::NoGradGuard no_grad;
+  if (unit.kind == StartSpec::kKind) return start(unit, context);
   if (unit.kind == AggregateSpec::kKind) return aggregate(unit, context);
   if (unit.kind == BroadcastSpec::kKind) return broadcast(unit, context);
   if (unit.kind == EvaluateSpec::kKind) return evaluate_unit(unit, context);
@@ -67,9 +82,11 @@ models::Decoder Federated::global_model(const std::vector<std::string>& states, 
   std::map<std::string, at::Tensor> deltas;
   for (const auto& id : states) {
     const auto state = context.artefact(id);
-    for (const auto& [name, a] : read_factors(state, ".base_A")) {
-      const std::string slot = name.substr(0, name.rfind(".base_A"));
-      const at::Tensor product = at::matmul(models::borrow(*state->file().find(slot + ".base_B"), state), a);
+    const Tensors change = base_change(state);
+    for (const auto& [name, a] : change) {
+      if (!name.ends_with(kBaseA)) continue;
+      const std::string slot = name.substr(0, name.rfind(kBaseA));
+      const at::Tensor product = at::matmul(change.at(slot + kBaseB), a);
       at::Tensor& delta = deltas[slot + ".weight"];
       delta = delta.defined() ? delta + product : product;
     }
@@ -103,59 +120,83 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, const UpdateSpec& sp
   const ClientData data(spec.client, std::move(parts), core::derive_seed(seed, "client/" + spec.client));
 
   models::Decoder model = global_model(unit.inputs, spec.base, train.dtype, context);
-  const uint64_t adapter_seed = core::derive_seed(seed, fmt::format("adapter/{}/{}", spec.client, spec.round));
+  const uint64_t own_seed = spec.own_seed();
   const auto adapter =
-      adapters::Adapter::create(at_rank(spec.adapter.lora, spec.rank), model.slots(), adapter_seed, context.device());
-  if (!federation_->starts_fresh()) {
-    const Factors start = unit.inputs.empty()
-                              ? first_factors(spec.adapter, model.slots())
-                              : factors_after(context.artefact(unit.inputs.back()), spec.adapter, model.slots());
-    set_factors(adapter, cut(start, spec.rank));
-  }
-  Factors factors = live(adapter), before;
+      federation_->starts_fresh()
+          ? adapters::Adapter::create(at_rank(spec.adapter.lora, spec.rank), model, own_seed, context.device())
+          : adapter_after(spec.adapter, spec.rank, start_and_state(unit, spec.adapter, 0, context), model,
+                          context.device());
+  const adapters::TrainedTensors trained = adapter.trained();
+  Tensors tensors = trained_tensors_of(adapter), before;
   TrainJob job{train, {}, nullptr, seq_len};
-  for (auto& [name, tensor] : factors) {
+  for (auto& [name, tensor] : tensors) {
     before[name] = tensor.detach().clone();
-    if (federation_->trains(factor_of(name))) {
+    if (federation_->trains(trained.at(name).traits)) {
       job.parameters.emplace_back(name, tensor);
     } else {
       tensor.set_requires_grad(false);
     }
   }
+  job.groups = adapter.groups();
+  for (auto& group : job.groups)
+    std::erase_if(group.names, [&](const std::string& name) { return !tensors.at(name).requires_grad(); });
   adapter.attach(model);
   const PruningConfig pruning = spec.pruning.value_or(PruningConfig{});
   job.loss = [&, offset = spec.round * train.steps](int64_t step, int64_t first, int64_t count) {
     std::vector<int64_t> rows = data.rows((offset + step) * train.batch_size + first, count);
     const at::Tensor batch = at::from_blob(rows.data(), {count, seq_len + 1}, at::kLong)
                                  .to(context.device(), /*non_blocking=*/false, /*copy=*/true);
-    const models::PassScope scope(model,
-                                  {.training = true, .step = offset + step, .first = first, .seed = adapter_seed});
+    const models::PassScope scope(model, {.training = true, .step = offset + step, .first = first, .seed = own_seed});
     auto loss = model.loss(batch);
-    if (const at::Tensor penalty = federation_->penalty(factors, pruning); penalty.defined())
+    if (const at::Tensor penalty = federation_->penalty(tensors, trained, pruning); penalty.defined())
       loss.sum = loss.sum + penalty * static_cast<double>(loss.count);
     return TrainJob::MicroLoss{loss.sum, loss.count};
   };
   const TrainOutcome outcome = context.train(std::move(job));
-  return contribution(spec, data.sequences(), before, factors, outcome);
+  return contribution(spec, data.sequences(), adapter, before, outcome);
 }
 
-core::ArtefactPtr Federated::contribution(const UpdateSpec& spec, int64_t sequences, const Factors& before,
-                                          const Factors& after, const TrainOutcome& outcome) const {
+bool Federated::sends_seed(const adapters::AdapterConfig& adapter) const {
+  return federation_->starts_fresh() && adapters::parametrisation(adapter.type).traits().from_seed;
+}
+
+Tensors Federated::sent_tensors(const adapters::Adapter& adapter) const {
+  const adapters::TrainedTensors trained = adapter.trained();
+  Tensors sent = federation_->starts_fresh() ? tensors_of(adapter) : trained_tensors_of(adapter);
+  std::erase_if(sent, [&](const auto& entry) {
+    const auto found = trained.find(entry.first);
+    return found != trained.end() && !federation_->trains(found->second.traits);
+  });
+  return sent;
+}
+
+core::ArtefactPtr Federated::contribution(const UpdateSpec& spec, int64_t sequences, const adapters::Adapter& adapter,
+                                          const Tensors& before, const TrainOutcome& outcome) const {
   const at::NoGradGuard no_grad;
-  Factors sent;
-  for (const auto& [name, tensor] : after)
-    if (federation_->trains(factor_of(name))) sent[name] = tensor.detach();
-  const int64_t rank = federation_->rank_after(before, after, spec.rank, spec.pruning.value_or(PruningConfig{}));
-  sent = cut(sent, rank);
-  return write("update",
-               {{"client", spec.client},
-                {"round", spec.round},
-                {"samples", sequences},
-                {"rank", rank},
-                {"base", spec.base},
-                {"lora", adapters::adapter_schema().to_json(at_rank(spec.adapter.lora, rank))},
-                {"curve", curve_json(outcome)}},
-               {sent});
+  const adapters::TrainedTensors trained = adapter.trained();
+  const int64_t rank = federation_->rank_after(before, trained_tensors_of(adapter), trained, spec.rank,
+                                               spec.pruning.value_or(PruningConfig{}));
+  Tensors sent = sent_tensors(adapter);
+  if (rank != spec.rank) sent = cut(sent, trained, rank);
+  Json meta = {{"client", spec.client},       {"round", spec.round},
+               {"samples", sequences},        {"rank", rank},
+               {"base", spec.base},           {"lora", adapter_json(spec.adapter, rank)},
+               {"curve", curve_json(outcome)}};
+  if (sends_seed(spec.adapter.lora)) meta["seed"] = spec.own_seed();
+  return write("update", std::move(meta), {sent});
+}
+
+core::ArtefactPtr Federated::start(const Unit& unit, WorkerContext& context) const {
+  const StartSpec spec = core::from_spec(start_schema(), unit.spec);
+  const auto model = cached_model(config_.model.path, spec.base, model_id_,
+                                  spec.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat, context);
+  const auto adapter = adapters::Adapter::create(at_rank(spec.adapter.lora, spec.adapter.rank), *model,
+                                                 seed_of(spec.adapter), context.device());
+  const Tensors values = tensors_of(adapter);
+  return write(
+      "adapter",
+      {{"rank", spec.adapter.rank}, {"base", spec.base}, {"lora", adapter_json(spec.adapter, spec.adapter.rank)}},
+      {values});
 }
 
 std::vector<Contribution> Federated::contributions(const Unit& unit, const AggregateSpec& spec, WorkerContext& context,
@@ -164,7 +205,7 @@ std::vector<Contribution> Federated::contributions(const Unit& unit, const Aggre
   double total = 0;
   for (size_t i = 0; i < spec.clients.size(); ++i) {
     const RoundClient& client = spec.clients[i];
-    auto artefact = context.artefact(unit.inputs.at(i + (spec.has_state ? 1 : 0)));
+    auto artefact = context.artefact(unit.inputs.at(unit.inputs.size() - spec.clients.size() + i));
     const Json& meta = artefact->meta();
     // Accepted ones passed check_result(); a directory may hold what an older version accepted.
     if (meta.value("client", Json()) != client.name)
@@ -200,18 +241,8 @@ core::ArtefactPtr Federated::aggregate(const Unit& unit, WorkerContext& context)
   const AggregateSpec spec = core::from_spec(aggregate_schema(), unit.spec);
   require_own_method(spec.method);
   Json refused = Json::array();
-  Round round;
-  round.contributions = contributions(unit, spec, context, refused);
-  round.optimizer = spec.server;
-  round.scale = scale_of(spec.adapter.lora);
-  round.global = first_factors(spec.adapter, slots());
-  if (spec.has_state) {
-    const auto state = context.artefact(unit.inputs.front());
-    for (auto& [name, tensor] : read_adapter(state)) round.global[name] = tensor;
-    for (const char* prefix : {"m.", "v."})
-      for (auto& [name, tensor] : read_factors(state, ".lora_"))
-        if (name.starts_with(prefix)) round.server[name] = tensor;
-  }
+  const Round round = round_of(spec, contributions(unit, spec, context, refused),
+                               start_and_state(unit, spec.adapter, spec.clients.size(), context));
   const GlobalState next = federation_->aggregate(round);
   std::vector<double> weights = next.weights;
   if (weights.empty())
@@ -221,21 +252,51 @@ core::ArtefactPtr Federated::aggregate(const Unit& unit, WorkerContext& context)
                 {"rank", spec.adapter.rank},
                 {"base", spec.base},
                 {"refused", refused},
-                {"lora", adapters::adapter_schema().to_json(at_rank(spec.adapter.lora, spec.adapter.rank))},
+                {"lora", adapter_json(spec.adapter, spec.adapter.rank)},
                 {"weights", weights}},
-               {next.factors, next.base_change, next.server});
+               {next.adapter, next.base_change, next.server});
+}
+
+Round Federated::round_of(const AggregateSpec& spec, std::vector<Contribution> contributions,
+                          std::span<const core::ArtefactPtr> known) const {
+  Round round;
+  round.contributions = std::move(contributions);
+  round.optimizer = spec.server;
+  Tensors values;
+  if (!federation_->starts_fresh()) {
+    const auto global = adapter_after(spec.adapter, spec.adapter.rank, known, base(), at::kCPU);
+    values = tensors_of(global);
+    round.trained = global.trained();
+    for (const auto& [name, tensor] : trained_tensors_of(global))
+      if (federation_->trains(round.trained.at(name).traits)) round.global[name] = tensor.detach();
+    if (spec.has_state) round.server = server_moments(known.back());
+  }
+  const auto with = [this, values](const GlobalAdapter& global, int64_t rank, uint64_t seed, const Tensors& own) {
+    Tensors all = values;
+    for (const auto& [name, tensor] : own) all[name] = tensor;
+    return changes_of(at_rank(global.lora, rank), seed, all, base());
+  };
+  round.change_of = [with, global = spec.adapter](const Contribution& one) {
+    return with(global, one.rank, one.artefact->meta().value("seed", seed_of(global)), adapter_tensors(one.artefact));
+  };
+  round.change_with = [with, global = spec.adapter](const Tensors& trained) {
+    return with(global, global.rank, seed_of(global), trained);
+  };
+  return round;
 }
 
 core::ArtefactPtr Federated::broadcast(const Unit& unit, WorkerContext& context) const {
   const BroadcastSpec spec = core::from_spec(broadcast_schema(), unit.spec);
   const auto state = context.artefact(unit.inputs.at(0));
-  const Factors factors = cut(read_adapter(state), spec.rank);
+  Tensors sent = adapter_tensors(state);
+  if (state->meta().at("rank") != spec.rank)
+    sent = cut(sent, adapters::Adapter::blank(at_rank(spec.lora, spec.rank), base(), 0, at::kCPU).trained(), spec.rank);
   return write("adapter",
                {{"round", state->meta().at("round")},
                 {"rank", spec.rank},
                 {"base", state->meta().at("base")},
                 {"lora", adapters::adapter_schema().to_json(at_rank(spec.lora, spec.rank))}},
-               {factors});
+               {sent});
 }
 
 core::ArtefactPtr Federated::evaluate_unit(const Unit& unit, WorkerContext& context) const {
@@ -243,15 +304,11 @@ core::ArtefactPtr Federated::evaluate_unit(const Unit& unit, WorkerContext& cont
   models::Decoder model = global_model(unit.inputs, spec.base, spec.dtype, context);
   if (!unit.inputs.empty()) {
     MORAINE_CHECK(spec.adapter.has_value(), "{} has a state and no adapter", unit.label);
-    const auto state = context.artefact(unit.inputs.back());
+    const auto known = start_and_state(unit, *spec.adapter, 0, context);
     // FLoRA's global model has no adapter of its own.
-    if (!read_factors(state, ".lora_").empty()) {
-      const auto rank = state->meta().at("rank").get<int64_t>();
-      const auto adapter =
-          adapters::Adapter::create(at_rank(spec.adapter->lora, rank), model.slots(), 0, context.device());
-      set_factors(adapter, factors_after(state, *spec.adapter, model.slots()));
-      adapter.attach(model);
-    }
+    if (!adapter_tensors(known.back()).empty())
+      adapter_after(*spec.adapter, known.back()->meta().at("rank").get<int64_t>(), known, model, context.device())
+          .attach(model);
   }
   const auto data = open(spec.data, context);
   const Evaluation result = evaluate(model, *data, spec.sequences, spec.batch_size, context);

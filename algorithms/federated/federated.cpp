@@ -2,19 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/adapters/adapter.h"
-#include "algorithms/federated/factors.h"
+#include "algorithms/federated/global_adapter.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "data/model_tokenizer.h"
 #include "data/text_dataset.h"
 #include "models/checkpoint.h"
 #include "models/decoder.h"
-#include "models/tensor_io.h"
 
 namespace moraine::algorithms::federated {
 
@@ -35,6 +35,8 @@ Federated::Federated(std::string method, std::unique_ptr<Federation> federation,
       model_id_(inputs.at("model").get<std::string>()) {
   share_out();
 }
+
+Federated::~Federated() = default;
 
 core::Json Federated::inputs() const {
   return {{"architecture", architecture_.to_json()},
@@ -79,54 +81,47 @@ void Federated::open_inputs() {
   }
   if (problems.empty()) {
     model_id_ = model_identity(config_.model.path, architecture_.to_json());
-    // The adapter's targets and ranks are checked against the model once, here, before anything is planned.
-    const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-    (void)adapters::targets_of(at_rank(config_.lora, server_rank()), base.slots());
+    // The adapter's targets, ranks and options are checked against the model once, here, before anything is planned.
+    const adapters::AdapterConfig widest = at_rank(config_.lora, server_rank());
+    (void)adapters::parametrisation(widest.type).count(adapters::targets_of(widest, base().slots()), widest);
   }
   problems.throw_if_any(config_.name);
 }
 
-void Federated::write_adapter(const RunState& state, const std::string& id, const ExportRequest& request) const {
-  const at::NoGradGuard no_grad;
-  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
-  const GlobalAdapter global{config_.lora, server_rank(), config_.seed};
-  const auto adapter = adapters::Adapter::create(at_rank(config_.lora, server_rank()), base.slots(), 0, at::kCPU);
-  Factors factors = first_factors(global, base.slots());
-  for (const auto& view : state.artefact(id)->file().tensors())
-    if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
-  set_factors(adapter, factors);
-  adapter.save(request.directory, request.base_model.empty() ? config_.model.path : request.base_model);
+const models::Decoder& Federated::base() const {
+  std::call_once(base_once_, [this] {
+    base_ = std::make_unique<models::Decoder>(models::Decoder::from_directory(config_.model.path, std::nullopt));
+  });
+  return *base_;
 }
 
-void Federated::write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds,
+adapters::Adapter Federated::last_adapter(const RunState& state, const Stages& stages) const {
+  std::vector<core::ArtefactPtr> known;
+  if (stages.start) known.push_back(state.artefact(*stages.start));
+  known.push_back(state.artefact(stages.rounds.back().state));
+  return adapter_after(global_adapter(), server_rank(), known, base(), at::kCPU);
+}
+
+void Federated::write_merged_model(const RunState& state, const Stages& stages,
                                    const std::filesystem::path& directory) const {
   const at::NoGradGuard no_grad;
-  const auto base = models::Decoder::from_directory(config_.model.path, std::nullopt);
   std::map<std::string, at::Tensor> deltas;
-  const auto add = [&](const std::string& slot, const at::Tensor& b, const at::Tensor& a, double factor) {
-    at::Tensor& delta = deltas[slot + ".weight"];
-    const at::Tensor product = b.matmul(a) * factor;
-    delta = delta.defined() ? delta + product : product;
+  const auto add = [&](const std::string& weight, const at::Tensor& change) {
+    at::Tensor& delta = deltas[weight];
+    delta = delta.defined() ? delta + change : change;
   };
-  for (const auto& round : rounds) {
-    const auto artefact = state.artefact(round.state);
-    for (const auto& view : artefact->file().tensors())
-      if (view.name.ends_with(".base_A")) {
-        const std::string slot = view.name.substr(0, view.name.size() - 7);
-        add(slot, models::copy_of(*artefact->file().find(slot + ".base_B")), models::copy_of(view), 1);
-      }
-  }
-  if (!federation_->starts_fresh()) {  // the adapter of the last round sits on top
-    Factors factors = first_factors({config_.lora, server_rank(), config_.seed}, base.slots());
-    for (const auto& view : state.artefact(rounds.back().state)->file().tensors())
-      if (factors.count(view.name)) factors[view.name] = models::copy_of(view);
-    for (const auto& [name, a] : factors)
-      if (name.ends_with(".lora_A.weight")) {
-        const std::string slot = name.substr(0, name.size() - 14);
-        add(slot, factors.at(slot + ".lora_B.weight"), a, scale_of(config_.lora));
-      }
-  }
-  const auto merged = base.plus({deltas.begin(), deltas.end()});
+  if (federation_->changes_base())
+    for (const auto& round : stages.rounds) {
+      const Tensors change = base_change(state.artefact(round.state));
+      for (const auto& [name, a] : change)
+        if (name.ends_with(kBaseA)) {
+          const std::string slot = name.substr(0, name.rfind(kBaseA));
+          add(slot + ".weight", change.at(slot + kBaseB).matmul(a));
+        }
+    }
+  if (!federation_->starts_fresh())  // the adapter of the last round sits on top
+    for (const auto& [weight, change] : last_adapter(state, stages).deltas(base())) add(weight, change);
+  const auto merged = base().plus({deltas.begin(), deltas.end()});
   write_model_directory(directory, architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
   models::copy_companions(config_.model.path, directory);
 }
@@ -135,10 +130,9 @@ void Federated::publish(const RunState& state, const std::filesystem::path& run_
   PlanBuilder builder(state);
   const Stages stages = walk(builder);
   if (stages.rounds.empty()) return;
-  if (federation_->changes_base()) return write_merged_model(state, stages.rounds, run_directory / "merged_model");
-  ExportRequest global;
-  global.directory = run_directory / "experts" / "global";
-  write_adapter(state, stages.rounds.back().state, global);
+  if (federation_->changes_base()) return write_merged_model(state, stages, run_directory / "merged_model");
+  if (adapters::parametrisation(config_.lora.type).in_peft(config_.lora))
+    last_adapter(state, stages).save(run_directory / "experts" / "global", config_.model.path);
 }
 
 void Federated::export_as(const RunState& state, const ExportRequest& request) const {
@@ -149,7 +143,7 @@ void Federated::export_as(const RunState& state, const ExportRequest& request) c
   if (!request.what.empty() || !request.experts.empty())
     throw core::UserError(fmt::format("algorithms/federated: {} has one result, the global model", method_),
                           "leave out the names of results and experts");
-  if (request.format == "hf") return write_merged_model(state, stages.rounds, request.directory);
+  if (request.format == "hf") return write_merged_model(state, stages, request.directory);
   if (request.format != "peft")
     throw core::UserError(fmt::format("algorithms/federated: {} has no form '{}'", method_, request.format),
                           "--to hf: the merged model; --to peft: the adapter");
@@ -158,68 +152,109 @@ void Federated::export_as(const RunState& state, const ExportRequest& request) c
         fmt::format("algorithms/federated: {} changes the base model every round: its result is no single adapter",
                     method_),
         "--to hf writes the merged model");
-  write_adapter(state, stages.rounds.back().state, request);
+  last_adapter(state, stages)
+      .save(request.directory, request.base_model.empty() ? config_.model.path : request.base_model);
 }
 
-double Federated::ranks_sent_per_turn() const {
+double Federated::numbers_sent_per_turn(const std::map<int64_t, int64_t>& added) const {
   const auto seed = static_cast<uint64_t>(config_.seed);
   const auto clients = partition({}, config_.clients, seed);
   std::vector<size_t> seen(clients.size());  // rounds whose change of the base a client has
-  std::vector<int64_t> ranks_until = {0};    // sums of the ranks of rounds 0..t - 1
+  std::vector<int64_t> until = {0};          // numbers in the changes of rounds 0..t - 1
   int64_t sent = 0, turns = 0;
   for (int64_t t = 0; t < config_.rounds; ++t) {
     int64_t sum = 0;
     for (const size_t k : sample_clients(clients, config_.clients.per_round, t, seed)) {
-      if (t > 0) sent += ranks_until.back() - ranks_until[seen[k]], ++turns;
+      if (t > 0) sent += until.back() - until[seen[k]], ++turns;
       seen[k] = static_cast<size_t>(t);
-      sum += clients[k].rank ? clients[k].rank : config_.lora.rank;
+      sum += added.at(clients[k].rank ? clients[k].rank : config_.lora.rank);
     }
-    ranks_until.push_back(ranks_until.back() + sum);
+    until.push_back(until.back() + sum);
   }
-  return turns == 0 ? static_cast<double>(ranks_until.back()) : static_cast<double>(sent) / static_cast<double>(turns);
+  return turns == 0 ? static_cast<double>(until.back()) : static_cast<double>(sent) / static_cast<double>(turns);
 }
 
 ParameterTable Federated::parameters() const {
+  const at::NoGradGuard no_grad;
   const auto model = models::Decoder::from_config(architecture_, 0, at::kFloat);
-  const auto targets = adapters::targets_of(config_.lora, model.slots());
-  const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
+  const adapters::Parametrisation& type = adapters::parametrisation(config_.lora.type);
   ParameterTable table;
   table.columns = {"rank", "adapter parameters", "% of the model", "up per client and round, numbers",
                    "down per client and round, numbers"};
-  std::vector<int64_t> ranks =
-      config_.clients.ranks.empty() ? std::vector<int64_t>{config_.lora.rank} : config_.clients.ranks;
-  const int64_t sent_ranks = std::llround(ranks_sent_per_turn());
-  std::sort(ranks.begin(), ranks.end());
-  ranks.erase(std::unique(ranks.begin(), ranks.end()), ranks.end());
+  std::set<int64_t> ranks(config_.clients.ranks.begin(), config_.clients.ranks.end());
+  if (ranks.empty()) ranks = {config_.lora.rank};
+  std::map<int64_t, int64_t> up, added;
+  int64_t kept = 0, targets = 0;
   for (const int64_t rank : ranks) {
-    int64_t count = 0, up = 0, down = 0;
-    for (const auto& target : targets) {
-      const auto traffic = federation_->traffic(target.slot.in, target.slot.out, rank, sent_ranks, server_rank());
-      count += rank * (target.slot.in + target.slot.out);
-      up += traffic.up;
-      down += traffic.down;
-    }
-    table.rows.push_back({rank, count,
-                          100.0 * static_cast<double>(count) / static_cast<double>(architecture_.total_parameters()),
-                          up, down});
+    const auto config = at_rank(config_.lora, rank);
+    const auto adapter = adapters::Adapter::blank(config, model, 0, at::kCPU);
+    for (const auto& [name, tensor] : sent_tensors(adapter)) up[rank] += tensor.numel();
+    if (federation_->changes_base())
+      added[rank] = federation_->numbers_added(changes_of(config, 0, tensors_of(adapter), model));
+    if (global_adapter().start) kept = type.count(adapter.targets(), config).stored;
+    targets = static_cast<int64_t>(adapter.targets().size());
   }
-  table.notes = {
-      fmt::format("{} adapted matrices, {} clients per round; a number is 4 bytes", targets.size(), sampled)};
+  const int64_t changes = federation_->changes_base() ? std::llround(numbers_sent_per_turn(added)) : 0;
+  for (const int64_t rank : ranks) {
+    const auto config = at_rank(config_.lora, rank);
+    const auto trained = type.count(adapters::targets_of(config, model.slots()), config).trained;
+    table.rows.push_back({type.traits().uses_rank ? core::Json(rank) : core::Json("none"), trained,
+                          100.0 * static_cast<double>(trained) / static_cast<double>(architecture_.total_parameters()),
+                          up.at(rank), (federation_->starts_fresh() ? 0 : up.at(rank)) + changes});
+  }
+  const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
+  table.notes = {fmt::format("{} adapted modules, {} clients per round; a number is 4 bytes", targets, sampled)};
+  if (kept > 0)
+    table.notes.push_back(
+        fmt::format("down, before a client's first turn: the adapter as it starts, {} numbers", kept));
   if (federation_->changes_base())
     table.notes.push_back(fmt::format(
-        "down: every change of the base since a client's last turn, of rank {} in the mean over turns", sent_ranks));
+        "down: every change of the base since a client's last turn, {} numbers in the mean over turns", changes));
   return table;
 }
+
+namespace {
+
+// What the method, rounds as such and the ranks of clients mind about the adapter.
+void check_adapter(const FederatedConfig& config, const Federation& federation, const core::Origin& origin,
+                   core::Problems& problems) {
+  const adapters::AdapterConfig& adapter = config.lora;
+  const adapters::Parametrisation& type = adapters::parametrisation(adapter.type);
+  if (type.wants(adapter) != adapters::Wants::kNothing)
+    problems.add(origin, "lora.type",
+                 fmt::format("type {} starts from examples: the server has none, and a client's would tell of its data",
+                             adapter.type),
+                 "use it with method: finetune, or choose another type");
+  else if (const auto refusal = federation.refusal(adapter))
+    problems.add(origin, "lora.type", refusal->why, refusal->hint);
+  const bool ranks_differ = !config.clients.ranks.empty() || federation.prunes();
+  if (ranks_differ && (!adapter.rank_pattern.empty() || !adapter.alpha_pattern.empty()))
+    problems.add(origin, "lora.rank_pattern", "clients of different ranks have one rank in all modules",
+                 "leave rank_pattern and alpha_pattern out");
+  if (!ranks_differ) return;
+  std::set<int64_t> ranks(config.clients.ranks.begin(), config.clients.ranks.end());
+  if (federation.prunes()) ranks.insert(config.pruning.min_rank);
+  for (const int64_t rank : ranks) {
+    const auto why = type.traits().uses_rank ? type.problem(at_rank(adapter, rank))
+                                             : fmt::format("type {} has no rank", adapter.type);
+    if (why) problems.add(origin, "clients.ranks", fmt::format("at rank {}: {}", rank, *why), "choose other ranks");
+  }
+}
+
+}  // namespace
 
 ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems, const char* name,
                           std::unique_ptr<Federation> federation) {
   FederatedConfig config;
   federated_schema().parse(root, "", config, problems);
+  const bool parsed = problems.empty();
   ParsedRecipe recipe;
   recipe.run = config;
   federated_schema().resolve(root, "", config, recipe.resolved);
   recipe.values = federated_schema().to_json(config);
-  const auto origin = [&](const char* key) { return root.find(key) ? root.find(key)->origin : root.origin; };
+  const auto origin = [&](const char* key) -> core::Origin {
+    return root.find(key) ? root.find(key)->origin : root.origin;
+  };
   if (!federation->mixed_ranks() && !config.clients.ranks.empty())
     problems.add(origin("clients"), "clients.ranks", fmt::format("{} needs one rank for all clients", name),
                  "use flora or hetlora for clients of different ranks");
@@ -234,15 +269,7 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
   if (!federation->prunes() && pruning_schema().to_json(config.pruning) != pruning_schema().to_json({}))
     problems.add(origin("pruning"), "pruning", fmt::format("ranks do not shrink in {}", name),
                  "use hetlora, or leave pruning out");
-  if (config.lora.lr_ratio != 1)
-    problems.add(origin("lora"), "lora.lr_ratio", "clients of a federation train all factors at one rate",
-                 "leave it out");
-  if (config.lora.type != "lora" || adapters::starts_from_base(config.lora))
-    problems.add(origin("lora"), "lora.type", "rounds are of pairs A and B that start apart from the base",
-                 "type: lora with init: kaiming or gaussian");
-  if (!config.lora.rank_pattern.empty() || !config.lora.alpha_pattern.empty())
-    problems.add(origin("lora"), "lora.rank_pattern", "ranks per module are not federated",
-                 "one lora.rank, and clients.ranks for clients of different ranks");
+  if (parsed) check_adapter(config, *federation, origin("lora"), problems);
   if (problems.empty()) recipe.method = std::make_unique<Federated>(name, std::move(federation), std::move(config));
   return recipe;
 }

@@ -15,7 +15,6 @@
 #include "algorithms/method.h"
 #include "algorithms/register.h"
 #include "models/decoder_config.h"
-#include "models/slot.h"
 
 namespace moraine::models {
 class Decoder;
@@ -29,9 +28,9 @@ namespace moraine::algorithms::federated {
 /// The whole text of a refused contribution: artefacts hold nothing of the host they were made on.
 constexpr const char* kNumbersWentBad = "its training gave numbers that are not finite";
 
-/// Rounds of federated LoRA on a frozen decoder: sample clients, each trains the adapter on its own text, the server
-/// forms the next global state, repeat. What is trained, sent and averaged is the Federation's; everything else is
-/// shared.
+/// Rounds of federated adapters on a frozen decoder: sample clients, each trains the adapter on its own text, the
+/// server forms the next global state, repeat. What is trained, sent and averaged is the Federation's; everything else
+/// is shared.
 ///
 /// Seeds: `seed` derives the partition, the sampling per round, the adapter's first values and each client's data
 /// order. A client is stateless but for its rank (HetLoRA), which its last contribution carries. Contributions are
@@ -42,6 +41,7 @@ class Federated final : public Method {
   /// A recorded run's method; plans and reports, but cannot execute.
   Federated(std::string method, std::unique_ptr<Federation> federation, FederatedConfig config,
             const core::Json& inputs);
+  ~Federated() override;
 
   void open_inputs() override;
   core::Json inputs() const override;
@@ -59,13 +59,14 @@ class Federated final : public Method {
  private:
   struct RoundResult {
     std::vector<std::string> updates;          // in the order of the clients' names
-    std::vector<std::string> sent;             // every state a client lacked, client by client; none in the first round
+    std::vector<std::string> sent;             // what clients lacked of start and states, client by client
     std::string state;                         // after the round
     std::map<std::string, std::string> tests;  // by domain
   };
   /// Everything the procedure has got hold of so far; filled in order by walk().
   struct Stages {
     std::map<std::string, std::string> base;  // evaluations by domain
+    std::optional<std::string> start;         // the adapter's first values, where they follow from the base's weights
     std::vector<RoundResult> rounds;          // complete ones
     std::optional<std::string> centralised;
     std::map<std::string, std::string> centralised_tests;
@@ -74,12 +75,14 @@ class Federated final : public Method {
 
   /// What a walk learns of the clients on its way, by position in clients_.
   struct Progress {
-    std::vector<int64_t> ranks;  // HetLoRA: as the last contribution says
-    std::vector<size_t> states;  // states of a changing base that a client has seen
+    std::vector<int64_t> ranks;                 // HetLoRA: as the last contribution says
+    std::vector<std::optional<size_t>> states;  // how many states there were at a client's last turn
   };
 
   // plan.cpp: pure.
   Stages walk(PlanBuilder& plan) const;
+  /// false while the first values are needed and not there.
+  bool walk_start(PlanBuilder& plan, Stages& stages) const;
   void walk_comparisons(PlanBuilder& plan, Stages& stages) const;
   /// The units of one round's clients; false while some are not finished.
   bool walk_clients(PlanBuilder& plan, const Stages& stages, std::span<const size_t> sampled, Progress& progress,
@@ -92,21 +95,25 @@ class Federated final : public Method {
   Unit evaluation_unit(const std::string& label, const std::string& domain, std::vector<std::string> inputs) const;
   std::map<std::string, std::string> evaluate_everywhere(PlanBuilder& plan, const std::string& label,
                                                          const std::vector<std::string>& inputs) const;
-  /// What a client or an evaluation needs to rebuild the global model: the last state, or all of them when rounds
-  /// change the base.
-  std::vector<std::string> model_inputs(const std::vector<RoundResult>& rounds) const;
+  /// What a client or an evaluation needs to rebuild the global model: the start, if there is one, and the last state,
+  /// or all of them when rounds change the base.
+  std::vector<std::string> model_inputs(const Stages& stages) const;
   TextSpec text_spec(const std::string& domain, const std::string& split) const;
   int64_t server_rank() const;
-  /// Of methods whose rounds change the base: the summed ranks of the changes a client is sent, in the mean over the
-  /// turns after the first round. Follows from the sampling.
-  double ranks_sent_per_turn() const;
+  GlobalAdapter global_adapter() const;
+  /// Of methods whose rounds change the base: numbers of the changes that a client is sent, in the mean over the turns
+  /// after the first round, when a contribution of a rank adds `added`. Follows from the sampling.
+  double numbers_sent_per_turn(const std::map<int64_t, int64_t>& added) const;
 
   // execute.cpp: what a unit's specification says; of config_ only paths, and how often to save and to log.
   core::ArtefactPtr update(const Unit& unit, WorkerContext& context) const;
+  core::ArtefactPtr start(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr train_client(const Unit& unit, const UpdateSpec& spec, WorkerContext& context) const;
-  core::ArtefactPtr contribution(const UpdateSpec& spec, int64_t sequences, const Factors& before, const Factors& after,
-                                 const TrainOutcome& outcome) const;
+  core::ArtefactPtr contribution(const UpdateSpec& spec, int64_t sequences, const adapters::Adapter& adapter,
+                                 const Tensors& before, const TrainOutcome& outcome) const;
   core::ArtefactPtr aggregate(const Unit& unit, WorkerContext& context) const;
+  Round round_of(const AggregateSpec& spec, std::vector<Contribution> contributions,
+                 std::span<const core::ArtefactPtr> known) const;
   core::ArtefactPtr broadcast(const Unit& unit, WorkerContext& context) const;
   core::ArtefactPtr evaluate_unit(const Unit& unit, WorkerContext& context) const;
   std::vector<Contribution> contributions(const Unit& unit, const AggregateSpec& spec, WorkerContext& context,
@@ -115,16 +122,20 @@ class Federated final : public Method {
   std::shared_ptr<data::TextDataset> open(const TextSpec& text, WorkerContext& context) const;
   models::Decoder global_model(const std::vector<std::string>& states, const std::string& base,
                                const std::string& dtype, WorkerContext& context) const;
-  /// Slots of the frozen model, read once.
-  const std::vector<models::Slot>& slots() const;
+  /// The frozen model as it is stored, opened once.
+  const models::Decoder& base() const;
+  /// An adapter's tensors that a client sends: what is trained, and what nobody else has.
+  Tensors sent_tensors(const adapters::Adapter& adapter) const;
+  /// Contributions that start afresh say which seed what is not stored follows from.
+  bool sends_seed(const adapters::AdapterConfig& adapter) const;
 
   // results.cpp
   void check_update(const Unit& unit, const core::Artefact& artefact) const;
 
-  void write_adapter(const RunState& state, const std::string& id, const ExportRequest& request) const;
+  /// The global adapter after the last round.
+  adapters::Adapter last_adapter(const RunState& state, const Stages& stages) const;
   /// The base, everything the rounds added to it and the last adapter, as a Hugging Face directory.
-  void write_merged_model(const RunState& state, const std::vector<RoundResult>& rounds,
-                          const std::filesystem::path& directory) const;
+  void write_merged_model(const RunState& state, const Stages& stages, const std::filesystem::path& directory) const;
 
   std::string method_;
   std::unique_ptr<Federation> federation_;
@@ -134,8 +145,8 @@ class Federated final : public Method {
   std::map<std::string, int64_t> sequences_;         // domain -> training sequences
   std::string model_id_;                             // identity of the model's directory
   std::vector<Client> clients_;                      // who holds what; follows from the above
-  mutable std::once_flag slots_once_;
-  mutable std::vector<models::Slot> slots_;
+  mutable std::once_flag base_once_;
+  mutable std::unique_ptr<models::Decoder> base_;
 };
 
 ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems, const char* name,

@@ -1,7 +1,5 @@
 #include "algorithms/federated/federation.h"
 
-#include <set>
-
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
@@ -11,7 +9,6 @@
 
 #include "algorithms/federated/weighted_sum.h"
 #include "core/error.h"
-#include "models/tensor_io.h"
 
 namespace moraine::algorithms::federated {
 namespace {
@@ -26,8 +23,6 @@ const core::TensorView& find(const Contribution& contribution, const std::string
 
 }  // namespace
 
-at::Tensor Contribution::factor(const std::string& name) const { return models::borrow(find(*this, name), artefact); }
-
 at::Tensor Round::average(const std::string& name) const {
   std::vector<std::span<const std::byte>> parts;
   std::vector<double> weights;
@@ -39,7 +34,7 @@ at::Tensor Round::average(const std::string& name) const {
           fmt::format("algorithms/federated: '{}' of {} is {} [{}], of {} float32 [{}]", name, contribution.client,
                       core::safetensors_name(view.dtype), fmt::join(view.shape, ", "), contributions.front().client,
                       fmt::join(first.shape, ", ")),
-          "all clients of this method send factors of one shape");
+          "all clients of this method send tensors of one shape");
     parts.push_back(view.data);
     weights.push_back(contribution.weight);
   }
@@ -48,35 +43,24 @@ at::Tensor Round::average(const std::string& name) const {
   return sum;
 }
 
-std::vector<std::string> Round::slots() const {
-  std::set<std::string> paths;
-  for (const auto& [name, tensor] : global) paths.insert(name.substr(0, name.rfind(".lora_")));
-  return {paths.begin(), paths.end()};
+at::Tensor Federation::penalty(const Tensors&, const adapters::TrainedTensors&, const PruningConfig&) const {
+  return {};
 }
 
-bool Federation::trains(std::string_view) const { return true; }
-
-at::Tensor Federation::penalty(const Factors&, const PruningConfig&) const { return {}; }
-
-int64_t Federation::rank_after(const Factors&, const Factors&, int64_t rank, const PruningConfig&) const {
+int64_t Federation::rank_after(const Tensors&, const Tensors&, const adapters::TrainedTensors&, int64_t rank,
+                               const PruningConfig&) const {
   return rank;
 }
 
 GlobalState Federation::aggregate(const Round& round) const {
   GlobalState next;
   for (const auto& [name, x] : round.global)
-    if (trains(name.substr(name.rfind("lora_"))))
-      next.factors[name] = server_step(round.optimizer, name, x, round.average(name), round.server, next.server);
+    next.adapter[name] = server_step(round.optimizer, name, x, round.average(name), round.server, next.server);
   return next;
 }
 
-Federation::Traffic Federation::traffic(int64_t in, int64_t out, int64_t rank, int64_t, int64_t) const {
-  const int64_t numbers = rank * ((trains("lora_A.weight") ? in : 0) + (trains("lora_B.weight") ? out : 0));
-  return {numbers, numbers};
-}
-
 at::Tensor server_step(const ServerConfig& config, const std::string& name, const at::Tensor& x,
-                       const at::Tensor& average, const Factors& before, Factors& moments) {
+                       const at::Tensor& average, const Tensors& before, Tensors& moments) {
   if (config.optimizer == "fedavg") return average;
   const at::Tensor from = x.to(at::kDouble), change = average.to(at::kDouble) - from;
   const auto moment = [&](const std::string& kind, const at::Tensor& start) {
@@ -99,13 +83,12 @@ at::Tensor server_step(const ServerConfig& config, const std::string& name, cons
   return (from + config.learning_rate * m / (v.sqrt() + config.tau)).to(at::kFloat);
 }
 
-Factors cut(const Factors& factors, int64_t rank) {
-  Factors out;
-  for (const auto& [name, tensor] : factors) {
-    const int64_t side = name.ends_with("lora_A.weight") ? 0 : 1;
-    out[name] = tensor.size(side) > rank ? tensor.narrow(side, 0, rank).contiguous() : tensor;
-  }
-  return out;
+int64_t numbers_in(const Changes& changes, bool with_frozen) {
+  int64_t numbers = 0;
+  for (const auto& [slot, change] : changes)
+    for (size_t i = 0; i + (with_frozen ? 0 : change.frozen) < change.parts.size(); ++i)
+      numbers += change.parts[i].first.numel() + change.parts[i].second.numel();
+  return numbers;
 }
 
 }  // namespace moraine::algorithms::federated

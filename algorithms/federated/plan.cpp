@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "algorithms/federated/federated.h"
+#include "algorithms/federated/global_adapter.h"
 #include "algorithms/federated/units.h"
 #include "core/error.h"
 
@@ -25,6 +26,14 @@ void Federated::share_out() {
     if (client.rank == 0) client.rank = config_.lora.rank;
 }
 
+GlobalAdapter Federated::global_adapter() const {
+  return {.lora = config_.lora,
+          .rank = server_rank(),
+          .seed = config_.seed,
+          .type_version = adapters::parametrisation(config_.lora.type).result_version(),
+          .start = !federation_->starts_fresh() && starts_from_weights(config_.lora)};
+}
+
 Unit Federated::update_unit(const std::string& label, const Client& client, int64_t round, int64_t steps, int64_t rank,
                             std::vector<std::string> inputs, bool tolerant) const {
   TrainConfig train = config_.train;
@@ -37,11 +46,12 @@ Unit Federated::update_unit(const std::string& label, const Client& client, int6
                   .client = client.name,
                   .round = round,
                   .rank = rank,
-                  .adapter = {config_.lora, federation_->starts_fresh() ? 0 : server_rank(), config_.seed},
+                  .adapter = global_adapter(),
                   .train = train_identity(train),
                   .tolerant = tolerant};
   for (const auto& [name, share] : client.shares)
     spec.shares.push_back({text_spec(name, "train"), share.first, share.count});
+  if (federation_->starts_fresh()) spec.adapter.rank = 0;
   if (federation_->prunes()) spec.pruning = config_.pruning;
   // The frozen weights take no gradients: 4 instead of 6 operations per parameter and token.
   return {UpdateSpec::kKind,
@@ -62,7 +72,7 @@ Unit Federated::evaluation_unit(const std::string& label, const std::string& nam
                     .data = text_spec(name, config_.evaluation.split),
                     .sequences = sequences,
                     .batch_size = config_.evaluation.batch_size};
-  if (!inputs.empty()) spec.adapter = GlobalAdapter{config_.lora, server_rank(), config_.seed};
+  if (!inputs.empty()) spec.adapter = global_adapter();
   const double tokens = static_cast<double>((sequences ? sequences : 512) * config_.seq_len);
   return {EvaluateSpec::kKind, label,          core::to_spec(evaluate_schema(), spec),
           std::move(inputs),   Place::kWorker, 2 * static_cast<double>(architecture_.total_parameters()) * tokens};
@@ -78,45 +88,65 @@ std::map<std::string, std::string> Federated::evaluate_everywhere(PlanBuilder& p
   return tests;
 }
 
-std::vector<std::string> Federated::model_inputs(const std::vector<RoundResult>& rounds) const {
+std::vector<std::string> Federated::model_inputs(const Stages& s) const {
   std::vector<std::string> inputs;
+  if (s.start) inputs.push_back(*s.start);
   if (federation_->changes_base()) {
-    for (const auto& round : rounds) inputs.push_back(round.state);
-  } else if (!rounds.empty()) {
-    inputs.push_back(rounds.back().state);
+    for (const auto& round : s.rounds) inputs.push_back(round.state);
+  } else if (!s.rounds.empty()) {
+    inputs.push_back(s.rounds.back().state);
   }
   return inputs;
+}
+
+bool Federated::walk_start(PlanBuilder& plan, Stages& s) const {
+  if (!global_adapter().start) return true;
+  s.start = plan.need("start", [&] {
+    const StartSpec spec{.compute = compute_identity(config_.workers),
+                         .base = model_id_,
+                         .dtype = config_.train.dtype,
+                         .adapter = global_adapter()};
+    return Unit{StartSpec::kKind, "start", core::to_spec(start_schema(), spec), {}, Place::kCoordinator, 1e6};
+  });
+  return s.start.has_value();
 }
 
 void Federated::walk_comparisons(PlanBuilder& plan, Stages& s) const {
   const auto compared = [&](const char* name) {
     return std::find(config_.comparisons.begin(), config_.comparisons.end(), name) != config_.comparisons.end();
   };
+  const std::vector<std::string> start = s.start ? std::vector{*s.start} : std::vector<std::string>{};
+  const auto on_start = [&](const std::string& update) {
+    std::vector<std::string> inputs = start;
+    inputs.push_back(update);
+    return inputs;
+  };
   if (compared("centralised")) {
     Client everybody{"everybody", {}, config_.lora.rank};
     for (const auto& [name, count] : sequences_) everybody.shares[name] = {0, count};
     const int64_t sampled = config_.clients.per_round ? config_.clients.per_round : config_.clients.count;
     s.centralised = plan.need(update_unit("train/centralised", everybody, 0,
-                                          config_.train.steps * config_.rounds * sampled, config_.lora.rank, {}));
-    if (s.centralised) s.centralised_tests = evaluate_everywhere(plan, "test/centralised", {*s.centralised});
+                                          config_.train.steps * config_.rounds * sampled, config_.lora.rank, start));
+    if (s.centralised) s.centralised_tests = evaluate_everywhere(plan, "test/centralised", on_start(*s.centralised));
   }
   if (!compared("alone")) return;
   for (const auto& client : clients_)
     if (const auto id = plan.need(update_unit("train/alone/" + client.name, client, 0,
-                                              config_.train.steps * config_.rounds, client.rank, {})))
-      s.alone_tests[client.name] = evaluate_everywhere(plan, "test/alone/" + client.name, {*id});
+                                              config_.train.steps * config_.rounds, client.rank, start)))
+      s.alone_tests[client.name] = evaluate_everywhere(plan, "test/alone/" + client.name, on_start(*id));
 }
 
 bool Federated::walk_clients(PlanBuilder& plan, const Stages& s, std::span<const size_t> sampled, Progress& progress,
                              const std::string& label, RoundResult& round) const {
   const auto t = static_cast<int64_t>(s.rounds.size());
-  const std::vector<std::string> model = model_inputs(s.rounds);
+  const std::vector<std::string> model = model_inputs(s);
+  const size_t first_state = s.start ? 1 : 0;
   for (const size_t k : sampled) {
     const Client& client = clients_[k];
     const int64_t rank = progress.ranks[k];
     std::vector<std::string> inputs = model;
     // What is sent is what a client needs: its own rank, without the server's moments.
-    if (!inputs.empty() && (rank < server_rank() || config_.server.optimizer != "fedavg") &&
+    if (!s.rounds.empty() && (rank < server_rank() || config_.server.optimizer != "fedavg") &&
         !federation_->starts_fresh()) {
       const std::string name = fmt::format("broadcast/{}/r{}", label, rank);
       const auto id = plan.need(name, [&] {
@@ -130,8 +160,11 @@ bool Federated::walk_clients(PlanBuilder& plan, const Stages& s, std::span<const
       if (!id) continue;
       inputs.back() = *id;
     }
-    // Of a model whose base changes, a client lacks every state since its last turn.
-    const size_t known = federation_->changes_base() ? progress.states[k] : inputs.empty() ? 0 : inputs.size() - 1;
+    // A client lacks the start before its first turn, and of a model whose base changes every state since its last.
+    if (s.start && !progress.states[k]) round.sent.push_back(*s.start);
+    const size_t known = first_state + (federation_->changes_base() ? progress.states[k].value_or(0)
+                                        : s.rounds.empty()          ? 0
+                                                                    : inputs.size() - first_state - 1);
     round.sent.insert(round.sent.end(), inputs.begin() + static_cast<ptrdiff_t>(known), inputs.end());
     const std::string name = fmt::format("train/{}/{}", label, client.name);
     const auto id = plan.need(name, [&] {
@@ -162,10 +195,11 @@ Unit Federated::aggregate_unit(const std::string& label, const Stages& s, std::s
                      .weighting = config_.clients.weighting,
                      .min_per_round = config_.clients.min_per_round,
                      .server = config_.server,
-                     .adapter = {config_.lora, server_rank(), config_.seed},
+                     .adapter = global_adapter(),
                      .has_state = !s.rounds.empty()};
   for (const size_t k : sampled) spec.clients.push_back({clients_[k].name, clients_[k].sequences()});
   std::vector<std::string> inputs;
+  if (s.start) inputs.push_back(*s.start);
   if (!s.rounds.empty()) inputs.push_back(s.rounds.back().state);
   inputs.insert(inputs.end(), round.updates.begin(), round.updates.end());
   return {AggregateSpec::kKind, label, core::to_spec(aggregate_schema(), spec), std::move(inputs),
@@ -175,6 +209,7 @@ Unit Federated::aggregate_unit(const std::string& label, const Stages& s, std::s
 Federated::Stages Federated::walk(PlanBuilder& plan) const {
   Stages s;
   s.base = evaluate_everywhere(plan, "test/base", {});
+  if (!walk_start(plan, s)) return s;
   walk_comparisons(plan, s);
   Progress progress;
   for (const auto& client : clients_) progress.ranks.push_back(client.rank);
@@ -191,7 +226,7 @@ Federated::Stages Federated::walk(PlanBuilder& plan) const {
     round.state = *state;
     s.rounds.push_back(std::move(round));
     if ((t + 1) % config_.evaluation.every == 0 || t + 1 == config_.rounds)
-      s.rounds.back().tests = evaluate_everywhere(plan, "test/" + label, model_inputs(s.rounds));
+      s.rounds.back().tests = evaluate_everywhere(plan, "test/" + label, model_inputs(s));
   }
   return s;
 }

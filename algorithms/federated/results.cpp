@@ -7,8 +7,8 @@
 
 #include "algorithms/adapters/adapter.h"
 #include "algorithms/evaluate.h"
-#include "algorithms/federated/factors.h"
 #include "algorithms/federated/federated.h"
+#include "algorithms/federated/global_adapter.h"
 #include "core/error.h"
 #include "models/decoder.h"
 
@@ -37,43 +37,23 @@ void expect(const Unit& unit, const core::Json& meta, const char* key, const T& 
                              core::Json(wanted).dump()));
 }
 
-// Names and shapes of the factors that a client of `rank` sends.
-std::map<std::string, std::vector<int64_t>> expected_factors(const Federation& federation,
-                                                             const adapters::AdapterConfig& lora, int64_t rank,
-                                                             std::span<const models::Slot> slots) {
-  std::map<std::string, std::vector<int64_t>> shapes;
-  for (const auto& target : adapters::targets_of(at_rank(lora, rank), slots)) {
-    if (federation.trains("lora_A.weight")) shapes[target.slot.path + ".lora_A.weight"] = {rank, target.slot.in};
-    if (federation.trains("lora_B.weight")) shapes[target.slot.path + ".lora_B.weight"] = {target.slot.out, rank};
-  }
-  return shapes;
-}
-
-void check_tensors(const Unit& unit, const core::Artefact& artefact,
-                   const std::map<std::string, std::vector<int64_t>>& expected) {
+void check_tensors(const Unit& unit, const core::Artefact& artefact, const Tensors& expected) {
   std::set<std::string> seen;
   for (const auto& view : artefact.file().tensors()) {
     const auto wanted = expected.find(view.name);
     if (wanted == expected.end()) refuse(unit, fmt::format("has a tensor '{}' that nobody asked for", view.name));
-    if (view.dtype != core::DType::kF32 || view.shape != wanted->second)
+    const auto shape = wanted->second.sizes();
+    if (view.dtype != core::DType::kF32 || view.shape != shape.vec())
       refuse(unit, fmt::format("has tensor '{}' of shape [{}], planned is float32 [{}]", view.name,
-                               fmt::join(view.shape, ", "), fmt::join(wanted->second, ", ")));
+                               fmt::join(view.shape, ", "), fmt::join(shape, ", ")));
     if (!all_finite(view)) refuse(unit, fmt::format("has values in '{}' that are not finite", view.name));
     seen.insert(view.name);
   }
-  for (const auto& [name, shape] : expected)
+  for (const auto& [name, tensor] : expected)
     if (!seen.contains(name)) refuse(unit, fmt::format("lacks the tensor '{}'", name));
 }
 
 }  // namespace
-
-const std::vector<models::Slot>& Federated::slots() const {
-  std::call_once(slots_once_, [this] {
-    const auto slots = models::Decoder::from_directory(config_.model.path, std::nullopt).slots();
-    slots_.assign(slots.begin(), slots.end());
-  });
-  return slots_;
-}
 
 void Federated::check_update(const Unit& unit, const core::Artefact& artefact) const {
   const UpdateSpec spec = core::from_spec(update_schema(), unit.spec);
@@ -92,11 +72,14 @@ void Federated::check_update(const Unit& unit, const core::Artefact& artefact) c
   const auto sent = rank->get<int64_t>();
   if (sent < 1 || sent > spec.rank || (!federation_->prunes() && sent != spec.rank))
     refuse(unit, fmt::format("is of rank {}, planned is {}", sent, spec.rank));
-  check_tensors(unit, artefact, expected_factors(*federation_, spec.adapter.lora, sent, slots()));
+  if (sends_seed(spec.adapter.lora)) expect(unit, meta, "seed", spec.own_seed());
+  check_tensors(unit, artefact,
+                sent_tensors(adapters::Adapter::blank(at_rank(spec.adapter.lora, sent), base(), 0, at::kCPU)));
 }
 
 void Federated::check_result(const Unit& unit, const core::Artefact& artefact) const {
   static const std::map<std::string, std::string> kinds = {{UpdateSpec::kKind, "update"},
+                                                           {StartSpec::kKind, "adapter"},
                                                            {AggregateSpec::kKind, "adapter"},
                                                            {BroadcastSpec::kKind, "adapter"},
                                                            {EvaluateSpec::kKind, "evaluation"}};

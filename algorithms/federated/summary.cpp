@@ -1,4 +1,5 @@
 // Tables and curves of a federation, out of its artefacts alone (docs/formats.md, summary.json).
+#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/evaluate.h"
 #include "algorithms/federated/federated.h"
 #include "core/error.h"
@@ -88,7 +89,10 @@ core::Json Federated::summary(const RunState& state) const {
            column("down", "bytes down")}},
          {"rows", traffic},
          {"notes",
-          {"sizes of the files that travel, headers included; in the first round the adapter follows from the seed"}}});
+          {stages.start ? "sizes of the files that travel, headers included; the adapter as it starts before a "
+                          "client's first turn"
+                        : "sizes of the files that travel, headers included; in the first round the adapter follows "
+                          "from the seed"}}});
   }
   if (!refusals.empty())
     out["tables"].push_back(
@@ -98,8 +102,10 @@ core::Json Federated::summary(const RunState& state) const {
          {"notes", Json::array()}});
 
   // Clients.
-  Json client_columns = {column("client", "client"), column("rank", "rank"), column("sequences", "sequences")},
-       client_rows = Json::array();
+  const bool has_ranks = adapters::parametrisation(config_.lora.type).traits().uses_rank;
+  Json client_columns = {column("client", "client")}, client_rows = Json::array();
+  if (has_ranks) client_columns.push_back(column("rank", "rank"));
+  client_columns.push_back(column("sequences", "sequences"));
   std::map<std::string, int64_t> ranks;
   for (const auto& round : stages.rounds)
     for (const auto& id : round.updates)
@@ -107,17 +113,17 @@ core::Json Federated::summary(const RunState& state) const {
         ranks[meta.at("client")] = meta.at("rank");
   for (const auto& d : config_.domains) client_columns.push_back(column(d.name, d.name));
   for (const auto& client : clients_) {
-    Json row = {{"client", client.name},
-                {"rank", ranks.count(client.name) ? ranks.at(client.name) : client.rank},
-                {"sequences", client.sequences()}};
+    Json row = {{"client", client.name}, {"sequences", client.sequences()}};
+    if (has_ranks) row["rank"] = ranks.count(client.name) ? ranks.at(client.name) : client.rank;
     for (const auto& d : config_.domains)
       row[d.name] = client.shares.count(d.name) ? client.shares.at(d.name).count : 0;
     client_rows.push_back(std::move(row));
   }
-  out["tables"].push_back({{"title", "Clients"},
-                           {"columns", client_columns},
-                           {"rows", client_rows},
-                           {"notes", {"training sequences by domain; rank: the latest"}}});
+  out["tables"].push_back(
+      {{"title", "Clients"},
+       {"columns", client_columns},
+       {"rows", client_rows},
+       {"notes", {has_ranks ? "training sequences by domain; rank: the latest" : "training sequences by domain"}}});
 
   // Score against round; local training losses of the last round.
   Json by_round = Json::array(), training = Json::array();

@@ -3,6 +3,10 @@
 #include <cmath>
 #include <numeric>
 
+#include <fmt/format.h>
+
+#include "core/hash.h"
+
 namespace moraine::algorithms::federated {
 namespace {
 
@@ -11,7 +15,11 @@ const core::Schema<GlobalAdapter>& adapter_schema() {
   static const auto schema = core::Schema<C>()
                                  .object("lora", &C::lora, adapters::adapter_schema())
                                  .field("rank", &C::rank)
-                                 .field("seed", &C::seed);
+                                 .field("seed", &C::seed)
+                                 .field("type_version", &C::type_version)
+                                 .joined_later()
+                                 .field("start", &C::start)
+                                 .joined_later();
   return schema;
 }
 
@@ -39,6 +47,10 @@ int64_t UpdateSpec::samples() const {
                          [](int64_t sum, const ShareSpec& share) { return sum + share.count; });
 }
 
+uint64_t UpdateSpec::own_seed() const {
+  return core::derive_seed(static_cast<uint64_t>(adapter.seed), fmt::format("adapter/{}/{}", client, round));
+}
+
 const core::Schema<UpdateSpec>& update_schema() {
   using C = UpdateSpec;
   static const auto schema = core::Schema<C>()
@@ -58,6 +70,20 @@ const core::Schema<UpdateSpec>& update_schema() {
                                  .field("train", &C::train)
                                  .field("tolerant", &C::tolerant)
                                  .optional_object("pruning", &C::pruning, pruning_schema());
+  return schema;
+}
+
+const core::Schema<StartSpec>& start_schema() {
+  using C = StartSpec;
+  static const auto schema = core::Schema<C>()
+                                 .field("version", &C::version)
+                                 .min(C::kVersion)
+                                 .max(C::kVersion)
+                                 .field("compute", &C::compute)
+                                 .field("base", &C::base)
+                                 .field("dtype", &C::dtype)
+                                 .choices({"float32", "bfloat16"})
+                                 .object("adapter", &C::adapter, adapter_schema());
   return schema;
 }
 
@@ -113,15 +139,12 @@ const core::Schema<EvaluateSpec>& evaluate_schema() {
   return schema;
 }
 
-double scale_of(const adapters::AdapterConfig& lora) {
-  const auto rank = static_cast<double>(lora.rank);
-  return lora.alpha / (lora.use_rslora ? std::sqrt(rank) : rank);
-}
-
 adapters::AdapterConfig at_rank(const adapters::AdapterConfig& lora, int64_t rank) {
+  if (rank == lora.rank) return lora;
   adapters::AdapterConfig other = lora;
   other.rank = rank;
-  other.alpha = scale_of(lora) * (lora.use_rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
+  other.alpha = adapters::scale_of(lora.alpha, lora.rank, lora.use_rslora) *
+                (lora.use_rslora ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank));
   return other;
 }
 

@@ -21,9 +21,23 @@ namespace moraine::algorithms::federated {
 /// What a state leaves to the seed: the global adapter's first values, and those that are never sent.
 struct GlobalAdapter {
   adapters::AdapterConfig lora = {};  // the recipe's; other ranks keep its scale: at_rank()
-  int64_t rank = 1;                   // of the server's factors: the largest of the clients'
+  int64_t rank = 1;                   // of the server's adapter: the largest of the clients'
   int64_t seed = 0;
+  int64_t type_version = 1;  // Parametrisation::result_version()
+  bool start = false;        // the first input is the adapter as it starts: starts_from_weights()
 };
+
+/// Makes the global adapter as it starts, once for all, where that follows from the base's weights.
+struct StartSpec {
+  static constexpr const char* kKind = "start";
+  static constexpr int64_t kVersion = 1;
+  int64_t version = kVersion;
+  core::Json compute = {};
+  std::string base = {};
+  std::string dtype = "float32";
+  GlobalAdapter adapter = {};
+};
+const core::Schema<StartSpec>& start_schema();
 
 /// Places [first, first + count) of a domain's shuffled order of training sequences.
 struct ShareSpec {
@@ -31,7 +45,8 @@ struct ShareSpec {
   int64_t first = 0, count = 0;
 };
 
-/// Trains one client. Inputs: what it needs to rebuild the global model, the last state last. Gives its contribution.
+/// Trains one client. Inputs: what it needs to rebuild the global model: the start, if there is one, then states, the
+/// last one last. Gives its contribution.
 struct UpdateSpec {
   static constexpr const char* kKind = "client_update";
   static constexpr int64_t kVersion = 2;
@@ -49,7 +64,8 @@ struct UpdateSpec {
   bool tolerant = false;       // numbers that go bad make a contribution that says so instead of an error
   std::optional<PruningConfig> pruning = {};  // methods whose ranks shrink
 
-  int64_t samples() const;  // training sequences
+  int64_t samples() const;    // training sequences
+  uint64_t own_seed() const;  // of the client's own draws, and of the first values of rounds that start afresh
 };
 const core::Schema<UpdateSpec>& update_schema();
 
@@ -59,7 +75,8 @@ struct RoundClient {
   int64_t samples = 0;
 };
 
-/// Forms the next global state. Inputs: the state before, if any, then the contributions in the order of `clients`.
+/// Forms the next global state. Inputs: the start and the state before, if any, then the contributions in the order of
+/// `clients`.
 struct AggregateSpec {
   static constexpr const char* kKind = "aggregate";
   static constexpr int64_t kVersion = 2;
@@ -88,7 +105,8 @@ struct BroadcastSpec {
 };
 const core::Schema<BroadcastSpec>& broadcast_schema();
 
-/// Scores a global model, a contribution on its own, or the base. Inputs: as UpdateSpec's; none for the base.
+/// Scores a global model, a contribution on its own, or the base. Inputs: as UpdateSpec's, the contribution in place
+/// of a state; none for the base.
 struct EvaluateSpec {
   static constexpr const char* kKind = "evaluate";
   static constexpr int64_t kVersion = 2;
@@ -106,7 +124,5 @@ const core::Schema<EvaluateSpec>& evaluate_schema();
 /// `lora` at another rank: alpha follows, so that the scale is the same for all clients (inferred: FLoRA's code takes
 /// alpha_k = 2 r_k; papers with one alpha for all would weigh clients by 1 / r_k).
 adapters::AdapterConfig at_rank(const adapters::AdapterConfig& lora, int64_t rank);
-/// s of y = W0 x + s B A x.
-double scale_of(const adapters::AdapterConfig& lora);
 
 }  // namespace moraine::algorithms::federated

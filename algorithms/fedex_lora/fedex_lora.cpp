@@ -1,8 +1,12 @@
 #include "algorithms/fedex_lora/fedex_lora.h"
 
+#include <map>
+#include <optional>
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 
+#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/federated/federated.h"
 
 namespace moraine::algorithms::fedex_lora {
@@ -14,24 +18,40 @@ class FedExLora final : public federated::Federation {
   bool changes_base() const override { return true; }
   bool server_optimizers() const override { return false; }
 
+  std::optional<federated::Refusal> refusal(const adapters::AdapterConfig& adapter) const override {
+    const adapters::Traits traits = adapters::parametrisation(adapter.type).traits();
+    if (traits.change != adapters::Change::kFactors)
+      return federated::Refusal{
+          fmt::format(
+              "fedex_lora adds what averaging loses as factors, and the change of type {} is no product of such",
+              adapter.type),
+          "method: fedit averages tensors of any type"};
+    if (traits.averages_exactly)
+      return federated::Refusal{fmt::format("averaging loses nothing of type {}", adapter.type), "method: fedit"};
+    return std::nullopt;
+  }
+
   federated::GlobalState aggregate(const federated::Round& round) const override {
     federated::GlobalState next = Federation::aggregate(round);
-    for (const std::string& slot : round.slots()) {
-      const at::Tensor& mean_a = next.factors.at(slot + ".lora_A.weight");
-      const at::Tensor& mean_b = next.factors.at(slot + ".lora_B.weight");
-      std::vector<at::Tensor> a, b;
-      for (const auto& contribution : round.contributions) {
-        a.push_back((contribution.factor(slot + ".lora_A.weight") - mean_a) * (contribution.weight * round.scale));
-        b.push_back(contribution.factor(slot + ".lora_B.weight") - mean_b);
-      }
-      next.base_change[slot + ".base_A"] = at::cat(a, 0);
-      next.base_change[slot + ".base_B"] = at::cat(b, 1);
+    const federated::Changes mean = round.change_with(next.adapter);
+    std::map<std::string, std::vector<at::Tensor>> a, b;
+    for (const auto& contribution : round.contributions)
+      for (const auto& [slot, change] : round.change_of(contribution))
+        // Factors that training does not move are their own mean.
+        for (size_t i = 0; i + change.frozen < change.parts.size(); ++i) {
+          const auto& [mean_b, mean_a] = mean.at(slot).parts[i];
+          a[slot].push_back((change.parts[i].second - mean_a) * (contribution.weight * change.scale));
+          b[slot].push_back(change.parts[i].first - mean_b);
+        }
+    for (const auto& [slot, parts] : a) {
+      next.base_change[slot + federated::kBaseA] = at::cat(parts, 0);
+      next.base_change[slot + federated::kBaseB] = at::cat(b.at(slot), 1);
     }
     return next;
   }
 
-  Traffic traffic(int64_t in, int64_t out, int64_t rank, int64_t sum_of_ranks, int64_t) const override {
-    return {rank * (in + out), (rank + sum_of_ranks) * (in + out)};
+  int64_t numbers_added(const federated::Changes& change) const override {
+    return federated::numbers_in(change, /*with_frozen=*/false);
   }
 };
 

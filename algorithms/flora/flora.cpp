@@ -1,8 +1,12 @@
 #include "algorithms/flora/flora.h"
 
+#include <map>
+#include <optional>
+
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 
+#include "algorithms/adapters/parametrisation.h"
 #include "algorithms/federated/federated.h"
 
 namespace moraine::algorithms::flora {
@@ -16,22 +20,31 @@ class Flora final : public federated::Federation {
   bool mixed_ranks() const override { return true; }
   bool server_optimizers() const override { return false; }
 
+  std::optional<federated::Refusal> refusal(const adapters::AdapterConfig& adapter) const override {
+    if (adapters::parametrisation(adapter.type).change(adapter) == adapters::Change::kFactors) return std::nullopt;
+    return federated::Refusal{
+        fmt::format("flora stacks factors, and the change of type {} is no product of factors", adapter.type),
+        "method: fedit averages tensors of any type"};
+  }
+
   federated::GlobalState aggregate(const federated::Round& round) const override {
+    std::map<std::string, std::vector<at::Tensor>> a, b;
+    for (const auto& contribution : round.contributions)
+      for (const auto& [slot, change] : round.change_of(contribution))
+        for (const auto& [part_b, part_a] : change.parts) {
+          a[slot].push_back(part_a * (contribution.weight * change.scale));
+          b[slot].push_back(part_b);
+        }
     federated::GlobalState next;
-    for (const std::string& slot : round.slots()) {
-      std::vector<at::Tensor> a, b;
-      for (const auto& contribution : round.contributions) {
-        a.push_back(contribution.factor(slot + ".lora_A.weight") * (contribution.weight * round.scale));
-        b.push_back(contribution.factor(slot + ".lora_B.weight"));
-      }
-      next.base_change[slot + ".base_A"] = at::cat(a, 0);
-      next.base_change[slot + ".base_B"] = at::cat(b, 1);
+    for (const auto& [slot, parts] : a) {
+      next.base_change[slot + federated::kBaseA] = at::cat(parts, 0);
+      next.base_change[slot + federated::kBaseB] = at::cat(b.at(slot), 1);
     }
     return next;
   }
 
-  Traffic traffic(int64_t in, int64_t out, int64_t rank, int64_t sum_of_ranks, int64_t) const override {
-    return {rank * (in + out), sum_of_ranks * (in + out)};
+  int64_t numbers_added(const federated::Changes& change) const override {
+    return federated::numbers_in(change, /*with_frozen=*/true);
   }
 };
 

@@ -120,7 +120,8 @@ std::string reason(const Parametrisation& type, const std::string& procedure) {
     if (traits.change == Change::kNone) return "is no change of weights";
     if (traits.change == Change::kBias) return "changes biases, and experts have none";
   }
-  if (procedure.starts_with("seq_lora") && type.wants({.type = type.name()}) != adapters::Wants::kNothing) return "starts from examples";
+  if (procedure.starts_with("seq_lora") && type.wants({.type = type.name()}) != adapters::Wants::kNothing)
+    return "starts from examples";
   return "";
 }
 

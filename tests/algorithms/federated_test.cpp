@@ -115,7 +115,7 @@ TEST(Partition, SamplingIsPerRoundWithoutReplacement) {
 TEST(ServerStep, ReducesToAveragingAndStandsStillWithoutAChange) {
   const at::Tensor x = at::full({3}, 2.0, at::kFloat), average = at::full({3}, 2.5, at::kFloat);
   ServerConfig config;
-  Factors moments;
+  Tensors moments;
   EXPECT_TRUE(server_step(config, "w", x, average, {}, moments).equal(average));
   EXPECT_TRUE(moments.empty());
   config.optimizer = "fedavgm", config.beta1 = 0;
@@ -128,7 +128,7 @@ TEST(ServerStep, MomentsFollowTheirRecurrences) {
   const at::Tensor x = at::zeros({1}, at::kFloat), average = at::full({1}, 0.5, at::kFloat);
   ServerConfig config;
   config.optimizer = "fedavgm", config.beta1 = 0.9;
-  Factors first, second;
+  Tensors first, second;
   EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(), 0.5F);          // v = D
   EXPECT_FLOAT_EQ(server_step(config, "w", x, average * 3, first, second).item<float>(), 0.6F);  // 0.9 0.5 + 0.1 1.5
   config = {};

@@ -1,16 +1,20 @@
 // Units of federations on a tiny model, executed in this thread: by whom, and what is accepted of it.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <map>
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "algorithms/adapters/adapter.h"
 #include "algorithms/federated/units.h"
 #include "algorithms/language_model.h"
 #include "algorithms/register.h"
 #include "core/error.h"
+#include "core/hash.h"
 #include "core/hdf5.h"
 #include "data/byte_tokenizer.h"
 #include "data/fingerprint.h"
@@ -295,6 +299,227 @@ TEST_F(FederatedUnits, NumbersThatGoBadAreARefusalOfATolerantRoundAndElseAnError
   EXPECT_THROW(fedit->check_result(unit, *refusal), core::UserError);
 }
 
+/// Types of adapters as the tiny model has room for them, by what they are called here.
+const std::map<std::string, std::vector<std::string>> kTypes = {
+    {"lora", {}},
+    {"rslora", {"lora.use_rslora=true", "lora.alpha=3"}},
+    {"ranks", {"lora.rank_pattern=[{module: down_proj, rank: 3}]"}},
+    {"pissa", {"lora.init=pissa"}},
+    {"olora", {"lora.init=olora"}},
+    {"dora", {"lora.type=dora"}},
+    {"dylora", {"lora.type=dylora"}},
+    {"matryoshka", {"lora.type=matryoshka", "lora.options={as_trained: true}"}},
+    {"vera", {"lora.type=vera", "lora.alpha=8"}},
+    {"lora_xs", {"lora.type=lora_xs"}},
+    {"nola", {"lora.type=nola", "lora.options={bases: 8}"}},
+    {"shira", {"lora.type=shira", "lora.alpha=8"}},
+    {"shira_wm", {"lora.type=shira", "lora.alpha=8", "lora.options={mask: wm}"}},
+    {"compacter", {"lora.type=compacter", "lora.rank=8", "lora.alpha=8"}},
+    {"adaptertune", {"lora.type=adaptertune", "lora.alpha=8", "lora.target_modules=[all-linear]"}},
+    {"ia3", {"lora.type=ia3", "lora.rank=8", "lora.alpha=8"}},
+    {"bitfit", {"lora.type=bitfit", "lora.rank=8", "lora.alpha=8"}},
+    {"lora_sb", {"lora.type=lora_sb", "lora.alpha=8"}},
+};
+
+/// What each method says to types that it is not for, by a part of the message.
+const std::map<std::string, std::map<std::string, std::string>> kRefused = {
+    {"fedit", {{"lora_sb", "starts from examples"}}},
+    {"ffa_lora",
+     {{"lora_sb", "starts from examples"},
+      {"lora_xs", "averages exactly as it is"},
+      {"shira", "averages exactly as it is"},
+      {"shira_wm", "averages exactly as it is"},
+      {"ia3", "averages exactly as it is"},
+      {"bitfit", "averages exactly as it is"},
+      {"dora", "type dora is no product of factors"},
+      {"compacter", "type compacter is no product of factors"},
+      {"adaptertune", "type adaptertune is no product of factors"}}},
+    {"flora",
+     {{"lora_sb", "starts from examples"},
+      {"dora", "type dora is no product of factors"},
+      {"shira", "type shira is no product of factors"},
+      {"shira_wm", "type shira is no product of factors"},
+      {"compacter", "type compacter is no product of factors"},
+      {"adaptertune", "type adaptertune is no product of factors"},
+      {"ia3", "type ia3 is no product of factors"},
+      {"bitfit", "type bitfit is no product of factors"}}},
+    {"fedex_lora",
+     {{"lora_sb", "starts from examples"},
+      {"lora_xs", "averaging loses nothing of type lora_xs"},
+      {"dora", "type dora is no product of such"},
+      {"shira", "type shira is no product of such"},
+      {"shira_wm", "type shira is no product of such"},
+      {"compacter", "type compacter is no product of such"},
+      {"adaptertune", "type adaptertune is no product of such"},
+      {"ia3", "type ia3 is no product of such"},
+      {"bitfit", "type bitfit is no product of such"}}},
+    {"hetlora",
+     {{"lora_sb", "starts from examples"},
+      {"ranks", "has no first ranks"},
+      {"pissa", "that starts from the base has no first ranks"},
+      {"olora", "that starts from the base has no first ranks"},
+      {"dora", "has no first ranks"},
+      {"vera", "has no first ranks"},
+      {"lora_xs", "has no first ranks"},
+      {"nola", "has no first ranks"},
+      {"shira", "has no first ranks"},
+      {"shira_wm", "has no first ranks"},
+      {"compacter", "has no first ranks"},
+      {"adaptertune", "has no first ranks"},
+      {"ia3", "has no first ranks"},
+      {"bitfit", "has no first ranks"}}},
+};
+
+class EveryTypeInRounds : public FederatedUnits, public testing::WithParamInterface<std::string> {
+ protected:
+  std::vector<std::string> recipe_of(const std::string& type) const {
+    std::vector<std::string> keys = {"method=" + GetParam(), "lora.target_modules=[q_proj, down_proj]"};
+    keys.insert(keys.end(), kTypes.at(type).begin(), kTypes.at(type).end());
+    return keys;
+  }
+
+  /// By slot, in float64, the change that an adapter with an aggregation's start, if any, and these tensors is.
+  std::map<std::string, at::Tensor> dense_change(const Unit& aggregation, const core::Artefact& made) {
+    const at::NoGradGuard no_grad;
+    const AggregateSpec spec = core::from_spec(aggregate_schema(), aggregation.spec);
+    const auto model = models::Decoder::from_directory(folder_ / "model", at::kFloat);
+    const uint64_t seed =
+        made.meta().value("seed", core::derive_seed(static_cast<uint64_t>(spec.adapter.seed), "adapter"));
+    const auto adapter = adapters::Adapter::blank(spec.adapter.lora, model, seed, at::kCPU);
+    models::NamedTensors own = adapter.parameters();
+    for (auto& entry : adapter.state()) own.push_back(entry);
+    for (auto& [name, tensor] : own) {
+      const core::TensorView* view = made.file().find(name);
+      if (view == nullptr) view = artefacts_.at(aggregation.inputs.at(0))->file().find(name);
+      tensor.copy_(models::copy_of(*view));
+    }
+    std::map<std::string, at::Tensor> changes;
+    for (size_t i = 0; i < adapter.targets().size(); ++i) {
+      const auto& path = adapter.targets()[i].slot.path;
+      changes[path] = adapter.function(i).delta(model.base(path))->to(at::kDouble);
+    }
+    return changes;
+  }
+
+  std::vector<core::ArtefactPtr> contributions_to(const Unit& aggregation) {
+    const size_t clients = aggregation.spec.at("clients").size();
+    std::vector<core::ArtefactPtr> all;
+    for (size_t i = aggregation.inputs.size() - clients; i < aggregation.inputs.size(); ++i)
+      all.push_back(artefacts_.at(aggregation.inputs[i]));
+    return all;
+  }
+
+  /// sum_k p_k x_k of every tensor that was sent, in a loop over float64, and nothing else but the server's own.
+  void expect_means(const core::Artefact& state, const std::vector<core::ArtefactPtr>& sent) {
+    const auto weights = state.meta().at("weights").get<std::vector<double>>();
+    for (const auto& view : sent.front()->file().tensors()) {
+      ASSERT_NE(state.file().find(view.name), nullptr) << view.name;
+      std::vector<double> mean(static_cast<size_t>(view.numel()));
+      for (size_t k = 0; k < sent.size(); ++k) {
+        const at::Tensor value = models::copy_of(*sent[k]->file().find(view.name)).flatten();
+        for (size_t i = 0; i < mean.size(); ++i)
+          mean[i] += weights[k] * static_cast<double>(value[static_cast<int64_t>(i)].item<float>());
+      }
+      const at::Tensor has = models::copy_of(*state.file().find(view.name)).flatten();
+      for (size_t i = 0; i < mean.size(); ++i)  // rounded to float32 once
+        ASSERT_FLOAT_EQ(has[static_cast<int64_t>(i)].item<float>(), static_cast<float>(mean[i])) << view.name;
+    }
+    for (const auto& view : state.file().tensors())
+      EXPECT_TRUE(sent.front()->file().find(view.name) != nullptr || view.name.find(".base_") != std::string::npos)
+          << view.name;
+  }
+
+  /// What a round adds to the base, and the global adapter if it has one, are the mean of the clients' changes.
+  void expect_exact(const Unit& aggregation) {
+    const core::ArtefactPtr state = results_.at(aggregation.id());
+    const auto weights = state->meta().at("weights").get<std::vector<double>>();
+    std::map<std::string, at::Tensor> wanted, has;
+    const auto add = [](std::map<std::string, at::Tensor>& to, const std::string& slot, const at::Tensor& change) {
+      to[slot] = to.contains(slot) ? to[slot] + change : change;
+    };
+    const auto sent = contributions_to(aggregation);
+    for (size_t k = 0; k < sent.size(); ++k)
+      for (const auto& [slot, change] : dense_change(aggregation, *sent[k])) add(wanted, slot, change * weights[k]);
+    if (GetParam() == "fedex_lora") has = dense_change(aggregation, *state);
+    for (const auto& [slot, unused] : wanted) {
+      const at::Tensor b = models::copy_of(*state->file().find(slot + ".base_B")).to(at::kDouble);
+      const at::Tensor a = models::copy_of(*state->file().find(slot + ".base_A")).to(at::kDouble);
+      add(has, slot, b.matmul(a));
+    }
+    // Changes of types that start from the base are differences of products about as large as the weights.
+    for (const auto& [slot, change] : wanted)
+      EXPECT_LT((has.at(slot) - change).abs().max().item<double>(), 2e-6) << slot;
+  }
+};
+
+TEST_P(EveryTypeInRounds, IsAveragedAsItsMethodSaysOrRefusedByName) {
+  for (const auto& [type, keys] : kTypes) {
+    SCOPED_TRACE(type);
+    const auto refused = kRefused.at(GetParam()).find(type);
+    if (refused != kRefused.at(GetParam()).end()) {
+      EXPECT_THAT(models::thrown<core::UserError>([&] { method(recipe_of(type)); }), HasSubstr(refused->second));
+      continue;
+    }
+    const auto of = method(recipe_of(type));
+    for (const Unit& unit : run(*of)) {
+      if (unit.kind != AggregateSpec::kKind) continue;
+      const auto sent = contributions_to(unit);
+      const auto moved = [&](const core::TensorView& one) {
+        return !models::same_bits(models::copy_of(one), models::copy_of(*sent[1]->file().find(one.name)));
+      };
+      ASSERT_TRUE(std::ranges::any_of(sent[0]->file().tensors(), moved)) << "clients must differ";
+      if (GetParam() == "fedit" || GetParam() == "ffa_lora" || GetParam() == "fedex_lora")
+        expect_means(*results_.at(unit.id()), sent);
+      if (GetParam() == "flora" || GetParam() == "fedex_lora") expect_exact(unit);
+    }
+    // What is counted before a run is what travels in it.
+    const auto row = of->parameters().rows.at(0);
+    for (const auto& [id, artefact] : artefacts_) {
+      if (artefact->kind() != "update" || (row[0] != "none" && artefact->meta().at("rank") != row[0])) continue;
+      int64_t numbers = 0;
+      for (const auto& view : artefact->file().tensors()) numbers += view.numel();
+      EXPECT_EQ(row[3], numbers);
+    }
+    artefacts_.clear();
+  }
+}
+
+// The mean of one contribution is that contribution: the global model after a round, however it is put together, scores
+// what the client's own does.
+TEST_P(EveryTypeInRounds, OfOneClientIsThatClientsModel) {
+  for (const auto& [type, keys] : kTypes) {
+    if (kRefused.at(GetParam()).contains(type)) continue;
+    SCOPED_TRACE(type);
+    auto recipe = recipe_of(type);
+    recipe.insert(recipe.end(), {"clients.count=1", "clients.per_round=1", "rounds=1", "comparisons=[alone]"});
+    const auto units = run(*method(recipe));
+    std::map<std::string, double> nats;
+    for (const auto& unit : units)
+      if (unit.kind == EvaluateSpec::kKind)
+        nats[unit.label] = results_.at(unit.id())->meta().at("result").at("nats").get<double>();
+    EXPECT_NE(nats.at("test/1/left"), nats.at("test/base/left"));
+    // Merged into float32 weights or beside them.
+    EXPECT_NEAR(nats.at("test/1/left"), nats.at("test/alone/client-1/left"), 1e-5 * nats.at("test/1/left"));
+    artefacts_.clear();
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Federations, EveryTypeInRounds,
+                         testing::Values("fedit", "ffa_lora", "flora", "fedex_lora", "hetlora"),
+                         [](const auto& one) { return one.param; });
+
+TEST_F(FederatedUnits, RanksThatATypeDoesNotHaveAreRefused) {
+  const auto refusal = [&](const std::vector<std::string>& keys) {
+    return models::thrown<core::UserError>([&] { method(keys); });
+  };
+  EXPECT_THAT(refusal({"method=flora", "clients.ranks=[2, 1]", "lora.rank_pattern=[{module: q_proj, rank: 1}]"}),
+              HasSubstr("one rank in all modules"));
+  EXPECT_THAT(refusal({"method=flora", "clients.ranks=[2, 1]", "lora.type=matryoshka", "lora.options={ranks: [1, 2]}"}),
+              HasSubstr("at rank 1: options.ranks"));
+  EXPECT_THAT(refusal({"method=hetlora", "pruning.min_rank=1", "lora.type=dylora", "lora.options={min_rank: 2}"}),
+              HasSubstr("at rank 1: options.min_rank"));
+}
+
 // Of a model whose base changes every round, a client lacks all changes since its last turn.
 TEST_F(FederatedUnits, ClientsAreCountedAsSentEveryChangeOfTheBaseTheyLack) {
   for (const char* name : {"flora", "fedex_lora"}) {
@@ -318,9 +543,11 @@ TEST_F(FederatedUnits, ClientsAreCountedAsSentEveryChangeOfTheBaseTheyLack) {
         EXPECT_EQ(table.at("rows").back().at("down"), sent) << name;
       }
     const auto row = of->parameters().rows.at(0);
-    const int64_t sides = row[1].get<int64_t>() / 2;  // the adapter has rank 2, and so has every round's one change
-    const auto changes = std::llround(2.0 * static_cast<double>(states) / static_cast<double>(turns));
-    EXPECT_EQ(row[4], (changes + (std::string(name) == "flora" ? 0 : 2)) * sides) << name;
+    const auto sides =
+        static_cast<size_t>(row[1].get<int64_t>() / 2);  // the adapter has rank 2, and so has every round's one change
+    const auto changes = std::llround(2.0 * static_cast<double>(states * sides) / static_cast<double>(turns));
+    EXPECT_EQ(row[4].get<size_t>(), static_cast<size_t>(changes) + (std::string(name) == "flora" ? 0 : 2 * sides))
+        << name;
   }
 }
 

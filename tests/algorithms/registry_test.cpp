@@ -46,8 +46,8 @@ ParsedRecipe parsed(const fs::path& recipe) {
   return load_recipe(recipe, {"model.path=" + (directory / "vit").string()});
 }
 
-// Adapters, mergers and objectives are many small things, federated what a family of methods has in common, galore a way to
-// train all weights; every other folder is a whole method.
+// Adapters, mergers and objectives are many small things, federated what a family of methods has in common, galore a
+// way to train all weights; every other folder is a whole method.
 TEST(Registry, EveryMethodFolderIsRegisteredAndHasReadmeRecipeAndTest) {
   const std::set<std::string> shared = {"adapters", "federated", "galore", "mergers", "objectives"};
   std::set<std::string> names, used;

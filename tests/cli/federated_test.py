@@ -57,6 +57,26 @@ class Federation(World):
             yield updates, *states[number]
 
 
+def load_any(path: Path) -> dict[str, np.ndarray]:
+    """Float64 tensors of a safetensors file of float32 or bfloat16, which NumPy does not know."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, view in json.loads(data[8:start]).items():
+        if name == "__metadata__":
+            continue
+        raw = data[start + view["data_offsets"][0]:start + view["data_offsets"][1]]
+        values = np.frombuffer(raw, np.float32) if view["dtype"] == "F32" else (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = values.reshape(view["shape"]).astype(np.float64)
+    return tensors
+
+
+def is_start(path: Path) -> bool:
+    with safe_open(path, "numpy") as file:
+        meta = json.loads(file.metadata()["moraine"])
+    return meta["kind"] == "adapter" and "round" not in meta
+
+
 def close(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
     # States are float32: one rounding of the sum, a few of the factors of a stack or a residual.
     np.testing.assert_allclose(actual, expected, rtol=3e-7, atol=3e-7 * np.abs(expected).max() + 1e-30, err_msg=what)
@@ -174,6 +194,66 @@ def results_do_not_depend_on_workers_or_kills(world: Federation) -> None:
     assert world.hash("killed") == world.hash("fedex_lora2")
 
 
+ADAPTERS = {
+    "dora": ["lora.type=dora"],
+    "vera": ["lora.type=vera", "lora.rank=8"],
+    "pissa": ["lora.init=pissa"],
+    "adaptertune": ["lora.type=adaptertune", "lora.target_modules=[all-linear]"],
+}
+
+
+def adapters_of_any_type_travel(world: Federation) -> None:
+    shorter = ["rounds=2", "clients.count=3", "clients.per_round=0", "evaluation.sequences=1", "lora.alpha=8"]
+    for name, keys in ADAPTERS.items():
+        for workers in (1, 3):
+            world.run(f"{name}{workers}", *shorter, *keys, f"workers.local={workers}")
+        assert world.hash(f"{name}1") == world.hash(f"{name}3"), name
+        sent = {key for updates, _, _ in world.rounds(f"{name}1") for _, tensors in updates for key in tensors}
+        for updates, _, state in world.rounds(f"{name}1"):
+            assert set(state) == sent, "a state is what clients train"
+            for key in state:
+                close(state[key], sum(p * tensors[key] for p, (_, tensors) in zip(sample_weights(updates), updates)), key)
+    # What follows from the base's weights is made once and sent once to every client.
+    starts = [tensors for meta, tensors in world.artefacts("pissa1") if meta["kind"] == "adapter" and "round" not in meta]
+    assert len(starts) == 1 and any(".lora_A0" in name for name in starts[0]), list(starts[0])[:4]
+    tables = json.loads((world.directory / "pissa1" / "summary.json").read_text())["tables"]
+    down = [row["down"] for row in next(table for table in tables if table["title"] == "Bytes up and down")["rows"]]
+    start, = {path.stat().st_size for path in (world.directory / "pissa1" / "artefacts").rglob("*.safetensors") if is_start(path)}
+    assert down[0] == 3 * start and 0 < down[1] < down[0], (down, start)
+
+    # Killed in the middle of a round and run again.
+    process = subprocess.Popen(world.command("killed", *shorter, *ADAPTERS["dora"]), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "unit finished" in line and "train/2/" in line:
+            process.kill()
+            break
+    process.stderr.read()
+    process.wait(timeout=120)
+    world.run("killed", *shorter, *ADAPTERS["dora"])
+    assert world.hash("killed") == world.hash("dora1")
+
+    # The global adapter in the forms it has.
+    for name, peft, hf in (("dora", "LORA", True), ("vera", "VERA", True), ("pissa", "LORA", True), ("adaptertune", None, False)):
+        for form, has in (("peft", peft is not None), ("hf", hf)):
+            out = world.directory / f"{name}.{form}"
+            done = subprocess.run([BINARY, "export", str(world.directory / f"{name}1"), str(out), "--to", form], capture_output=True, text=True)
+            assert done.returncode == (0 if has else 2), done.stderr
+            if not has:
+                expect_in(done.stderr, "adaptertune", "PEFT knows no adapter" if form == "peft" else "no change of weights")
+        if peft:
+            config = json.loads((world.directory / f"{name}.peft" / "adapter_config.json").read_text())
+            assert config["peft_type"] == peft and config.get("use_dora", False) == (name == "dora"), config
+    merged, base = load_any(world.directory / "pissa.hf" / "model.safetensors"), load_any(SOURCE / "recipes/models/tiny-public/model.safetensors")
+    adapter = load_file(world.directory / "pissa.peft" / "adapter_model.safetensors")
+    slot = "model.layers.0.self_attn.q_proj"
+    a, b = (adapter[f"base_model.model.{slot}.lora_{factor}.weight"].astype(np.float64) for factor in "AB")
+    assert a.shape[0] == 8, "a PiSSA is a LoRA of twice its rank"
+    assert merged.keys() == base.keys()
+    change = 2.0 * b @ a
+    step = np.abs(base[f"{slot}.weight"]).max() * 2**-8   # the model is bfloat16
+    np.testing.assert_allclose(merged[f"{slot}.weight"], base[f"{slot}.weight"] + change, atol=step)
+
+
 def clients_trained_by_groups_equal_one_process(world: Federation) -> None:
     world.run("one", "rounds=2")
     world.run("threads", "rounds=2", "workers.group_size=2", "workers.local=4")
@@ -196,6 +276,10 @@ def bad_federations_are_refused(world: Federation) -> None:
         ("lora.rank=4000",): ("rank 4000 does not fit",),
         ("model.path=nowhere",): ("nowhere",),
         ("comparisons=[central]",): ("comparisons", "centralised"),
+        ("lora.type=lora_sb", "lora.alpha=4"): ("lora.type", "lora_sb starts from examples", "would tell of its data"),
+        ("method=flora", "lora.type=dora"): ("type dora is no product of factors", "method: fedit"),
+        ("method=ffa_lora", "lora.type=lora_xs"): ("all that type lora_xs trains averages exactly", "method: fedit"),
+        ("lora.type=ia3", "lora.rank=8", "lora.alpha=8", "lora.options={feedforward_modules: [up_proj]}"): ("up_proj",),
         ("clients.partition=domain", "clients.count=1", "clients.per_round=0"): ("at least one client per domain",),
     }
     for overrides, parts in cases.items():
@@ -225,7 +309,7 @@ def clients_that_fail_end_the_round_or_are_left_out(world: Federation) -> None:
 
 
 def main() -> None:
-    claims = {f.__name__: f for f in (aggregates_equal_numpy, server_optimisers_equal_numpy, results_do_not_depend_on_workers_or_kills,
+    claims = {f.__name__: f for f in (aggregates_equal_numpy, server_optimisers_equal_numpy, adapters_of_any_type_travel, results_do_not_depend_on_workers_or_kills,
                                       clients_trained_by_groups_equal_one_process, bad_federations_are_refused, clients_that_fail_end_the_round_or_are_left_out)}
     with tempfile.TemporaryDirectory() as directory:
         claims[sys.argv[2]](Federation(Path(directory)))

@@ -305,7 +305,7 @@ train: {{steps: 2, batch_size: 2}}
 )",
                                          method);
   const bool mixed = method == "flora" || method == "hetlora", exact = method == "flora" || method == "fedex_lora",
-             prunes = method == "hetlora";
+             prunes = method == "hetlora", averages = method == "fedit";
   const Overrides adam = {"server.optimizer=fedadam"};
   const Overrides ranks = {"lora.rank_pattern=[{module: q_proj, rank: 1}]"};
   const Overrides alphas = {"lora.alpha_pattern=[{module: q_proj, alpha: 1}]"};
@@ -330,18 +330,17 @@ train: {{steps: 2, batch_size: 2}}
                {"server.beta1", {.context = adam, .refused = exact}},
                {"server.beta2", {.context = adam, .refused = exact}},
                {"server.tau", {.context = adam, .refused = exact}},
-               {"lora.type", {.change = {"lora.type=dora"}, .refused = true}},
+               {"lora.type", {.change = {"lora.type=dora"}, .refused = !averages}},
                {"lora.options", {.change = {"lora.options={n: 2}"}, .refused = true}},
-               {"lora.lr_ratio", {.refused = true}},
                {"lora.target_modules", {.change = {"lora.target_modules=[v_proj]"}}},
                {"lora.target_regex", {.change = {"lora.target_regex=.*k_proj"}}},
                {"lora.exclude_modules", {.change = {"lora.exclude_modules=[q_proj]"}}},
                {"lora.exclude_regex", {.change = {"lora.exclude_regex=.*q_proj"}}},
                {"lora.layers_to_transform", {.change = {"lora.layers_to_transform=[0]"}}},
-               {"lora.rank_pattern.0.module", {.change = ranks, .refused = true}},
-               {"lora.rank_pattern.0.rank", {.change = ranks, .refused = true}},
-               {"lora.alpha_pattern.0.module", {.change = alphas, .refused = true}},
-               {"lora.alpha_pattern.0.alpha", {.change = alphas, .refused = true}},
+               {"lora.rank_pattern.0.module", {.change = ranks, .refused = prunes}},
+               {"lora.rank_pattern.0.rank", {.change = ranks, .refused = prunes}},
+               {"lora.alpha_pattern.0.module", {.change = alphas, .refused = prunes}},
+               {"lora.alpha_pattern.0.alpha", {.change = alphas, .refused = prunes}},
                {"train.momentum", {.context = {"train.optimizer=sgd"}}},
                {"evaluation.every", {.context = {"rounds=3"}}},
            },
