@@ -24,12 +24,6 @@ struct LearnersConfig {
   std::optional<ErOptions> er = {};
   std::optional<RanPacOptions> ranpac = {};
 };
-std::optional<EwcOptions> ewc = {};
-std::optional<LwfOptions> lwf = {};
-std::optional<LinearProbeOptions> linear_probe = {};
-std::optional<ErOptions> er = {};
-std::optional<SeqLoraOptions> seq_lora = {};
-};
 const core::Schema<LearnersConfig>& learners_schema();
 /// Every training among them.
 std::vector<const TrainConfig*> all_training(const LearnersConfig& learners);
