@@ -9,6 +9,7 @@
 #include "algorithms/fedit/fedit.h"
 #include "algorithms/ffa_lora/ffa_lora.h"
 #include "algorithms/finetune/finetune.h"
+#include "algorithms/flexlora/flexlora.h"
 #include "algorithms/flexmore/flexmore.h"
 #include "algorithms/flora/flora.h"
 #include "algorithms/hetlora/hetlora.h"
@@ -20,8 +21,9 @@ namespace moraine::algorithms {
 
 const std::vector<MethodEntry>& methods() {
   static const std::vector<MethodEntry> entries = {
-      continual::method_entry(), fedex_lora::method_entry(), fedit::method_entry(), ffa_lora::method_entry(),
-      finetune::method_entry(),  flexmore::method_entry(),   flora::method_entry(), hetlora::method_entry(),
+      continual::method_entry(), fedex_lora::method_entry(), fedit::method_entry(),
+      ffa_lora::method_entry(),  finetune::method_entry(),   flexlora::method_entry(),
+      flexmore::method_entry(),  flora::method_entry(),      hetlora::method_entry(),
   };
   return entries;
 }

@@ -64,6 +64,10 @@ const core::Schema<ClientsConfig>& clients_schema() {
         .field("ranks", &C::ranks)
         .min(1)
         .doc("Ranks of the clients in order, repeated as needed; empty = lora.rank for all")
+        .field("proximal", &C::proximal)
+        .min(0)
+        .joined_later()
+        .doc("FedProx: pull of a client towards the global adapter, mu; larger keeps clients nearer to each other")
         .field("min_per_round", &C::min_per_round)
         .min(0)
         .doc(
@@ -128,23 +132,24 @@ const core::Schema<ServerConfig>& server_schema() {
   static const auto schema = [] {
     core::Schema<C> s;
     s.field("optimizer", &C::optimizer)
-        .choices({"fedavg", "fedavgm", "fedadam"})
+        .choices({"fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"})
         .doc("How the averaged change moves the global adapter")
         .field("learning_rate", &C::learning_rate)
         .above(0)
-        .doc("fedadam: eta")
+        .doc("fedadagrad, fedadam, fedyogi: eta")
         .field("beta1", &C::beta1)
         .min(0)
         .max(0.9999999)
-        .doc("fedavgm, fedadam: decay of the mean change")
+        .doc("fedavgm, fedadam, fedyogi: decay of the mean change")
         .field("beta2", &C::beta2)
         .min(0)
         .max(0.9999999)
-        .doc("fedadam: decay of the squared change")
+        .doc("fedadam, fedyogi: decay of the squared change")
         .field("tau", &C::tau)
         .above(0)
         .doc(
-            "fedadam: added to the root of the squared change, which starts at tau^2; smaller moves rarely changed "
+            "fedadagrad, fedadam, fedyogi: added to the root of the squared change, which starts at tau^2; smaller "
+            "moves rarely changed "
             "entries more");
     return s;
   }();

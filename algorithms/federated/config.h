@@ -31,16 +31,17 @@ struct ClientsConfig {
   int64_t per_round = 0;              // sampled clients; 0 = all
   std::string weighting = "samples";  // samples | uniform
   std::vector<int64_t> ranks;         // per client, repeated as needed; empty = lora.rank for all
+  double proximal = 0;                // mu of FedProx (arXiv 1812.06127): (mu / 2) |w - x|^2 is added to the mean loss
   int64_t min_per_round = 0;          // a round goes on with at least this many usable contributions; 0 = all of them
 };
 
 /// What the server does with an averaged change. Source: "Adaptive Federated Optimization" (Reddi et al. 2021) by way
 /// of OpenFedLLM's defaults.
 struct ServerConfig {
-  std::string optimizer = "fedavg";  // fedavg | fedavgm | fedadam
-  double learning_rate = 1e-3;       // fedadam: eta
+  std::string optimizer = "fedavg";  // fedavg | fedavgm | fedadagrad | fedadam | fedyogi
+  double learning_rate = 1e-3;       // eta of fedadagrad, fedadam, fedyogi
   double beta1 = 0.9, beta2 = 0.99;
-  double tau = 1e-3;  // fedadam: added to the root; v starts at tau^2
+  double tau = 1e-3;  // added to the root of fedadagrad, fedadam, fedyogi; v starts at tau^2
 };
 
 /// HetLoRA only: how ranks shrink.

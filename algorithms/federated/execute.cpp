@@ -42,6 +42,17 @@ std::vector<core::ArtefactPtr> start_and_state(const Unit& unit, const GlobalAda
   return known;
 }
 
+// |w - x|^2 over all that is trained.
+at::Tensor distance(const Tensors& tensors, const Tensors& from) {
+  at::Tensor sum;
+  for (const auto& [name, tensor] : tensors) {
+    if (!tensor.requires_grad()) continue;
+    const at::Tensor square = (tensor - from.at(name)).square().sum();
+    sum = sum.defined() ? sum + square : square;
+  }
+  return sum;
+}
+
 Json adapter_json(const GlobalAdapter& global, int64_t rank) {
   return adapters::adapter_schema().to_json(at_rank(global.lora, rank));
 }
@@ -150,6 +161,8 @@ core::ArtefactPtr Federated::train_client(const Unit& unit, const UpdateSpec& sp
     auto loss = model.loss(batch);
     if (const at::Tensor penalty = federation_->penalty(tensors, trained, pruning); penalty.defined())
       loss.sum = loss.sum + penalty * static_cast<double>(loss.count);
+    if (spec.proximal > 0)
+      loss.sum = loss.sum + distance(tensors, before) * (spec.proximal / 2 * static_cast<double>(loss.count));
     return TrainJob::MicroLoss{loss.sum, loss.count};
   };
   const TrainOutcome outcome = context.train(std::move(job));

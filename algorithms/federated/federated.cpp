@@ -257,7 +257,7 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
   };
   if (!federation->mixed_ranks() && !config.clients.ranks.empty())
     problems.add(origin("clients"), "clients.ranks", fmt::format("{} needs one rank for all clients", name),
-                 "use flora or hetlora for clients of different ranks");
+                 "use flexlora, flora or hetlora for clients of different ranks");
   if (!federation->server_optimizers() && config.server.optimizer != "fedavg")
     problems.add(origin("server"), "server.optimizer",
                  fmt::format("{} forms an exact mean: {} would undo it", name, config.server.optimizer),
@@ -266,6 +266,10 @@ ParsedRecipe parse_recipe(const core::ConfigNode& root, core::Problems& problems
     problems.add(origin("clients"), "clients.weighting",
                  fmt::format("{} weighs contributions by the norm of their update", name),
                  "leave clients.weighting out");
+  if (federation->starts_fresh() && config.clients.proximal != 0)
+    problems.add(origin("clients"), "clients.proximal",
+                 fmt::format("{} starts every round afresh: there is no global adapter to stay near", name),
+                 "leave clients.proximal out");
   if (!federation->prunes() && pruning_schema().to_json(config.pruning) != pruning_schema().to_json({}))
     problems.add(origin("pruning"), "pruning", fmt::format("ranks do not shrink in {}", name),
                  "use hetlora, or leave pruning out");

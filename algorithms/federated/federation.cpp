@@ -1,8 +1,10 @@
 #include "algorithms/federated/federation.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/sign.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <fmt/ranges.h>
@@ -19,6 +21,14 @@ const core::TensorView& find(const Contribution& contribution, const std::string
     throw core::UserError(fmt::format("algorithms/federated: {} sent no '{}'", contribution.client, name),
                           "its worker runs another version or another recipe");
   return *view;
+}
+
+at::Tensor squared_change(const ServerConfig& config, const at::Tensor& before, const at::Tensor& change) {
+  if (config.optimizer == "fedadam") return config.beta2 * before + (1 - config.beta2) * change * change;
+  const at::Tensor square = change * change;
+  if (config.optimizer == "fedadagrad") return before + square;
+  MORAINE_CHECK(config.optimizer == "fedyogi", "no server optimiser '{}'", config.optimizer);
+  return before - (1 - config.beta2) * square * at::sign(before - square);
 }
 
 }  // namespace
@@ -74,13 +84,33 @@ at::Tensor server_step(const ServerConfig& config, const std::string& name, cons
     moments[m_name] = m;
     return (from + m).to(at::kFloat);
   }
-  MORAINE_CHECK(config.optimizer == "fedadam", "no server optimiser '{}'", config.optimizer);
-  const at::Tensor m = config.beta1 * moment("m.", at::zeros_like(change)) + (1 - config.beta1) * change;
-  const at::Tensor v = config.beta2 * moment("v.", at::full_like(change, config.tau * config.tau)) +
-                       (1 - config.beta2) * change * change;
-  moments[m_name] = m;
+  const bool momentum = config.optimizer != "fedadagrad";
+  const at::Tensor m =
+      momentum ? config.beta1 * moment("m.", at::zeros_like(change)) + (1 - config.beta1) * change : change;
+  const at::Tensor v = squared_change(config, moment("v.", at::full_like(change, config.tau * config.tau)), change);
+  if (momentum) moments[m_name] = m;
   moments[v_name] = v;
   return (from + config.learning_rate * m / (v.sqrt() + config.tau)).to(at::kFloat);
+}
+
+void Stack::add(const std::string& slot, const at::Tensor& b, const at::Tensor& a) {
+  b_[slot].push_back(b);
+  a_[slot].push_back(a);
+}
+
+std::map<std::string, std::pair<at::Tensor, at::Tensor>> Stack::pairs() const {
+  std::map<std::string, std::pair<at::Tensor, at::Tensor>> out;
+  for (const auto& [slot, b] : b_) out[slot] = {at::cat(b, 1), at::cat(a_.at(slot), 0)};
+  return out;
+}
+
+Tensors Stack::base_change() const {
+  Tensors out;
+  for (const auto& [slot, pair] : pairs()) {
+    out[slot + kBaseB] = pair.first;
+    out[slot + kBaseA] = pair.second;
+  }
+  return out;
 }
 
 int64_t numbers_in(const Changes& changes, bool with_frozen) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -103,9 +104,24 @@ class Federation {
 ///   fedavg   the average itself, bit for bit
 ///   fedavgm  v <- b1 v + (1 - b1) D, in the first round v = D;  x + v
 ///   fedadam  m <- b1 m + (1 - b1) D;  v <- b2 v + (1 - b2) D^2, v starts at tau^2;  x + eta m / (sqrt(v) + tau)
+///   fedyogi  the same with v <- v - (1 - b2) D^2 sign(v - D^2)
+///   fedadagrad  v <- v + D^2, v starts at tau^2;  x + eta D / (sqrt(v) + tau)
 /// In double, rounded to float32 once.
 at::Tensor server_step(const ServerConfig& config, const std::string& name, const at::Tensor& x,
                        const at::Tensor& average, const Tensors& before, Tensors& moments);
+
+/// Sums of products b a by slot, kept as factors side by side.
+class Stack {
+ public:
+  void add(const std::string& slot, const at::Tensor& b, const at::Tensor& a);
+  /// By slot, b [out, R] and a [R, in], whose product is the sum.
+  std::map<std::string, std::pair<at::Tensor, at::Tensor>> pairs() const;
+  /// The same as GlobalState::base_change.
+  Tensors base_change() const;
+
+ private:
+  std::map<std::string, std::vector<at::Tensor>> b_, a_;
+};
 
 /// Numbers in the factors of a change: in all parts, or in those that training moves.
 int64_t numbers_in(const Changes& changes, bool with_frozen);

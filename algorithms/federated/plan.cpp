@@ -48,7 +48,8 @@ Unit Federated::update_unit(const std::string& label, const Client& client, int6
                   .rank = rank,
                   .adapter = global_adapter(),
                   .train = train_identity(train),
-                  .tolerant = tolerant};
+                  .tolerant = tolerant,
+                  .proximal = config_.clients.proximal};
   for (const auto& [name, share] : client.shares)
     spec.shares.push_back({text_spec(name, "train"), share.first, share.count});
   if (federation_->starts_fresh()) spec.adapter.rank = 0;

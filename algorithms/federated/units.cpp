@@ -69,6 +69,8 @@ const core::Schema<UpdateSpec>& update_schema() {
                                  .object("adapter", &C::adapter, adapter_schema())
                                  .field("train", &C::train)
                                  .field("tolerant", &C::tolerant)
+                                 .field("proximal", &C::proximal)
+                                 .joined_later()
                                  .optional_object("pruning", &C::pruning, pruning_schema());
   return schema;
 }

@@ -62,6 +62,7 @@ struct UpdateSpec {
   GlobalAdapter adapter = {};  // its rank is 0 when every round starts afresh: then nothing depends on it
   core::Json train = {};       // train_identity()
   bool tolerant = false;       // numbers that go bad make a contribution that says so instead of an error
+  double proximal = 0;         // mu of FedProx
   std::optional<PruningConfig> pruning = {};  // methods whose ranks shrink
 
   int64_t samples() const;    // training sequences

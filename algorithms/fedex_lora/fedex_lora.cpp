@@ -1,10 +1,8 @@
 #include "algorithms/fedex_lora/fedex_lora.h"
 
-#include <map>
 #include <optional>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/cat.h>
 
 #include "algorithms/adapters/parametrisation.h"
 #include "algorithms/federated/federated.h"
@@ -34,19 +32,16 @@ class FedExLora final : public federated::Federation {
   federated::GlobalState aggregate(const federated::Round& round) const override {
     federated::GlobalState next = Federation::aggregate(round);
     const federated::Changes mean = round.change_with(next.adapter);
-    std::map<std::string, std::vector<at::Tensor>> a, b;
+    federated::Stack residual;
     for (const auto& contribution : round.contributions)
       for (const auto& [slot, change] : round.change_of(contribution))
         // Factors that training does not move are their own mean.
         for (size_t i = 0; i + change.frozen < change.parts.size(); ++i) {
           const auto& [mean_b, mean_a] = mean.at(slot).parts[i];
-          a[slot].push_back((change.parts[i].second - mean_a) * (contribution.weight * change.scale));
-          b[slot].push_back(change.parts[i].first - mean_b);
+          const auto& [b, a] = change.parts[i];
+          residual.add(slot, b - mean_b, (a - mean_a) * (contribution.weight * change.scale));
         }
-    for (const auto& [slot, parts] : a) {
-      next.base_change[slot + federated::kBaseA] = at::cat(parts, 0);
-      next.base_change[slot + federated::kBaseB] = at::cat(b.at(slot), 1);
-    }
+    next.base_change = residual.base_change();
     return next;
   }
 

@@ -13,7 +13,9 @@ class FedIt final : public federated::Federation {
 }  // namespace
 
 MethodEntry method_entry() {
-  return federated::method_entry_of<FedIt>("rounds of LoRA, A and B averaged apart (FedAvg, FedAvgM, FedAdam)");
+  return federated::method_entry_of<FedIt>(
+      "rounds of adapters of any type, every tensor averaged by itself (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, "
+      "FedYogi)");
 }
 
 }  // namespace moraine::algorithms::fedit

@@ -1,10 +1,8 @@
 #include "algorithms/flora/flora.h"
 
-#include <map>
 #include <optional>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/cat.h>
 
 #include "algorithms/adapters/parametrisation.h"
 #include "algorithms/federated/federated.h"
@@ -28,18 +26,12 @@ class Flora final : public federated::Federation {
   }
 
   federated::GlobalState aggregate(const federated::Round& round) const override {
-    std::map<std::string, std::vector<at::Tensor>> a, b;
+    federated::Stack stack;
     for (const auto& contribution : round.contributions)
       for (const auto& [slot, change] : round.change_of(contribution))
-        for (const auto& [part_b, part_a] : change.parts) {
-          a[slot].push_back(part_a * (contribution.weight * change.scale));
-          b[slot].push_back(part_b);
-        }
+        for (const auto& [b, a] : change.parts) stack.add(slot, b, a * (contribution.weight * change.scale));
     federated::GlobalState next;
-    for (const auto& [slot, parts] : a) {
-      next.base_change[slot + federated::kBaseA] = at::cat(parts, 0);
-      next.base_change[slot + federated::kBaseB] = at::cat(b.at(slot), 1);
-    }
+    next.base_change = stack.base_change();
     return next;
   }
 

@@ -10,6 +10,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include "algorithms/adapters/adapter.h"
@@ -138,6 +139,38 @@ TEST(ServerStep, MomentsFollowTheirRecurrences) {
   EXPECT_FLOAT_EQ(server_step(config, "w", x, average, {}, first).item<float>(),
                   static_cast<float>(0.1 * m / (std::sqrt(v) + 0.01)));
   EXPECT_DOUBLE_EQ(first.at("v.w").item<double>(), v);
+}
+
+TEST(ServerStep, AdagradAndYogiFollowTheirs) {
+  const at::Tensor x = at::zeros({2}, at::kFloat);
+  const at::Tensor one = at::tensor({0.5F, 0.01F}), two = at::tensor({0.25F, 2.0F});
+  const double tau = 0.1, eta = 0.2;
+  ServerConfig config;
+  config.optimizer = "fedadagrad", config.learning_rate = eta, config.tau = tau;
+  Tensors first, second;
+  (void)server_step(config, "w", x, one, {}, first);
+  const at::Tensor moved = server_step(config, "w", x, two, first, second);
+  const double changes[2][2] = {{0.5, static_cast<double>(0.01F)}, {0.25, 2.0}};
+  for (int i = 0; i < 2; ++i) {
+    const double v = tau * tau + changes[0][i] * changes[0][i] + changes[1][i] * changes[1][i];
+    EXPECT_FLOAT_EQ(moved[i].item<float>(), static_cast<float>(eta * changes[1][i] / (std::sqrt(v) + tau)));
+    EXPECT_DOUBLE_EQ(second.at("v.w")[i].item<double>(), v);
+  }
+  EXPECT_FALSE(second.contains("m.w"));
+  config.optimizer = "fedyogi", config.beta1 = 0.5, config.beta2 = 0.75;
+  first.clear(), second.clear();
+  (void)server_step(config, "w", x, one, {}, first);
+  (void)server_step(config, "w", x, two, first, second);
+  for (int i = 0; i < 2; ++i) {
+    double v = tau * tau, m = 0;
+    for (const auto& change : changes) {
+      const double square = change[i] * change[i];
+      m = 0.5 * m + 0.5 * change[i];
+      v += v < square ? 0.25 * square : -0.25 * square;
+    }
+    EXPECT_DOUBLE_EQ(second.at("m.w")[i].item<double>(), m);
+    EXPECT_NEAR(second.at("v.w")[i].item<double>(), v, 1e-15);
+  }
 }
 
 // Aggregations of made-up contributions through the method itself.

@@ -174,10 +174,11 @@ TEST_F(FederatedUnits, RunTheirSpecificationWhateverTheWorkersOwnRecipeSays) {
       {"ffa_lora", {"server.optimizer=fedavgm", "server.beta1=0.1"}},
       {"flora", {"clients.ranks=[1]"}},
       {"fedex_lora", {"clients.weighting=uniform"}},
+      {"flexlora", {"clients.ranks=[1]"}},
       {"hetlora", {"clients.ranks=[1]", "pruning.gamma=0.1", "pruning.lambda=7", "pruning.min_rank=2"}}};
   for (const auto& [name, own] : of_method) {
     std::vector<std::string> base = {"method=" + name};
-    if (name == "flora" || name == "hetlora") base.push_back("clients.ranks=[2, 1]");
+    if (name == "flora" || name == "flexlora" || name == "hetlora") base.push_back("clients.ranks=[2, 1]");
     if (name == "hetlora") base.push_back("pruning.gamma=0.5");
     if (name == "fedit") base.push_back("server.optimizer=fedavgm");  // states are cut to what is sent
     const auto units = run(*method(base));
@@ -353,6 +354,23 @@ const std::map<std::string, std::map<std::string, std::string>> kRefused = {
       {"adaptertune", "type adaptertune is no product of such"},
       {"ia3", "type ia3 is no product of such"},
       {"bitfit", "type bitfit is no product of such"}}},
+    {"flexlora",
+     {{"lora_sb", "starts from examples"},
+      {"ranks", "is no free pair of factors"},
+      {"pissa", "is no free pair of factors"},
+      {"olora", "is no free pair of factors"},
+      {"dora", "is no free pair of factors"},
+      {"vera", "is no free pair of factors"},
+      {"lora_xs", "is no free pair of factors"},
+      {"nola", "is no free pair of factors"},
+      {"shira", "is no free pair of factors"},
+      {"shira_wm", "is no free pair of factors"},
+      {"compacter", "is no free pair of factors"},
+      {"adaptertune", "is no free pair of factors"},
+      {"ia3", "is no free pair of factors"},
+      {"bitfit", "is no free pair of factors"},
+      {"dylora", "is no free pair of factors"},
+      {"matryoshka", "is no free pair of factors"}}},
     {"hetlora",
      {{"lora_sb", "starts from examples"},
       {"ranks", "has no first ranks"},
@@ -505,8 +523,28 @@ TEST_P(EveryTypeInRounds, OfOneClientIsThatClientsModel) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Federations, EveryTypeInRounds,
-                         testing::Values("fedit", "ffa_lora", "flora", "fedex_lora", "hetlora"),
+                         testing::Values("fedit", "ffa_lora", "flora", "fedex_lora", "flexlora", "hetlora"),
                          [](const auto& one) { return one.param; });
+
+// Of two steps of plain gradient descent the first starts at the global adapter, where the pull is zero; in the second
+// it is mu (w - x), and B starts at x = 0.
+TEST_F(FederatedUnits, FedProxPullsTowardsTheGlobalAdapter) {
+  const auto client = [&](const char* steps, const char* mu) {
+    const auto of = method({"train.optimizer=sgd", "train.momentum=0", "train.clip_norm=0", "train.weight_decay=0",
+                            "train.schedule=constant", "train.warmup_steps=0", "train.learning_rate=0.5", steps, mu,
+                            "comparisons=[]"});
+    const auto made = execute(*of, first(of->plan(*this).pending, "client_update"));
+    for (const auto& view : made->file().tensors())
+      if (view.name.ends_with("lora_B.weight")) return models::copy_of(view).to(at::kDouble);
+    throw core::InternalError("no lora_B");
+  };
+  const at::Tensor one = client("train.steps=1", "clients.proximal=0"),
+                   two = client("train.steps=2", "clients.proximal=0"),
+                   pulled = client("train.steps=2", "clients.proximal=0.25");
+  EXPECT_GT(one.abs().max().item<double>(), 1e-4);
+  EXPECT_TRUE(models::same_bits(one, client("train.steps=1", "clients.proximal=0.25")));
+  EXPECT_LT(models::relative_error(pulled, two - one * (0.5 * 0.25)), 1e-5);
+}
 
 TEST_F(FederatedUnits, RanksThatATypeDoesNotHaveAreRefused) {
   const auto refusal = [&](const std::vector<std::string>& keys) {

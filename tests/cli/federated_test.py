@@ -127,6 +127,19 @@ def aggregates_equal_numpy(world: Federation) -> None:
             singular = np.linalg.svd(residual, compute_uv=False)
             assert (singular[4:] <= 1e-6 * singular[0]).all(), singular[:8]
 
+    # FlexLoRA: the best approximation of the mean change, of every rank; a client starts from that of its own.
+    world.run("flex", "method=flexlora", "clients.ranks=[4, 2]")
+    for updates, meta, state in world.rounds("flex"):
+        for slot in slots(state):
+            a, b = state[f"{slot}.lora_A.weight"], state[f"{slot}.lora_B.weight"]
+            mean = sum(p * sent[f"{slot}.lora_B.weight"] @ sent[f"{slot}.lora_A.weight"] for p, (_, sent) in zip(sample_weights(updates), updates))
+            u, s, vt = np.linalg.svd(mean, full_matrices=False)
+            np.testing.assert_allclose(a @ a.T, np.eye(4), atol=1e-6)
+            for rank in (1, 2, 4):
+                close(b[:, :rank] @ a[:rank], u[:, :rank] * s[:rank] @ vt[:rank], f"{slot} {rank}")
+    sent_to_two = [tensors for meta, tensors in world.artefacts("flex") if meta["kind"] == "adapter" and meta["rank"] == 2]
+    assert sent_to_two and all(tensor.shape[0 if "lora_A" in name else 1] == 2 for tensors in sent_to_two for name, tensor in tensors.items())
+
     # HetLoRA: weights by the norm of the update, zeros where a client has no direction, ranks that never grow.
     world.run("het", "method=hetlora", "clients.ranks=[4, 3]", "pruning.gamma=0.5", "pruning.lambda=0.5")
     ranks: dict[str, int] = {}
@@ -269,7 +282,7 @@ def bad_federations_are_refused(world: Federation) -> None:
     cases = {
         ("clients.count=400", "clients.alpha=0.01", "clients.per_round=0"): ("clients have no data", "clients.alpha"),
         ("clients.per_round=9",): ("per_round 9 is more than the 5 clients",),
-        ("clients.ranks=[4, 2]",): ("clients.ranks", "flora or hetlora"),
+        ("clients.ranks=[4, 2]",): ("clients.ranks", "flexlora, flora or hetlora"),
         ("method=flora", "server.optimizer=fedadam"): ("server.optimizer", "fedavg"),
         ("method=fedti",): ("no method 'fedti'", "fedit"),
         ("lora.target_modules=[q_porj]",): ("q_porj",),

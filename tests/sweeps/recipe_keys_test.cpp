@@ -304,8 +304,9 @@ lora: {{rank: 2, alpha: 4, target_modules: [q_proj, down_proj]}}
 train: {{steps: 2, batch_size: 2}}
 )",
                                          method);
-  const bool mixed = method == "flora" || method == "hetlora", exact = method == "flora" || method == "fedex_lora",
-             prunes = method == "hetlora", averages = method == "fedit";
+  const bool mixed = method == "flora" || method == "flexlora" || method == "hetlora",
+             exact = method == "flora" || method == "flexlora" || method == "fedex_lora", prunes = method == "hetlora",
+             averages = method == "fedit", pairs = method == "flexlora";
   const Overrides adam = {"server.optimizer=fedadam"};
   const Overrides ranks = {"lora.rank_pattern=[{module: q_proj, rank: 1}]"};
   const Overrides alphas = {"lora.alpha_pattern=[{module: q_proj, alpha: 1}]"};
@@ -322,6 +323,7 @@ train: {{steps: 2, batch_size: 2}}
                {"clients.alpha", {.context = {"clients.partition=dirichlet", "clients.alpha=50"}}},
                {"clients.ranks", {.change = {"clients.ranks=[1, 2]"}, .refused = !mixed}},
                {"clients.weighting", {.refused = prunes}},
+               {"clients.proximal", {.change = {"clients.proximal=0.1"}, .refused = method == "flora"}},
                {"pruning.gamma", {.refused = !prunes}},
                {"pruning.lambda", {.refused = !prunes}},
                {"pruning.min_rank", {.refused = !prunes}},
@@ -337,8 +339,8 @@ train: {{steps: 2, batch_size: 2}}
                {"lora.exclude_modules", {.change = {"lora.exclude_modules=[q_proj]"}}},
                {"lora.exclude_regex", {.change = {"lora.exclude_regex=.*q_proj"}}},
                {"lora.layers_to_transform", {.change = {"lora.layers_to_transform=[0]"}}},
-               {"lora.rank_pattern.0.module", {.change = ranks, .refused = prunes}},
-               {"lora.rank_pattern.0.rank", {.change = ranks, .refused = prunes}},
+               {"lora.rank_pattern.0.module", {.change = ranks, .refused = prunes || pairs}},
+               {"lora.rank_pattern.0.rank", {.change = ranks, .refused = prunes || pairs}},
                {"lora.alpha_pattern.0.module", {.change = alphas, .refused = prunes}},
                {"lora.alpha_pattern.0.alpha", {.change = alphas, .refused = prunes}},
                {"train.momentum", {.context = {"train.optimizer=sgd"}}},
