@@ -71,7 +71,7 @@ TEST(Dora, OwnFilesAreReadBack) {
 }
 
 TEST(Dora, StartValuesFromTheBaseAreRefused) {
-  expect_refused({{"type", "dora"}, {"init", "pissa"}}, "init kaiming or gaussian");
+  expect_refused({{"type", "dora"}, {"init", "pissa"}}, "init kaiming, gaussian or eva");
 }
 
 }  // namespace

@@ -146,7 +146,7 @@ TEST_F(Trainer, AGradientThatIsNotFiniteFailsBeforeItUpdates) {
   job.loss = [loss = job.loss](int64_t step, int64_t first, int64_t num) {
     auto result = loss(step, first, num);
     result.sum.register_hook(
-        [](const at::Tensor& gradient) { return gradient * std::numeric_limits<float>::quiet_NaN(); });
+        [](const at::Tensor& gradient) { return gradient.mul(std::numeric_limits<double>::quiet_NaN()); });
     return result;
   };
   const std::vector<float> before = flat(job.parameters);
