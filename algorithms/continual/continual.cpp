@@ -83,9 +83,12 @@ Continual::Continual(ContinualConfig config, const core::Json& inputs)
 core::Json Continual::inputs() const {
   core::Json streams = core::Json::array();
   for (const auto& stream : streams_) streams.push_back(to_json(stream));
-  return {{"model", model_.to_json()},   {"tokens", tokens_},           {"streams", streams},
-          {"class_names", class_names_}, {"fingerprint", fingerprint_}, {"backbone_fingerprint", backbone_fingerprint_},
-          {"backbone", backbone_id_}};
+  core::Json inputs = {{"model", model_.to_json()},   {"tokens", tokens_},
+                       {"streams", streams},          {"class_names", class_names_},
+                       {"fingerprint", fingerprint_}, {"backbone_fingerprint", backbone_fingerprint_},
+                       {"backbone", backbone_id_}};
+  if (!file_classes_.empty()) inputs["file_classes"] = file_classes_;
+  return inputs;
 }
 
 CellsOffered Continual::offered(Setting setting) const {

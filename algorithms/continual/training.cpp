@@ -201,9 +201,10 @@ void TrainedLearner::check(const ContinualConfig& config, const models::ModelFac
   (void)adapters::targets_of(*adapter, model.slots);
   if (adapters::parametrisation(adapter->type).wants(*adapter) != adapters::Wants::kNothing)
     throw core::UserError(
-        fmt::format("algorithms/continual: adapters of type {} start from examples, which a stream of "
-                    "tasks does not give them",
-                    adapter->type),
+        fmt::format(
+            "algorithms/continual: an adapter of type {} starts from examples here, which a stream of tasks does "
+            "not give it",
+            adapter->type),
         "choose another type, or method: finetune");
 }
 

@@ -333,6 +333,7 @@ train: {{steps: 2, batch_size: 2}}
                {"server.beta2", {.context = adam, .refused = exact}},
                {"server.tau", {.context = adam, .refused = exact}},
                {"lora.type", {.change = {"lora.type=dora"}, .refused = !averages}},
+               {"lora.init", {.change = {"lora.init=gaussian"}}},  // eva needs examples
                {"lora.options", {.change = {"lora.options={n: 2}"}, .refused = true}},
                {"lora.target_modules", {.change = {"lora.target_modules=[v_proj]"}}},
                {"lora.target_regex", {.change = {"lora.target_regex=.*k_proj"}}},
@@ -353,6 +354,7 @@ train: {{steps: 2, batch_size: 2}}
 void RecipeKeys::change_adapter(const std::string& at, std::map<std::string, Change>& changes) {
   const auto set = [&](const std::string& key, const std::string& value) { return at + key + "=" + value; };
   changes[at + "type"] = {.change = {set("type", "dora")}};
+  changes[at + "init"] = {.change = {set("init", "gaussian")}};  // eva needs examples
   changes[at + "options"] = {.context = {set("type", "dylora"), set("rank_pattern", "[]")},
                              .change = {set("options", "{frozen: false}")}};
   changes[at + "target_modules"] = {.change = {set("target_modules", "[query, value, key]")}};
