@@ -167,7 +167,7 @@ def bad_recipes_are_refused(world: World) -> None:
         ("metrics=[fwt]", "evaluation.ahead=false"): ("fwt cannot be had from this stream", "evaluation.ahead: true"),
         ("metrics=[forgeting_pycil]",): ("forgetting_pycil",),
         ("lora.rank=3",): ("lora: has moved to learners.seq_lora.adapter",),
-        ("methods=[seq_lora]", "learners.seq_lora.adapter.type=lora_sb"): ("learners.seq_lora", "start from examples"),
+        ("methods=[seq_lora]", "learners.seq_lora.adapter.type=lora_sb"): ("learners.seq_lora", "starts from examples"),
         ("methods=[simplecl]",): ("did you mean 'simplecil'",),
         ("images.path=nowhere.h5",): ("nowhere.h5",),
         ("images.path=recipe.yaml",): ("recipe.yaml",),
