@@ -147,7 +147,7 @@ def bad_merges_are_refused(world: Merging) -> None:
         (other / "SHA256SUMS").unlink()
     refused("was trained on another model", adapters=[{"run": run, "adapter": "small/left/seed1"}], base=str(other))
     tiny_bert(world.directory / "bert")
-    refused("match no slot", base=str(world.directory / "bert"))
+    refused("does not fit", "left over", base=str(world.directory / "bert"))
     refused("nowhere", base=str(world.directory / "nowhere"))
     (world.directory / "taken").mkdir()
     (world.directory / "taken/file").write_text("")
