@@ -27,7 +27,8 @@ def main(run, words):
     wanted = [p for p in summary["tables"] + summary["heatmaps"] if not p["title"].endswith(", by layer") and (not words or any(word in p["title"] for word in words))]
     recipe = {entry["path"]: entry["value"] for entry in summary["recipe"]}
     keys = ["seed", "train.steps", "train.batch_size", "seq_len", "evaluation.sequences", "evaluation.validation_sequences", "router.init", "router.train"]
-    print("One seed. " + ", ".join(f"{key} {recipe[key]}" for key in keys if key in recipe) + f". Merged artefact {summary['hash'][:8]}.\n")
+    seeds = str(recipe.get("seeds", "")).strip("[]")
+    print((f"Seeds {seeds}. " if "," in seeds else "One seed. ") + ", ".join(f"{key} {recipe[key]}" for key in keys if key in recipe) + f". Merged artefact {summary['hash'][:8]}.\n")
     for part in wanted:
         notes = part.get("notes", [])
         if "values" in part:

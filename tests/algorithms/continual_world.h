@@ -14,6 +14,7 @@
 #include "core/hdf5.h"
 #include "data/fingerprint.h"
 #include "models/bert.h"
+#include "tests/algorithms/tiny_run.h"
 #include "tests/temporary_directory.h"
 #include "worker/context.h"
 
@@ -23,34 +24,8 @@ namespace moraine::algorithms {
 class ContinualWorld : public testing::Test, public RunState {
  protected:
   ContinualWorld() {
-    write_images("images.h5", 6, 97);
-    write_images("others.h5", 3, 98);
-  }
-
-  // Noisy images whose brightest pixel tells the class; 14 training and 5 test images each.
-  void write_images(const std::string& name, int64_t classes, uint32_t state) {
-    core::Hdf5File file(folder_ / name, core::Hdf5File::Mode::kCreate);
-    file.set_attribute("format", "moraine-images");
-    file.set_attribute("format_version", 1);
-    file.set_attribute("name", "tiny");
-    core::Json names = core::Json::array();
-    for (int64_t label = 0; label < classes; ++label) names.push_back("c" + std::to_string(label));
-    file.set_attribute("class_names", names.dump());
-    for (const auto& [split, each] : {std::pair{"train", 14}, std::pair{"test", 5}}) {
-      std::vector<uint8_t> pixels;
-      std::vector<int64_t> labels;
-      for (int64_t row = 0; row < each * classes; ++row) {
-        labels.push_back(row % classes);
-        for (int64_t pixel = 0; pixel < 16; ++pixel) {
-          state = state * 1664525 + 1013904223;
-          pixels.push_back(static_cast<uint8_t>((state >> 24) / 2 + (pixel == 2 * labels.back() ? 120 : 0)));
-        }
-      }
-      file.write<uint8_t>(std::string(split) + "/images", pixels, {each * classes, 1, 4, 4});
-      file.write<int64_t>(std::string(split) + "/labels", labels, {each * classes});
-    }
-    file.set_attribute("fingerprint", data::image_fingerprint(file));
-    file.close();
+    write_image_file(folder_ / "images.h5", 6, 97);
+    write_image_file(folder_ / "others.h5", 3, 98);
   }
 
   // Texts of 4 to 7 bytes, one of which tells the class; 14 for training and 5 for tests each.
