@@ -6,6 +6,7 @@ expert made beforehand (our time includes making them):
   grouped  torch._grouped_mm over tokens sorted by expert, factors padded to the largest rank
 Prints the peak of an 8192^3 product first, before and after. Median of 25 replays, as the benchmark.
 """
+import numpy
 import torch
 
 D, SLOTS = 4096, 2
@@ -36,22 +37,16 @@ def peak():
     return 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
 
 
-class Mersenne:
-    """std::mt19937, so that every token gets the experts it has in the benchmark."""
-
-    def __init__(self, seed):
-        import numpy
-
-        self.state = numpy.random.RandomState(seed)
-
-    def draw(self, count):
-        return self.state.randint(0, 2**32, size=count, dtype="uint64")
+def experts_of(pairs, experts):
+    """The benchmark's draws: NumPy's legacy generator is std::mt19937."""
+    draws = numpy.random.RandomState(7).randint(0, 2**32, size=pairs, dtype="uint64")
+    return torch.from_numpy((draws % experts).astype("int64")).cuda()
 
 
 def case(ranks, tokens, backward):
     torch.manual_seed(0)
     options = dict(device="cuda", dtype=torch.bfloat16)
-    index = torch.from_numpy((Mersenne(7).draw(tokens * SLOTS) % len(ranks)).astype("int64")).cuda()
+    index = experts_of(tokens * SLOTS, len(ranks))
     x, y, dy = (0.05 * torch.randn(tokens, D, **options) for _ in range(3))
     a = [(0.05 * torch.randn(r, D, **options)).requires_grad_(backward) for r in ranks]
     b = [(0.05 * torch.randn(D, r, **options)).requires_grad_(backward) for r in ranks]
