@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "algorithms/adapters/adapter.h"
+#include "algorithms/adapters/peft_files.h"
 #include "algorithms/language_model.h"
 #include "algorithms/mergers/merge_adapters.h"
 #include "algorithms/objectives/head.h"
@@ -90,9 +91,11 @@ const core::Schema<AdaptersConfig>& adapters_schema() {
 /// What an entry names, before the base model is known.
 struct Source {
   const AdapterEntry* entry = nullptr;
-  core::ArtefactPtr artefact;  // null: a PEFT directory
-  std::string base;            // the model it says it was trained on; "" = it does not say
-  std::string identity;
+  core::ArtefactPtr artefact;                             // null: a PEFT directory
+  std::string base;                                       // the model it says it was trained on; "" = it does not say
+  std::string identity = {};                              // of its content
+  int64_t image_size = 0;                                 // the run's size of images; 0 = the model's own
+  std::optional<adapters::PeftDirectory> directory = {};  // once the base model is known
 };
 
 std::string model_of_run(const coordinator::RunRecord& run) {
@@ -106,7 +109,8 @@ Source source_of_run(const AdapterEntry& entry) {
   const bool is_unit = std::ranges::any_of(run.units, [&](const auto& unit) { return unit.label == entry.adapter; });
   const bool is_result = !is_unit && entry.adapter.find('/') != std::string::npos;
   const auto artefact = run.state->artefact(find_artefact(run, (is_result ? "train/" : "") + entry.adapter));
-  return {&entry, artefact, model_of_run(run), artefact->id()};
+  return {&entry, artefact, model_of_run(run), artefact->id(),
+          run.recipe.value("/model/image_size"_json_pointer, int64_t{0})};
 }
 
 Source source_of(const AdapterEntry& entry) {
@@ -121,8 +125,13 @@ Source source_of(const AdapterEntry& entry) {
                           "path names a PEFT directory (with adapter_config.json) or a file that `moraine cp` made");
   const core::Json stored = core::read_json(config);
   const core::Json base = stored.value("base_model_name_or_path", core::Json());
-  const std::string bytes = core::read_text(fs::path(entry.path) / "adapter_model.safetensors");
-  return {&entry, nullptr, base.is_string() ? base.get<std::string>() : "", core::sha256(bytes)};
+  return {&entry, nullptr, base.is_string() ? base.get<std::string>() : ""};
+}
+
+[[noreturn]] void refuse_head(const Source& source) {
+  throw core::UserError(
+      fmt::format("cli: {} has a classifier beside it, which no rule of merging joins", source.entry->name()),
+      "heads: leave_out merges the adapters alone; every task keeps the classifier in its own result");
 }
 
 void check_artefact(const Source& source, bool may_leave_heads_out) {
@@ -133,9 +142,7 @@ void check_artefact(const Source& source, bool may_leave_heads_out) {
         "`moraine ls RUN` lists its units; `moraine export RUN DIR --to peft` makes a directory of other runs' "
         "adapters");
   if (algorithms::objectives::Head::read(artefact, at::kCPU).weight.defined() && !may_leave_heads_out)
-    throw core::UserError(
-        fmt::format("cli: {} has a classifier beside it, which no rule of merging joins", source.entry->name()),
-        "heads: leave_out merges the adapters alone; every task keeps the classifier in its own result");
+    refuse_head(source);
 }
 
 std::string base_of(const AdaptersConfig& config, const std::vector<Source>& sources) {
@@ -167,7 +174,7 @@ void check_base(const Source& source, const std::string& base, const std::string
 
 adapters::Adapter read_adapter(const Source& source, const models::Backbone& base) {
   return source.artefact ? adapters::Adapter::from_artefact(*source.artefact, base, at::kCPU)
-                         : adapters::Adapter::load(source.entry->path, base, std::nullopt, at::kCPU);
+                         : adapters::Adapter::load(*source.directory, base, std::nullopt, at::kCPU);
 }
 
 void print_merged(const std::vector<Source>& sources, const std::vector<adapters::Adapter>& read,
@@ -210,14 +217,23 @@ void merge_adapters(const core::ConfigNode& root, core::Problems& problems, cons
     if (sources.back().artefact) check_artefact(sources.back(), config.heads == "leave_out");
   }
   const std::string base_path = base_of(config, sources);
-  const models::ModelFacts facts = models::model_facts(base_path);
+  std::optional<int64_t> image_size;  // runs at different sizes have different models: check_base()
+  for (const Source& source : sources)
+    if (source.image_size > 0) image_size = source.image_size;
+  const models::ModelFacts facts = models::model_facts(base_path, image_size);
   const bool hashed = std::ranges::any_of(sources, [](const Source& source) { return source.artefact != nullptr; });
   const std::string fingerprint = hashed ? algorithms::model_identity(base_path, facts.config) : "";
   for (const Source& source : sources) check_base(source, base_path, fingerprint);
 
+  for (Source& source : sources) {
+    if (source.artefact) continue;
+    source.directory = adapters::read_peft_directory(source.entry->path, &facts.classifier);
+    source.identity = core::sha256(source.directory->file.bytes().span());
+    if (!source.directory->classifier.empty() && config.heads != "leave_out") refuse_head(source);
+  }
   // In an order that follows from their content, so that sums do not depend on the list's.
   std::ranges::sort(sources, {}, [](const Source& source) { return std::pair(source.identity, source.entry->weight); });
-  const auto base = models::open_backbone(base_path, std::nullopt);
+  const auto base = models::open_backbone(base_path, std::nullopt, image_size);
   std::vector<adapters::Adapter> read;
   for (const Source& source : sources) read.push_back(read_adapter(source, *base));
   std::vector<mergers::Participant> participants;

@@ -24,9 +24,9 @@ struct Slot {
 
 /// The frozen weights at a slot, as stored (Hugging Face orientation [out, in]); a block slot has none.
 struct SlotBase {
-  at::Tensor weight, bias;                   // linear; bias may be undefined
-  at::Tensor gate, up, down;                 // ffn: [h, d], [h, d], [d, h]
-  at::Tensor gate_bias, up_bias, down_bias;  // ffn: Llama with mlp_bias only, else undefined
+  at::Tensor weight{}, bias{};                     // linear; bias may be undefined
+  at::Tensor gate{}, up{}, down{};                 // ffn: [h, d], [h, d], [d, h]
+  at::Tensor gate_bias{}, up_bias{}, down_bias{};  // ffn: Llama with mlp_bias only, else undefined
 
   /// The frozen function itself: x W^T (+ b), or down(silu(gate x) * up x), or of a block slot x.
   at::Tensor forward(const at::Tensor& x) const;

@@ -208,17 +208,24 @@ class Loop {
     return totals.stop > 0;
   }
 
+  /// What every member has, in their order.
+  template <typename T>
+  std::vector<std::vector<T>> gathered(std::span<const T> own) {
+    std::vector<std::vector<T>> all;
+    for (const core::Bytes& bytes : everybodys(comm::bytes_of(std::as_bytes(own)))) {
+      if (bytes.size() != own.size_bytes()) throw GroupFailed("the members are out of step");
+      std::memcpy(all.emplace_back(own.size()).data(), bytes.span().data(), bytes.size());
+    }
+    return all;
+  }
+
   /// All members score their share and decide on the same sums.
   bool validation_ends() {
     if (!job_.validation || !job_.validation->due(state_.step)) return false;
     const std::vector<double> own = job_.validation->sums(group_.index(), group_.size());
     std::vector<double> all(own.size(), 0.0);
-    for (const core::Bytes& bytes : everybodys(comm::bytes_of(std::as_bytes(std::span(own))))) {
-      std::vector<double> other(own.size());
-      if (bytes.size() != own.size() * sizeof(double)) throw GroupFailed("the members are out of step");
-      std::memcpy(other.data(), bytes.span().data(), bytes.size());
+    for (const auto& other : gathered<double>(own))
       for (size_t i = 0; i < all.size(); ++i) all[i] += other[i];
-    }
     return job_.validation->scored(state_.step, all);
   }
 
@@ -249,13 +256,10 @@ class Loop {
   StepTotals sum_over_members(const StepTotals& own) {
     if (group_.size() == 1) return own;
     StepTotals totals;
-    for (const core::Bytes& bytes : everybodys(comm::bytes_of(std::as_bytes(std::span(&own, 1))))) {
-      StepTotals other;
-      if (bytes.size() != sizeof other) throw GroupFailed("the members are out of step");
-      std::memcpy(&other, bytes.span().data(), sizeof other);
-      totals.loss_sum += other.loss_sum;
-      totals.targets += other.targets;
-      totals.stop += other.stop;
+    for (const auto& other : gathered<StepTotals>({&own, 1})) {
+      totals.loss_sum += other.front().loss_sum;
+      totals.targets += other.front().targets;
+      totals.stop += other.front().stop;
     }
     if (std::isfinite(totals.loss_sum)) exchange_.finish();
     return totals;

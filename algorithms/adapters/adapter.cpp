@@ -215,6 +215,10 @@ bool can_be_truncated(const AdapterConfig& config) {
   return plain || parametrisation(config.type).traits().nested_ranks;
 }
 
+bool ranks_stand_alone(const AdapterConfig& config) {
+  return can_be_truncated(config) && !config.options.value("as_trained", false);
+}
+
 Adapter Adapter::truncated(int64_t rank, const models::Backbone& model) const {
   if (!can_be_truncated(config_))
     throw core::UserError(

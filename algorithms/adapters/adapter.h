@@ -111,5 +111,8 @@ class Adapter {
 
 /// Whether Adapter::truncated() takes it: nested types, and plain LoRA of one rank.
 bool can_be_truncated(const AdapterConfig& config);
+/// Whether its first ranks, cut out, do what they do among the others: not those that MatryoshkaLoRA's `as_trained`
+/// weighs by the whole rank.
+bool ranks_stand_alone(const AdapterConfig& config);
 
 }  // namespace moraine::algorithms::adapters

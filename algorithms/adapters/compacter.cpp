@@ -121,7 +121,9 @@ class Compacter final : public Parametrisation {
   std::string summary() const override {
     return "sum of Kronecker products with factors that all slots share (Compacter's layer, arXiv 2106.04647)";
   }
-  Traits traits() const override { return {.zero_at_init = false, .uses_rank = false, .change = Change::kDense}; }
+  Traits traits() const override {
+    return {.zero_at_init = false, .uses_rank = false, .trains_shared = true, .change = Change::kDense};
+  }
   Change change(const AdapterConfig& config) const override {
     return is_adapter(config) ? Change::kNone : traits().change;
   }

@@ -68,6 +68,7 @@ struct Traits {
   bool nested_ranks = false;      // a LoRA whose first r' ranks are one of rank r': Adapter::truncated()
   bool from_seed = false;         // a part comes from create()'s seed alone and is not stored
   bool averages_exactly = false;  // as TensorTraits', of everything that is trained at once
+  bool trains_shared = false;     // a tensor of SlotInit::shared is trained
   models::SlotKind slots = models::SlotKind::kLinear;  // where it sits
   Change change = Change::kFactors;
 };
@@ -76,7 +77,7 @@ struct Traits {
 /// many examples as the type's option `examples` (calibration.h).
 enum class Wants { kNothing, kGradients, kInputMoments };
 
-/// Rank of the sum that SlotAdapter::factored() gives, where Traits::change is kFactors: what starts from the base
+/// Rank of the sum that SlotAdapter::factored() gives, where change() is kFactors: what starts from the base
 /// takes that back in as many ranks again.
 inline int64_t factored_rank(const AdapterConfig& config) {
   return starts_from_base(config) ? 2 * config.rank : config.rank;

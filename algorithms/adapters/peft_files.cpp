@@ -153,16 +153,16 @@ std::string peft_name(const std::string& name) { return std::string(kPrefix) + n
 
 std::string peft_shared_name(const std::string& name) { return "base_model." + name; }
 
+std::string PeftDirectory::hash() const { return core::sha256(text + core::sha256(file.bytes().span())); }
+
 PeftDirectory read_peft_directory(const std::filesystem::path& directory, const models::ClassifierForm* classifier) {
   const std::filesystem::path config_path = directory / "adapter_config.json";
   const std::string text = core::read_text(config_path);
-  core::OrderedJson json = core::read_ordered_json(config_path), rest = json;
+  core::OrderedJson json = core::parse_ordered_json(text, config_path.string()), rest = json;
   if (classifier != nullptr) take_saved_modules(rest, classifier->module, config_path.string());
   core::Safetensors file = core::open_checked(directory / kTensors);
-  PeftDirectory read{.json = std::move(json),
-                     .config = config_from_peft(rest, config_path.string()),
-                     .file = file,
-                     .hash = core::sha256(text + core::sha256(file.bytes().span()))};
+  PeftDirectory read{
+      .json = std::move(json), .config = config_from_peft(rest, config_path.string()), .file = file, .text = text};
   const std::string peft_type = rest.at("peft_type");
   if (classifier != nullptr) {
     const std::string module = peft_name(classifier->module + ".");

@@ -32,9 +32,12 @@ struct PeftDirectory {
   core::OrderedJson json;                         // adapter_config.json, with all its fields
   AdapterConfig config;                           // of our slot paths; names its targets always
   core::Safetensors file;                         // adapter_model.safetensors
-  std::string hash;                               // SHA-256 of both files
+  std::string text;                               // of adapter_config.json
   std::string prefix = {};                        // of our slot paths in the file's names, behind PEFT's own: "bert."
   std::vector<core::TensorView> classifier = {};  // tensors of `file` of a classifier that was trained beside
+
+  /// SHA-256 of both files.
+  std::string hash() const;
 };
 
 /// Reads one. With a `classifier`, the form in which the model's family has one, an adapter of the model with that

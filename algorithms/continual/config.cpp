@@ -268,10 +268,12 @@ data::TaskStreamSpec ContinualConfig::stream_spec(int64_t order, const std::vect
 
 core::Json modernised(core::Json values) {
   if (!values.contains("lora")) return values;
-  core::Json& options = values["learners"]["seq_lora"];
-  options = {{"adapter", values.at("lora")}, {"train", values.value("lora_train", core::Json())}};
+  const core::Json options = {{"adapter", values.at("lora")}, {"train", values.value("lora_train", core::Json())}};
   values.erase("lora");
   values.erase("lora_train");
+  // It always stood there with all its values; today's recipes leave out what is the default.
+  const auto& schema = seq_lora_schema();
+  if (schema.to_json(schema.from_json(options)) != schema.to_json({})) values["learners"]["seq_lora"] = options;
   return values;
 }
 

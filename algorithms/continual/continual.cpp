@@ -192,7 +192,7 @@ ParameterTable Continual::parameters() const {
     const Learner& learner = find_learner(name);
     const int64_t trained = learner.trained_parameters(config_, model_);
     table.rows.push_back({name, trained, 100.0 * static_cast<double>(trained) / static_cast<double>(model_.parameters),
-                          learner.numbers_per_class(config_, model_), trained});
+                          learner.numbers_per_class(config_, model_), learner.numbers_sent(config_, model_)});
   }
   table.notes = {fmt::format("backbone: {} parameters, width {}; numbers sent: without what every class adds",
                              model_.parameters, model_.width)};

@@ -86,12 +86,12 @@ class Texts final : public ExampleSource {
   at::Device device() const override { return device_; }
   int64_t tokens_per_example() const override { return tokens_; }
   int64_t stored_bytes(std::span<const int64_t> rows) const override {
-    int64_t tokens = 0;
+    int64_t bytes = 0;
     for (const int64_t row : rows) {
       const auto [file, place] = find("train", row);
-      tokens += file->length(place);
+      bytes += file->length(place) * (file->info().vocab_size > 65536 ? 4 : 2);  // as prepared files hold them
     }
-    return tokens * static_cast<int64_t>(sizeof(int32_t));
+    return bytes;
   }
 
  private:

@@ -121,6 +121,8 @@ class Learner {
   /// What reads its states: classifier() of the first learner that says the same. Learners that share it share results
   /// where everything else is equal.
   virtual std::string state_kind() const = 0;
+  /// How many artefacts of a state, from the first on, classifier() reads.
+  virtual size_t parts_scored(size_t parts) const { return parts; }
   /// Adds what classifier() needs beside the state.
   virtual void describe(const ContinualConfig&, int64_t /*seed*/, EvaluateSpec&) const {}
   virtual std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
@@ -131,7 +133,11 @@ class Learner {
   virtual bool has_head() const { return true; }
   /// Numbers trained on one task, without the head.
   virtual int64_t trained_parameters(const ContinualConfig& config, const models::ModelFacts& model) const = 0;
-  /// Numbers that one class adds.
+  /// Numbers a worker sends for one task, without what every class adds.
+  virtual int64_t numbers_sent(const ContinualConfig& config, const models::ModelFacts& model) const {
+    return trained_parameters(config, model);
+  }
+  /// Numbers that a worker sends for one class.
   virtual int64_t numbers_per_class(const ContinualConfig&, const models::ModelFacts& model) const {
     return model.width + 1;
   }

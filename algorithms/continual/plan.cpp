@@ -99,7 +99,9 @@ void Continual::walk_track(Track& track, const Stages& stages, PlanBuilder& plan
                  });
     state = track.learner->walk_task(own, task, state);
     track.states.push_back(state);
-    track.evaluated.push_back(state ? plan.need(evaluation_unit(track, task, *state, stages)) : std::nullopt);
+    std::vector<std::string> scored = state.value_or(std::vector<std::string>());
+    scored.resize(track.learner->parts_scored(scored.size()));
+    track.evaluated.push_back(state ? plan.need(evaluation_unit(track, task, scored, stages)) : std::nullopt);
   }
 }
 

@@ -235,7 +235,9 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
     if (learner->chained())
       for (const auto& after : tracks.front()->states) {
         if (!after) break;
-        const Json curve = state.artefact(after->front())->meta().value("curve", Json::array());
+        Json curve = Json::array();  // of the newest artefact that has one
+        for (auto id = after->rbegin(); id != after->rend() && curve.empty(); ++id)
+          curve = state.artefact(*id)->meta().value("curve", Json::array());
         for (const auto& point : curve) losses.push_back({offset + point[0].get<int64_t>(), point[1]});
         if (!curve.empty()) offset += curve.back()[0].get<int64_t>();
       }

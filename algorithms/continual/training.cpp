@@ -6,13 +6,12 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/cross_entropy_loss.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 
 #include "algorithms/adapters/parametrisation.h"
 #include "algorithms/continual/config.h"
 #include "algorithms/language_model.h"
+#include "algorithms/objectives/labelled.h"
 #include "core/error.h"
 #include "core/hash.h"
 #include "data/permutation.h"
@@ -35,7 +34,8 @@ void load(const core::Artefact& artefact, const adapters::Adapter& adapter) {
   const at::NoGradGuard no_grad;
   for (const auto& [name, tensor] : everything(adapter)) {
     const auto* stored = artefact.file().find(name);
-    MORAINE_CHECK(stored != nullptr, "an adapter's artefact has no '{}'", name);
+    MORAINE_CHECK(stored != nullptr && stored->shape == tensor.sizes().vec(),
+                  "an adapter's artefact has no '{}' of its shape", name);
     at::Tensor(tensor).copy_(models::copy_of(*stored));
   }
 }
@@ -46,16 +46,6 @@ std::vector<core::TensorView> weights_in(const core::Artefact& artefact, const m
   for (const auto& view : artefact.file().tensors())
     if (base.weights().contains(view.name)) weights.push_back(view);
   return weights;
-}
-
-// Training rows of the unit's tasks.
-std::vector<int64_t> rows_of(const TrainSpec& spec, const data::TaskStream& stream) {
-  std::vector<int64_t> rows;
-  for (const int64_t task : spec.tasks) {
-    const auto& of_task = stream.tasks.at(static_cast<size_t>(task)).train;
-    rows.insert(rows.end(), of_task.begin(), of_task.end());
-  }
-  return rows;
 }
 
 uint64_t adapter_seed(int64_t seed) { return core::derive_seed(static_cast<uint64_t>(seed), "continual/lora"); }
@@ -71,13 +61,23 @@ void plan_training(TrainSpec& spec, const TaskPlan& plan, const TrainConfig& tra
   spec.head_seed = head_seed(plan.seed);
 }
 
+std::vector<int64_t> rows_of(const TrainSpec& spec, const data::TaskStream& stream) {
+  std::vector<int64_t> rows;
+  for (const int64_t task : spec.tasks) {
+    const auto& of_task = stream.tasks.at(static_cast<size_t>(task)).train;
+    rows.insert(rows.end(), of_task.begin(), of_task.end());
+  }
+  return rows;
+}
+
 Fitted fitted(const core::ArtefactPtr& artefact, const std::optional<adapters::AdapterConfig>& adapter,
               uint64_t adapter_seed, const LearnerSite& site) {
   Fitted out;
   const at::Device device = site.context.device();
   if (adapter) {
     out.model = site.base->shared_on(device);
-    out.adapter = adapters::Adapter::create(*adapter, *out.model, adapter_seed, device);
+    out.adapter = artefact ? adapters::Adapter::blank(*adapter, *out.model, adapter_seed, device)
+                           : adapters::Adapter::create(*adapter, *out.model, adapter_seed, device);
     if (artefact) load(*artefact, *out.adapter);
     out.adapter->attach(*out.model);
     return out;
@@ -95,20 +95,22 @@ Trainee Trainee::make(const core::ArtefactPtr& before, const std::optional<adapt
   trainee.fitted = continual::fitted(before, adapter, adapter_seed, site);
   if (before) trainee.head = Head::read(*before, site.context.device());
   if (adapter) {
-    trainee.what = What::kAdapter;
     for (const auto& [name, tensor] : trainee.fitted.adapter->parameters())
       trainee.parameters.emplace_back(kAdapterPrefix + name, tensor);
   } else if (!head_only) {
-    trainee.what = What::kWeights;
     trainee.parameters = trainee.fitted.model->make_trainable();
   }
   return trainee;
 }
 
-models::NamedTensors Trainee::kept() const {
-  if (what == What::kAdapter) return everything(*fitted.adapter);
-  return what == What::kWeights ? parameters : models::NamedTensors();
+Trainee Trainee::of(const Unit& unit, const TrainSpec& spec, const LearnerSite& site, bool head_only) {
+  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
+  Trainee trainee = make(before, spec.lora, spec.lora_seed.value_or(0), head_only, site);
+  trainee.before = before;
+  return trainee;
 }
+
+models::NamedTensors Trainee::kept() const { return fitted.adapter ? everything(*fitted.adapter) : parameters; }
 
 core::ArtefactPtr train_tasks(const std::string& kind, const TrainSpec& spec, Trainee& trainee, const LearnerSite& site,
                               const TrainConfig& own, const TrainingHooks& hooks, const Extra& extra) {
@@ -138,15 +140,12 @@ core::ArtefactPtr train_tasks(const std::string& kind, const TrainSpec& spec, Tr
     }
     std::vector<int64_t> targets = examples.labels("train", batch);
     for (int64_t& label : targets) label = target_of.at(label);
-    const auto size = static_cast<int64_t>(batch.size());
-    const at::Tensor expected =
-        at::from_blob(targets.data(), {size}, at::kLong).to(examples.device(), /*non_blocking=*/false, /*copy=*/true);
     const models::PassScope scope(model, {.training = true, .step = step, .first = first, .seed = spec.seed});
     const models::Input input = examples.batch("train", batch);
     const at::Tensor scores = at::linear(model.features(input), weight, bias);
-    at::Tensor sum = at::cross_entropy_loss(scores, expected, {}, at::Reduction::Sum);
-    if (hooks.extra_loss) sum = sum + hooks.extra_loss({input, batch, scores, expected, step, first});
-    return TrainJob::MicroLoss{sum, size};
+    at::Tensor sum = objectives::class_loss(scores, std::move(targets), /*label_smoothing=*/0);
+    if (hooks.extra_loss) sum = sum + hooks.extra_loss({input, scores});
+    return TrainJob::MicroLoss{sum, scores.size(0)};
   };
   if (hooks.adjust) hooks.adjust(job);
   const TrainOutcome outcome = site.context.train(std::move(job));
@@ -205,7 +204,7 @@ void TrainedLearner::check(const ContinualConfig& config, const models::ModelFac
             "algorithms/continual: an adapter of type {} starts from examples here, which a stream of tasks does "
             "not give it",
             adapter->type),
-        "choose another type, or method: finetune");
+        "choose another type, init or mask, or method: finetune");
 }
 
 TrainConfig TrainedLearner::training(const ContinualConfig& config) const {

@@ -69,6 +69,8 @@ const core::Schema<C>& plain_train_schema() {
 /// Tasks `first` .. `last` on logits of all classes until `last`, or of task `last` alone.
 void plan_training(TrainSpec& spec, const TaskPlan& plan, const TrainConfig& train, int64_t first, int64_t last,
                    bool local_logits);
+/// Training rows of the unit's tasks.
+std::vector<int64_t> rows_of(const TrainSpec& spec, const data::TaskStream& stream);
 /// A backbone as an artefact left it: all its weights, or an adapter on it, or the backbone itself where the artefact
 /// has neither (or is none).
 struct Fitted {
@@ -81,10 +83,7 @@ Fitted fitted(const core::ArtefactPtr& artefact, const std::optional<adapters::A
 /// A micro-batch in a step's loss.
 struct StepBatch {
   const models::Input& input;
-  const std::vector<int64_t>& rows;  // of split "train"
-  const at::Tensor& logits;          // [rows, spec.logits]
-  const at::Tensor& targets;         // [rows]: places in spec.logits
-  int64_t step, first;
+  const at::Tensor& logits;  // [rows, spec.logits]
 };
 
 /// What a learner adds to training on a task. Everything drawn in it is a function of seeds and step, so that a resumed
@@ -100,12 +99,14 @@ struct TrainingHooks {
 
 /// What a unit trains: a model, by its adapter, all its weights or (neither) its head alone, and the head.
 struct Trainee {
-  enum class What { kWeights, kAdapter, kHead };
   /// As `before` left it, or fresh: an adapter, or without one all weights, or with `head_only` neither.
   static Trainee make(const core::ArtefactPtr& before, const std::optional<adapters::AdapterConfig>& adapter,
                       uint64_t adapter_seed, bool head_only, const LearnerSite& site);
 
-  What what = What::kHead;
+  /// As the unit's first input left it, which is `before`; fresh where the unit says so.
+  static Trainee of(const Unit& unit, const TrainSpec& spec, const LearnerSite& site, bool head_only = false);
+
+  core::ArtefactPtr before = nullptr;
   Fitted fitted;
   models::NamedTensors parameters;  // trained, by their names in artefacts, without the head
   Head head;
@@ -134,6 +135,7 @@ std::optional<std::string> problem_of_trained(const Unit& unit, const core::Arte
 class TrainedLearner : public Learner {
  public:
   virtual TrainingOptions options(const ContinualConfig& config) const = 0;
+  std::string state_kind() const override { return unit_kinds().front().name; }
   void describe(const ContinualConfig& config, int64_t seed, EvaluateSpec& spec) const override;
   std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                          const LearnerSite& site) const override;
@@ -146,6 +148,17 @@ class TrainedLearner : public Learner {
   void plan_task(TrainSpec& spec, const TaskPlan& plan, int64_t task, const std::vector<std::string>& before,
                  bool local_logits = false) const;
   UnitRequest request(const TaskPlan& plan, int64_t task, std::vector<std::string> before) const;
+  /// A walk of one unit a task, whose artefact is the state; `cost` relative to training all weights on new examples.
+  template <typename Spec>
+  State after_training(TaskPlan& plan, int64_t task, const State& before, Spec spec = {}, bool local_logits = false,
+                       double cost = 1) const {
+    if (!before) return std::nullopt;
+    plan_task(spec, plan, task, *before, local_logits);
+    UnitRequest unit = request(plan, task, *before);
+    unit.passes *= cost;
+    const auto id = plan.need(std::move(spec), std::move(unit));
+    return id ? State({*id}) : std::nullopt;
+  }
 };
 
 }  // namespace moraine::algorithms::continual

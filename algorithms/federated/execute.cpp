@@ -1,4 +1,5 @@
-// What workers and the coordinator do in a federation: train a client, aggregate, cut what is sent, evaluate. A unit's
+// What workers and the coordinator do in a federation: make the start, train a client, aggregate, cut what is
+// sent, evaluate. A unit's
 // specification says what; of the worker's own recipe only paths count, and how often to save and to log.
 #include <algorithm>
 
@@ -91,17 +92,7 @@ models::Decoder Federated::global_model(const std::vector<std::string>& states, 
   const auto base =
       cached_model(config_.model.path, base_id, model_id_, dtype == "bfloat16" ? at::kBFloat16 : at::kFloat, context);
   std::map<std::string, at::Tensor> deltas;
-  for (const auto& id : states) {
-    const auto state = context.artefact(id);
-    const Tensors change = base_change(state);
-    for (const auto& [name, a] : change) {
-      if (!name.ends_with(kBaseA)) continue;
-      const std::string slot = name.substr(0, name.rfind(kBaseA));
-      const at::Tensor product = at::matmul(change.at(slot + kBaseB), a);
-      at::Tensor& delta = deltas[slot + ".weight"];
-      delta = delta.defined() ? delta + product : product;
-    }
-  }
+  for (const auto& id : states) add_base_change(context.artefact(id), deltas);
   return deltas.empty() ? base->share() : base->plus({deltas.begin(), deltas.end()});
 }
 
@@ -201,9 +192,8 @@ core::ArtefactPtr Federated::contribution(const UpdateSpec& spec, int64_t sequen
 
 core::ArtefactPtr Federated::start(const Unit& unit, WorkerContext& context) const {
   const StartSpec spec = core::from_spec(start_schema(), unit.spec);
-  const auto model = cached_model(config_.model.path, spec.base, model_id_,
-                                  spec.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat, context);
-  const auto adapter = adapters::Adapter::create(at_rank(spec.adapter.lora, spec.adapter.rank), *model,
+  const models::Decoder model = global_model({}, spec.base, spec.dtype, context);
+  const auto adapter = adapters::Adapter::create(at_rank(spec.adapter.lora, spec.adapter.rank), model,
                                                  seed_of(spec.adapter), context.device());
   const Tensors values = tensors_of(adapter);
   return write(
@@ -281,7 +271,10 @@ Round Federated::round_of(const AggregateSpec& spec, std::vector<Contribution> c
     values = tensors_of(global);
     round.trained = global.trained();
     for (const auto& [name, tensor] : trained_tensors_of(global))
-      if (federation_->trains(round.trained.at(name).traits)) round.global[name] = tensor.detach();
+      if (federation_->trains(round.trained.at(name).traits)) {
+        round.global[name] = tensor.detach();
+        values.erase(name);  // a contribution without it is refused, not filled up
+      }
     if (spec.has_state) round.server = server_moments(known.back());
   }
   const auto with = [this, values](const GlobalAdapter& global, int64_t rank, uint64_t seed, const Tensors& own) {

@@ -83,7 +83,8 @@ void Federated::open_inputs() {
     model_id_ = model_identity(config_.model.path, architecture_.to_json());
     // The adapter's targets, ranks and options are checked against the model once, here, before anything is planned.
     const adapters::AdapterConfig widest = at_rank(config_.lora, server_rank());
-    (void)adapters::parametrisation(widest.type).count(adapters::targets_of(widest, base().slots()), widest);
+    (void)adapters::parametrisation(widest.type)
+        .count(adapters::targets_of(widest, models::decoder_slots(architecture_)), widest);
   }
   problems.throw_if_any(config_.name);
 }
@@ -106,21 +107,13 @@ void Federated::write_merged_model(const RunState& state, const Stages& stages,
                                    const std::filesystem::path& directory) const {
   const at::NoGradGuard no_grad;
   std::map<std::string, at::Tensor> deltas;
-  const auto add = [&](const std::string& weight, const at::Tensor& change) {
-    at::Tensor& delta = deltas[weight];
-    delta = delta.defined() ? delta + change : change;
-  };
   if (federation_->changes_base())
-    for (const auto& round : stages.rounds) {
-      const Tensors change = base_change(state.artefact(round.state));
-      for (const auto& [name, a] : change)
-        if (name.ends_with(kBaseA)) {
-          const std::string slot = name.substr(0, name.rfind(kBaseA));
-          add(slot + ".weight", change.at(slot + kBaseB).matmul(a));
-        }
-    }
+    for (const auto& round : stages.rounds) add_base_change(state.artefact(round.state), deltas);
   if (!federation_->starts_fresh())  // the adapter of the last round sits on top
-    for (const auto& [weight, change] : last_adapter(state, stages).deltas(base())) add(weight, change);
+    for (const auto& [weight, change] : last_adapter(state, stages).deltas(base())) {
+      at::Tensor& delta = deltas[weight];
+      delta = delta.defined() ? delta + change : change;
+    }
   const auto merged = base().plus({deltas.begin(), deltas.end()});
   write_model_directory(directory, architecture_.to_json(), {merged.weights().begin(), merged.weights().end()});
   models::copy_companions(config_.model.path, directory);
@@ -221,10 +214,12 @@ void check_adapter(const FederatedConfig& config, const Federation& federation, 
   const adapters::AdapterConfig& adapter = config.lora;
   const adapters::Parametrisation& type = adapters::parametrisation(adapter.type);
   if (type.wants(adapter) != adapters::Wants::kNothing)
-    problems.add(origin, "lora.type",
-                 fmt::format("type {} starts from examples: the server has none, and a client's would tell of its data",
-                             adapter.type),
-                 "use it with method: finetune, or choose another type");
+    problems.add(
+        origin, "lora.type",
+        fmt::format("this adapter of type {} starts from examples: the server has none, and a client's would tell of "
+                    "its data",
+                    adapter.type),
+        "use it with method: finetune, or choose another type, init or mask");
   else if (const auto refusal = federation.refusal(adapter))
     problems.add(origin, "lora.type", refusal->why, refusal->hint);
   const bool ranks_differ = !config.clients.ranks.empty() || federation.prunes();

@@ -89,7 +89,7 @@ class Federated final : public Method {
                     const std::string& label, RoundResult& round) const;
   void share_out();
   Unit update_unit(const std::string& label, const Client& client, int64_t round, int64_t steps, int64_t rank,
-                   std::vector<std::string> inputs, bool tolerant = false) const;
+                   std::vector<std::string> inputs, bool in_round = false) const;
   Unit aggregate_unit(const std::string& label, const Stages& stages, std::span<const size_t> sampled,
                       const RoundResult& round) const;
   Unit evaluation_unit(const std::string& label, const std::string& domain, std::vector<std::string> inputs) const;

@@ -33,6 +33,12 @@ at::Tensor squared_change(const ServerConfig& config, const at::Tensor& before, 
 
 }  // namespace
 
+std::optional<Refusal> unless_factors(const adapters::AdapterConfig& adapter, const std::string& what) {
+  if (adapters::parametrisation(adapter.type).change(adapter) == adapters::Change::kFactors) return std::nullopt;
+  return Refusal{fmt::format("{}, and the change of type {} is no product of factors", what, adapter.type),
+                 "method: fedit averages tensors of any type"};
+}
+
 at::Tensor Round::average(const std::string& name) const {
   std::vector<std::span<const std::byte>> parts;
   std::vector<double> weights;

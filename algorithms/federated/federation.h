@@ -61,6 +61,9 @@ struct Refusal {
   std::string why, hint;
 };
 
+/// Refuses adapters whose change is no product of factors; `what` the method does with them.
+std::optional<Refusal> unless_factors(const adapters::AdapterConfig& adapter, const std::string& what);
+
 /// What tells one federated method from another. The base class is FedIT: train everything, average each tensor by
 /// itself. Methods know adapters by adapters::Traits and by their change in factors, never by names. Stateless and
 /// thread-safe. Source of all: the federated LoRA family; per method in its own folder.

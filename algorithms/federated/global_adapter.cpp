@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 
 #include "core/error.h"
@@ -47,7 +48,16 @@ Tensors adapter_tensors(const core::ArtefactPtr& artefact) {
 
 Tensors server_moments(const core::ArtefactPtr& state) { return tensors_that(state, is_moment); }
 
-Tensors base_change(const core::ArtefactPtr& state) { return tensors_that(state, is_base_change); }
+void add_base_change(const core::ArtefactPtr& state, std::map<std::string, at::Tensor>& changes) {
+  const Tensors factors = tensors_that(state, is_base_change);
+  for (const auto& [name, a] : factors) {
+    if (!name.ends_with(kBaseA)) continue;
+    const std::string slot = name.substr(0, name.rfind(kBaseA));
+    const at::Tensor product = factors.at(slot + kBaseB).matmul(a);
+    at::Tensor& change = changes[slot + ".weight"];
+    change = change.defined() ? change + product : product;
+  }
+}
 
 Tensors tensors_of(const adapters::Adapter& adapter) {
   Tensors all = trained_tensors_of(adapter);

@@ -26,8 +26,8 @@ bool starts_from_weights(const adapters::AdapterConfig& adapter);
 Tensors adapter_tensors(const core::ArtefactPtr& artefact);
 /// "m.<name>", "v.<name>": the server optimiser's.
 Tensors server_moments(const core::ArtefactPtr& state);
-/// "<slot path>.base_A", "<slot path>.base_B".
-Tensors base_change(const core::ArtefactPtr& state);
+/// Adds what a state adds to the base, base_B base_A of every slot that has one, by the weights' names.
+void add_base_change(const core::ArtefactPtr& state, std::map<std::string, at::Tensor>& changes);
 
 /// An adapter's own tensors, trained and kept, not copies; trained alone.
 Tensors tensors_of(const adapters::Adapter& adapter);

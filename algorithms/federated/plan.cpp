@@ -35,7 +35,7 @@ GlobalAdapter Federated::global_adapter() const {
 }
 
 Unit Federated::update_unit(const std::string& label, const Client& client, int64_t round, int64_t steps, int64_t rank,
-                            std::vector<std::string> inputs, bool tolerant) const {
+                            std::vector<std::string> inputs, bool in_round) const {
   TrainConfig train = config_.train;
   train.steps = steps;
   train.warmup_steps = std::min(train.warmup_steps, steps);
@@ -48,8 +48,8 @@ Unit Federated::update_unit(const std::string& label, const Client& client, int6
                   .rank = rank,
                   .adapter = global_adapter(),
                   .train = train_identity(train),
-                  .tolerant = tolerant,
-                  .proximal = config_.clients.proximal};
+                  .tolerant = in_round && config_.clients.min_per_round > 0,
+                  .proximal = in_round ? config_.clients.proximal : 0};
   for (const auto& [name, share] : client.shares)
     spec.shares.push_back({text_spec(name, "train"), share.first, share.count});
   if (federation_->starts_fresh()) spec.adapter.rank = 0;
@@ -169,8 +169,7 @@ bool Federated::walk_clients(PlanBuilder& plan, const Stages& s, std::span<const
     round.sent.insert(round.sent.end(), inputs.begin() + static_cast<ptrdiff_t>(known), inputs.end());
     const std::string name = fmt::format("train/{}/{}", label, client.name);
     const auto id = plan.need(name, [&] {
-      Unit unit =
-          update_unit(name, client, t, config_.train.steps, rank, std::move(inputs), config_.clients.min_per_round > 0);
+      Unit unit = update_unit(name, client, t, config_.train.steps, rank, std::move(inputs), /*in_round=*/true);
       unit.follows = unit.cost * static_cast<double>(config_.rounds - 1 - t);
       return unit;
     });

@@ -17,14 +17,9 @@ class FedExLora final : public federated::Federation {
   bool server_optimizers() const override { return false; }
 
   std::optional<federated::Refusal> refusal(const adapters::AdapterConfig& adapter) const override {
-    const adapters::Traits traits = adapters::parametrisation(adapter.type).traits();
-    if (traits.change != adapters::Change::kFactors)
-      return federated::Refusal{
-          fmt::format(
-              "fedex_lora adds what averaging loses as factors, and the change of type {} is no product of such",
-              adapter.type),
-          "method: fedit averages tensors of any type"};
-    if (traits.averages_exactly)
+    if (auto refusal = federated::unless_factors(adapter, "fedex_lora adds what averaging loses as factors"))
+      return refusal;
+    if (adapters::parametrisation(adapter.type).traits().averages_exactly)
       return federated::Refusal{fmt::format("averaging loses nothing of type {}", adapter.type), "method: fedit"};
     return std::nullopt;
   }

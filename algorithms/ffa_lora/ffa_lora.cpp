@@ -11,16 +11,10 @@ class FfaLora final : public federated::Federation {
   static constexpr const char* kName = "ffa_lora";
   bool trains_exact_only() const override { return true; }
   std::optional<federated::Refusal> refusal(const adapters::AdapterConfig& adapter) const override {
-    const adapters::Traits traits = adapters::parametrisation(adapter.type).traits();
-    if (traits.averages_exactly)
+    if (adapters::parametrisation(adapter.type).traits().averages_exactly)
       return federated::Refusal{fmt::format("all that type {} trains averages exactly as it is", adapter.type),
                                 "method: fedit"};
-    if (traits.change != adapters::Change::kFactors)
-      return federated::Refusal{
-          fmt::format("ffa_lora holds one of two factors, and the change of type {} is no product of factors",
-                      adapter.type),
-          "method: fedit averages tensors of any type"};
-    return std::nullopt;
+    return federated::unless_factors(adapter, "ffa_lora holds one of two factors");
   }
 };
 

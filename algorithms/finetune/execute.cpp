@@ -125,7 +125,13 @@ core::ArtefactPtr Finetune::train(const Unit& unit, WorkerContext& context) cons
   const auto model = load_base(spec.base, train.dtype, context)->shared_on(context.device());
   const auto objective = load_objective(spec.data, context);
   std::optional<adapters::PeftDirectory> start;
-  if (!spec.start.empty()) start = adapters::read_peft_directory(start_directory(spec.start), &facts_->classifier);
+  if (!spec.start.empty()) {
+    start = adapters::read_peft_directory(start_directory(spec.start), &facts_->classifier);
+    if (start->hash() != spec.start)
+      throw core::UserError(fmt::format("algorithms/finetune: {} changed since the run was planned",
+                                        start_directory(spec.start).string()),
+                            "start the run again: a new plan takes the new files");
+  }
   const auto head = start && !start->classifier.empty()
                         ? objectives::Head::start(start->classifier, context.device())
                         : objectives::Head::fresh(spec.data.classes, *facts_, spec.adapter_seed, context.device());

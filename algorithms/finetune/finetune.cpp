@@ -46,7 +46,7 @@ void Finetune::open_starts(core::Problems& problems) {
     const std::string key = fmt::format("adapters.{}.start", i);
     try {
       const auto read = adapters::read_peft_directory(entry.start, &facts_->classifier);
-      started_[entry.name] = {read.config, read.hash, objectives::Head::classes_of(read.classifier, *facts_)};
+      started_[entry.name] = {read.config, read.hash(), objectives::Head::classes_of(read.classifier, *facts_)};
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());
     }
@@ -60,7 +60,17 @@ void Finetune::check_adapters(core::Problems& problems) const {
     try {
       if (entry.galore) (void)galore::targets_of(*entry.galore, facts_->slots);
       const auto matching = entry.start.empty() ? adapters::Matching::kEveryName : adapters::Matching::kAnyName;
-      if (const auto adapter = adapter_of(entry)) (void)adapters::targets_of(*adapter, facts_->slots, matching);
+      if (const auto adapter = adapter_of(entry)) {
+        (void)adapters::targets_of(*adapter, facts_->slots, matching);
+        // A layer that runs again takes gradients by the parameters of its slots (models/recompute.h).
+        if (config_.gradient_checkpointing && adapters::parametrisation(adapter->type).traits().trains_shared)
+          throw core::UserError(
+              fmt::format(
+                  "algorithms/finetune: type {} trains a tensor that all slots share, and gradient_checkpointing "
+                  "would lose its gradient",
+                  adapter->type),
+              "leave gradient_checkpointing out");
+      }
       for (const auto& [task, facts] : tasks_) check_head(entry, task, facts.classes);
     } catch (const core::UserError& error) {
       problems.add(key, key, error.what(), error.hint());

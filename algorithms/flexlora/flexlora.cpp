@@ -3,27 +3,17 @@
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <utility>
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/linalg_qr.h>
-#include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "algorithms/adapters/adapter.h"
 #include "algorithms/federated/federated.h"
+#include "algorithms/mergers/low_rank.h"
 #include "core/error.h"
 
 namespace moraine::algorithms::flexlora {
 namespace {
-
-/// B A = U S V^T, b [out, R], a [R, in] in double, as U S [out, k] and V^T [k, in], k = min(out, in, R).
-std::pair<at::Tensor, at::Tensor> singular_directions(const at::Tensor& b, const at::Tensor& a) {
-  const auto [qb, rb] = at::linalg_qr(b, "reduced");
-  const auto [qa, ra] = at::linalg_qr(a.t(), "reduced");
-  const auto [u, s, vh] = at::linalg_svd(rb.matmul(ra.t()), /*full_matrices=*/false);
-  return {qb.matmul(u) * s, vh.matmul(qa.t())};
-}
 
 class FlexLora final : public federated::Federation {
  public:
@@ -51,7 +41,10 @@ class FlexLora final : public federated::Federation {
         stack.add(slot, b.to(at::kDouble) * contribution.weight, a.to(at::kDouble));
       }
     auto pairs = stack.pairs();
-    for (auto& [slot, pair] : pairs) pair = singular_directions(pair.first, pair.second);
+    for (auto& [slot, pair] : pairs) {
+      const auto parts = mergers::svd_of_product(pair.first, pair.second);
+      pair = {parts.u * parts.s, parts.vt};
+    }
     federated::GlobalState next;
     for (const auto& [name, x] : round.global) {
       const auto& [slot, traits] = round.trained.at(name);

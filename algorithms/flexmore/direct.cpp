@@ -39,16 +39,16 @@ AdapterConfig on_ffn(AdapterConfig config) {
 }
 
 std::optional<std::string> expert_problem(const AdapterConfig& config) {
+  if (change_of(config) == Change::kNone)
+    return fmt::format("adapter: type {} is no change of weights, and an expert is one of the FFN's", config.type);
+  if (change_of(config) == Change::kBias)
+    return fmt::format("adapter: type {} changes biases, and experts have none", config.type);
   const AdapterConfig plain;
   if (config.target_modules != plain.target_modules || !config.target_regex.empty() ||
       !config.exclude_modules.empty() || !config.exclude_regex.empty() || !config.layers_to_transform.empty())
     return "adapter: an expert is a change of all three matrices of every FFN: leave the targets out";
   if (!config.rank_pattern.empty()) return "adapter: an expert has one rank: leave rank_pattern out";
-  if (change_of(config) == Change::kNone)
-    return fmt::format("adapter: type {} is no change of weights, and an expert is one of the FFN's", config.type);
-  if (change_of(config) == Change::kBias)
-    return fmt::format("adapter: type {} changes biases, and experts have none", config.type);
-  if (config.options.is_object() && config.options.value("as_trained", false))
+  if (is_nested(config) && !adapters::ranks_stand_alone(config))
     return "adapter: options.as_trained gives the ranks other weights than they have when they stand alone, and an "
            "expert is cut: leave it out";
   return std::nullopt;

@@ -18,10 +18,11 @@ namespace {
 }
 
 void check_expert(const Unit& unit, const core::Artefact& artefact, int64_t rank, const std::string& base,
-                  const models::DecoderConfig& public_model) {
+                  const std::vector<double>& scales, const models::DecoderConfig& public_model) {
   const Expert expert = read_expert(artefact, 0);  // names of tensors, and shapes that fit each other
   if (expert.rank() != rank) refuse(unit, fmt::format("is of rank {}, planned is {}", expert.rank(), rank));
   if (artefact.meta().at("base") != base) refuse(unit, "was trained against another public model");
+  if (expert.scales_by_rank != scales) refuse(unit, "has other scales of its lower ranks than its adapter");
   if (static_cast<int64_t>(expert.layers.size()) != public_model.num_layers)
     refuse(unit, fmt::format("has {} layers, the public model {}", expert.layers.size(), public_model.num_layers));
   for (size_t l = 0; l < expert.layers.size(); ++l) {
@@ -48,13 +49,11 @@ void FlexMore::check_result(const Unit& unit, const core::Artefact& artefact) co
     if (unit.kind == TrainExpertSpec::kKind) {
       const TrainExpertSpec spec = core::from_spec(TrainExpertSpec::schema(), unit.spec);
       if (artefact.meta().at("name") != spec.name) refuse(unit, "is an expert of another name");
-      check_expert(unit, artefact, spec.rank, spec.base, architecture_);
-      if (read_expert(artefact, 0).scales_by_rank !=
-          (spec.adapter ? scales_by_rank(*spec.adapter) : std::vector<double>()))
-        refuse(unit, "has other scales of its lower ranks than its adapter");
+      check_expert(unit, artefact, spec.rank, spec.base,
+                   spec.adapter ? scales_by_rank(*spec.adapter) : std::vector<double>(), architecture_);
     } else if (unit.kind == ExtractSpec::kKind) {
       const ExtractSpec spec = core::from_spec(ExtractSpec::schema(), unit.spec);
-      check_expert(unit, artefact, spec.rank, spec.base, architecture_);
+      check_expert(unit, artefact, spec.rank, spec.base, {}, architecture_);
     } else if (unit.kind == EvaluateSpec::kKind) {
       if (const auto why = Evaluation::from_json(artefact.meta().at("result")).impossible()) refuse(unit, *why);
     }

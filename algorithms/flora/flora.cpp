@@ -19,10 +19,7 @@ class Flora final : public federated::Federation {
   bool server_optimizers() const override { return false; }
 
   std::optional<federated::Refusal> refusal(const adapters::AdapterConfig& adapter) const override {
-    if (adapters::parametrisation(adapter.type).change(adapter) == adapters::Change::kFactors) return std::nullopt;
-    return federated::Refusal{
-        fmt::format("flora stacks factors, and the change of type {} is no product of factors", adapter.type),
-        "method: fedit averages tensors of any type"};
+    return federated::unless_factors(adapter, "flora stacks factors");
   }
 
   federated::GlobalState aggregate(const federated::Round& round) const override {

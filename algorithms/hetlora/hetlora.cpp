@@ -63,7 +63,10 @@ class HetLora final : public federated::Federation {
   bool prunes() const override { return true; }
 
   std::optional<federated::Refusal> refusal(const adapters::AdapterConfig& adapter) const override {
-    if (adapters::can_be_truncated(adapter)) return std::nullopt;
+    if (adapters::ranks_stand_alone(adapter)) return std::nullopt;
+    if (adapters::can_be_truncated(adapter))
+      return federated::Refusal{"hetlora cuts and pads ranks, and as_trained weighs them by the rank they are among",
+                                "leave options.as_trained out"};
     return federated::Refusal{
         fmt::format("hetlora cuts and pads ranks, and an adapter of type {}{} has no first ranks to cut it to",
                     adapter.type, adapters::starts_from_base(adapter) ? " that starts from the base" : ""),

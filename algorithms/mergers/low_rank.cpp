@@ -56,6 +56,7 @@ int64_t rank_of_result(std::span<const Contribution> contributions, const MergeC
   int64_t largest = 0;
   for (const Contribution& contribution : contributions) largest = std::max(largest, rank_of(contribution));
   if (largest > 0) return largest;
+  if (contributions.front().dense.size(1) == 1) return 1;  // a bias, which has no more
   throw core::UserError(fmt::format("algorithms/mergers: no adapter's change of {} has a rank", slot),
                         "give the rank of the result");
 }

@@ -15,29 +15,33 @@ namespace {
 
 constexpr const char* kBias = ".bias";
 
-/// Contributions by slot, in the order of the participants.
-std::map<std::string, std::vector<Contribution>> contributions_of(std::span<const Participant> participants,
+/// Whose adapter, and which of its targets, change a slot.
+using Member = std::pair<const Participant*, size_t>;
+
+/// Contributions to one slot in the order of the participants, and to its bias under a name of its own.
+std::map<std::string, std::vector<Contribution>> contributions_of(const std::string& path,
+                                                                  const std::vector<Member>& members,
                                                                   const models::Backbone& base) {
-  std::map<std::string, std::vector<Contribution>> slots;
-  for (const Participant& from : participants) {
-    for (size_t i = 0; i < from.adapter->targets().size(); ++i) {
-      const std::string& path = from.adapter->targets()[i].slot.path;
-      const adapters::SlotAdapter& function = from.adapter->function(i);
-      Contribution contribution{from.name, from.identity, from.weight, function.factored(base.base(path)), {}};
+  std::map<std::string, std::vector<Contribution>> out;
+  for (const auto& [from, target] : members) {
+    const adapters::SlotAdapter& function = from->adapter->function(target);
+    const adapters::AdapterConfig& config = from->adapter->config();
+    if (adapters::parametrisation(config.type).change(config) != adapters::Change::kBias) {
+      Contribution contribution{from->name, from->identity, from->weight, function.factored(base.base(path)), {}};
       if (!contribution.factors) {
         const auto change = function.delta(base.base(path));
         if (!change)
           throw core::UserError(fmt::format("algorithms/mergers: '{}' is of type {}, which is no change of weights",
-                                            from.name, from.adapter->config().type),
+                                            from->name, config.type),
                                 "leave it out: only changes of weights can be merged");
         contribution.dense = *change;
       }
-      slots[path].push_back(std::move(contribution));
-      if (const at::Tensor bias = function.bias_delta(base.base(path)); bias.defined())
-        slots[path + kBias].push_back({from.name, from.identity, from.weight, std::nullopt, bias.unsqueeze(1)});
+      out[path].push_back(std::move(contribution));
     }
+    if (const at::Tensor bias = function.bias_delta(base.base(path)); bias.defined())
+      out[path + kBias].push_back({from->name, from->identity, from->weight, std::nullopt, bias.unsqueeze(1)});
   }
-  return slots;
+  return out;
 }
 
 [[noreturn]] void refuse(const std::string& path, const std::string& why, const std::string& hint) {
@@ -96,9 +100,15 @@ adapters::AdapterConfig config_of(const MergedSlots& merged, const models::Backb
 MergedSlots merge_adapters(std::span<const Participant> participants, const models::Backbone& base,
                            const MergeConfig& config) {
   const at::NoGradGuard no_grad;
-  MergedSlots merged;
-  for (const auto& [path, contributions] : contributions_of(participants, base))
-    merged.emplace(path, merger(config.type).merge(contributions, config, path));
+  const Merger& rule = merger(config.type);
+  std::map<std::string, std::vector<Member>> slots;
+  for (const Participant& from : participants)
+    for (size_t i = 0; i < from.adapter->targets().size(); ++i)
+      slots[from.adapter->targets()[i].slot.path].emplace_back(&from, i);
+  MergedSlots merged;  // dense changes of one slot at a time
+  for (const auto& [path, members] : slots)
+    for (const auto& [name, contributions] : contributions_of(path, members, base))
+      merged.emplace(name, rule.merge(contributions, config, name));
   return merged;
 }
 

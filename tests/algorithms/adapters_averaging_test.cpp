@@ -157,14 +157,11 @@ TEST(RanksAt, IsWhereAnAdapterOfALowerRankStands) {
     SCOPED_TRACE(type->name());
     const Averaging averaging(config);
     const Adapter cut = averaging.adapter().truncated(3, averaging.model());
-    for (const auto& [name, tensor] : averaging.adapter().trained()) {
-      ASSERT_TRUE(tensor.traits.ranks_at.has_value()) << name;
-      for (const auto& [other, value] : cut.parameters()) {
-        if (other == name) {
-          EXPECT_EQ(value.size(*tensor.traits.ranks_at), 3) << name;
-        }
-      }
-    }
+    // One of that rank from the start has the shapes that its type gives it, whatever the traits say.
+    const auto wanted = Adapter::blank(cut.config(), averaging.model(), 1, at::kCPU).parameters();
+    const auto has = cut.parameters();
+    ASSERT_EQ(has.size(), wanted.size());
+    for (size_t i = 0; i < has.size(); ++i) EXPECT_EQ(has[i].second.sizes(), wanted[i].second.sizes()) << has[i].first;
   }
 }
 

@@ -218,7 +218,7 @@ TEST_F(ContinualRun, UnitsRunTheirSpecificationWhateverTheWorkersOwnRecipeSays) 
 }
 
 TEST_F(ContinualRun, MisshapenResultsAreNotAccepted) {
-  const auto units = run({"methods=[finetune]", "orders=[-1]"});
+  const auto units = run({"methods=[finetune, er, ewc, ranpac]", "orders=[-1]", "learners.ranpac.features=5"});
   const auto refused = [&](const std::string& label, const std::string& kind, const core::Json& meta,
                            const models::NamedTensors& tensors) {
     std::vector<at::Tensor> keep;
@@ -250,6 +250,20 @@ TEST_F(ContinualRun, MisshapenResultsAreNotAccepted) {
   EXPECT_TRUE(refused(trained, "train_weights", without, tensors));
   without.erase("classes");
   EXPECT_TRUE(refused(trained, "train_weights", without, tensors));
+  const std::string replayed = "train/er/order-1/seed1/task0", summed = "train/ranpac/class0",
+                    measured = "train/ewc/order-1/seed1/importance0";
+  const auto without_one = [&](const std::string& label, const std::string& kind, const std::string& name) {
+    auto [own, left] = parts(label);
+    EXPECT_FALSE(refused(label, kind, own, left)) << label;
+    EXPECT_GT(std::erase_if(left, [&](const auto& entry) { return entry.first == name; }), 0u) << name;
+    return refused(label, kind, own, left);
+  };
+  EXPECT_TRUE(without_one(replayed, "train_er", "buffer.rows"));
+  EXPECT_TRUE(without_one(measured, "importance", "head.weight"));
+  EXPECT_TRUE(without_one(summed, "ranpac_class", "gram"));
+  auto [of_class, sums] = parts(summed);
+  of_class["classes"] = {1};
+  EXPECT_TRUE(refused(summed, "ranpac_class", of_class, sums)) << "of another class";
   meta = parts(tested).first;
   EXPECT_FALSE(refused(tested, "evaluation", meta, {}));
   meta["result"][0]["class_incremental"] = 1000;

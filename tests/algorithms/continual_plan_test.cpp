@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include "algorithms/adapters/config.h"
 #include "algorithms/register.h"
 #include "core/error.h"
 
@@ -179,6 +180,15 @@ TEST_F(ContinualPlan, RunsRecordedWithOlderKeysKeepTheirUnits) {
   const auto restored = entry.restore(older, older_inputs);
   EXPECT_TRUE(restored->plan(*this).pending.empty()) << restored->plan(*this).pending.front().spec;
   EXPECT_EQ(restored->inputs().at("model").at("slots"), inputs.at("model").at("slots"));
+}
+
+// Older runs always recorded the whole block, today's recipes leave out what is the default.
+TEST_F(ContinualPlan, RunsRecordedWithTheDefaultsOfOlderKeysAreTheSameRecipe) {
+  const auto recipe = load_recipe(std::string(MORAINE_SOURCE_DIR) + "/recipes/continual/fashion_mnist.yaml",
+                                  {"learners.seq_lora=null", "methods=[finetune]"});
+  core::Json older = recipe.values;
+  older["lora"] = adapters::adapter_schema().to_json({});
+  EXPECT_EQ(find_method("continual").identity(older), find_method("continual").identity(recipe.values));
 }
 
 TEST_F(ContinualPlan, AnUnfinishedRunHasASummary) {

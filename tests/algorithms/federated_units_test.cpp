@@ -147,6 +147,11 @@ TEST_F(FederatedUnits, RunTheirSpecificationWhateverTheWorkersOwnRecipeSays) {
       "lora.target_modules=[v_proj]",
       "lora.init=gaussian",
       "lora.use_rslora=true",
+      "lora.type=dora",
+      "lora.dropout=0.5",
+      "lora.lr_ratio=4",
+      "clients.proximal=0.5",
+      "server.beta2=0.5",
       "train.steps=3",
       "train.batch_size=3",
       "train.micro_batch_size=1",
@@ -309,7 +314,10 @@ const std::map<std::string, std::vector<std::string>> kTypes = {
     {"olora", {"lora.init=olora"}},
     {"dora", {"lora.type=dora"}},
     {"dylora", {"lora.type=dylora"}},
-    {"matryoshka", {"lora.type=matryoshka", "lora.options={as_trained: true}"}},
+    {"matryoshka", {"lora.type=matryoshka"}},
+    {"matryoshka_as_trained", {"lora.type=matryoshka", "lora.options={as_trained: true}"}},
+    {"eva", {"lora.init=eva"}},
+    {"shira_grad", {"lora.type=shira", "lora.alpha=8", "lora.options={mask: grad}"}},
     {"vera", {"lora.type=vera", "lora.alpha=8"}},
     {"lora_xs", {"lora.type=lora_xs"}},
     {"nola", {"lora.type=nola", "lora.options={bases: 8}"}},
@@ -324,9 +332,12 @@ const std::map<std::string, std::vector<std::string>> kTypes = {
 
 /// What each method says to types that it is not for, by a part of the message.
 const std::map<std::string, std::map<std::string, std::string>> kRefused = {
-    {"fedit", {{"lora_sb", "starts from examples"}}},
+    {"fedit",
+     {{"lora_sb", "starts from examples"}, {"eva", "starts from examples"}, {"shira_grad", "starts from examples"}}},
     {"ffa_lora",
      {{"lora_sb", "starts from examples"},
+      {"eva", "starts from examples"},
+      {"shira_grad", "starts from examples"},
       {"lora_xs", "averages exactly as it is"},
       {"shira", "averages exactly as it is"},
       {"shira_wm", "averages exactly as it is"},
@@ -337,6 +348,8 @@ const std::map<std::string, std::map<std::string, std::string>> kRefused = {
       {"adaptertune", "type adaptertune is no product of factors"}}},
     {"flora",
      {{"lora_sb", "starts from examples"},
+      {"eva", "starts from examples"},
+      {"shira_grad", "starts from examples"},
       {"dora", "type dora is no product of factors"},
       {"shira", "type shira is no product of factors"},
       {"shira_wm", "type shira is no product of factors"},
@@ -346,16 +359,20 @@ const std::map<std::string, std::map<std::string, std::string>> kRefused = {
       {"bitfit", "type bitfit is no product of factors"}}},
     {"fedex_lora",
      {{"lora_sb", "starts from examples"},
+      {"eva", "starts from examples"},
+      {"shira_grad", "starts from examples"},
       {"lora_xs", "averaging loses nothing of type lora_xs"},
-      {"dora", "type dora is no product of such"},
-      {"shira", "type shira is no product of such"},
-      {"shira_wm", "type shira is no product of such"},
-      {"compacter", "type compacter is no product of such"},
-      {"adaptertune", "type adaptertune is no product of such"},
-      {"ia3", "type ia3 is no product of such"},
-      {"bitfit", "type bitfit is no product of such"}}},
+      {"dora", "type dora is no product of factors"},
+      {"shira", "type shira is no product of factors"},
+      {"shira_wm", "type shira is no product of factors"},
+      {"compacter", "type compacter is no product of factors"},
+      {"adaptertune", "type adaptertune is no product of factors"},
+      {"ia3", "type ia3 is no product of factors"},
+      {"bitfit", "type bitfit is no product of factors"}}},
     {"flexlora",
      {{"lora_sb", "starts from examples"},
+      {"eva", "starts from examples"},
+      {"shira_grad", "starts from examples"},
       {"ranks", "is no free pair of factors"},
       {"pissa", "is no free pair of factors"},
       {"olora", "is no free pair of factors"},
@@ -373,6 +390,9 @@ const std::map<std::string, std::map<std::string, std::string>> kRefused = {
       {"matryoshka", "is no free pair of factors"}}},
     {"hetlora",
      {{"lora_sb", "starts from examples"},
+      {"eva", "starts from examples"},
+      {"shira_grad", "starts from examples"},
+      {"matryoshka_as_trained", "as_trained weighs them by the rank they are among"},
       {"ranks", "has no first ranks"},
       {"pissa", "that starts from the base has no first ranks"},
       {"olora", "that starts from the base has no first ranks"},
@@ -544,6 +564,18 @@ TEST_F(FederatedUnits, FedProxPullsTowardsTheGlobalAdapter) {
   EXPECT_GT(one.abs().max().item<double>(), 1e-4);
   EXPECT_TRUE(models::same_bits(one, client("train.steps=1", "clients.proximal=0.25")));
   EXPECT_LT(models::relative_error(pulled, two - one * (0.5 * 0.25)), 1e-5);
+}
+
+TEST_F(FederatedUnits, ComparisonsHaveNoGlobalAdapterToBePulledTo) {
+  const auto units = run(*method({"clients.proximal=0.25", "comparisons=[centralised, alone]"}));
+  size_t alone = 0;
+  for (const Unit& unit : units) {
+    if (unit.kind != UpdateSpec::kKind) continue;
+    const bool of_round = !unit.label.starts_with("train/alone/") && unit.label != "train/centralised";
+    alone += of_round ? 0 : 1;
+    EXPECT_EQ(unit.spec.contains("proximal"), of_round) << unit.label;
+  }
+  EXPECT_GT(alone, 1u);
 }
 
 TEST_F(FederatedUnits, RanksThatATypeDoesNotHaveAreRefused) {

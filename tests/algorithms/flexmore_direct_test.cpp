@@ -36,7 +36,7 @@ models::Decoder public_model() {
 std::vector<const adapters::Parametrisation*> types_with(const std::vector<Change>& changes) {
   std::vector<const adapters::Parametrisation*> types;
   for (const auto* type : adapters::parametrisations())
-    if (std::ranges::count(changes, type->traits().change)) types.push_back(type);
+    if (std::ranges::count(changes, type->change({.type = type->name()}))) types.push_back(type);
   return types;
 }
 
@@ -130,7 +130,7 @@ TEST(DirectExperts, TraitsSayWhatAChangeIs) {
                          : changes                                        ? Change::kDense
                          : adapter.function(0).bias_delta(base).defined() ? Change::kBias
                                                                           : Change::kNone;
-    EXPECT_EQ(found, type->traits().change);
+    EXPECT_EQ(found, type->change(adapter.config()));
   }
 }
 
@@ -184,6 +184,8 @@ std::string problem_of(const std::string& adapter, const std::string& rank = "au
 TEST(DirectExperts, RefuseWhatCannotBeAnExpertByName) {
   EXPECT_THAT(problems_with({"domains.0.adapter={rank: 4}"}), HasSubstr("adapter goes with train: direct"));
   EXPECT_THAT(problem_of("{type: adaptertune}"), HasSubstr("type adaptertune is no change of weights"));
+  EXPECT_THAT(problem_of("{type: compacter, target_modules: [o_proj, down_proj], options: {form: adapter}}"),
+              HasSubstr("type compacter is no change of weights"));
   EXPECT_THAT(problem_of("{type: bitfit}"), HasSubstr("type bitfit changes biases, and experts have none"));
   for (const std::string targets : {"target_modules: [up_proj]", "target_regex: .*up_proj",
                                     "exclude_modules: [up_proj]", "exclude_regex: .*up_proj"})

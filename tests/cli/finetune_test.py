@@ -68,6 +68,8 @@ def workers_kills_and_seeds_decide_what_they_should(world: Finetuning) -> None:
     assert world.hash("four") == world.hash("one")
     world.run("recomputed", "gradient_checkpointing=true")
     assert world.hash("recomputed") == world.hash("one")
+    shared = world.run("shared", "gradient_checkpointing=true", "adapters=[{name: it, adapter: {type: compacter}}]", expect=2)
+    expect_in(shared.stderr, "trains a tensor that all slots share")
     for sign in (signal.SIGKILL, signal.SIGTERM):
         process = subprocess.Popen(world.command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for line in process.stderr:

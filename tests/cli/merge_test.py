@@ -113,6 +113,10 @@ def classifiers_are_left_out_only_when_asked(world: Merging) -> None:
     world.merge("merged", adapters=adapters, how={"type": "svd"}, heads="leave_out")
     names = load_file(world.directory / "merged/adapter_model.safetensors")
     assert names and not any("classifier" in name for name in names), list(names)
+    directories = [{"path": str(world.directory / f"run/adapters/lora/{name}/seed1")} for name in ("one", "two")]
+    expect_in(world.merge("no", adapters=directories, how={"type": "svd"}, expect=2).stderr, "has a classifier", "heads: leave_out")
+    world.merge("of_directories", adapters=directories, how={"type": "svd"}, heads="leave_out")
+    assert load_file(world.directory / "of_directories/adapter_model.safetensors").keys() == names.keys()
 
 
 def bad_merges_are_refused(world: Merging) -> None:

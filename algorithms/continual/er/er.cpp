@@ -41,9 +41,8 @@ std::vector<int64_t> buffer_in(const core::Artefact& artefact) {
 
 core::ArtefactPtr train_er(const Unit& unit, const LearnerSite& site) {
   const auto spec = core::from_spec(TrainErSpec::schema(), unit.spec);
-  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
-  Trainee trainee = Trainee::make(before, spec.lora, spec.lora_seed.value_or(0), /*head_only=*/false, site);
-  const std::vector<int64_t> buffer = before ? buffer_in(*before) : std::vector<int64_t>();
+  Trainee trainee = Trainee::of(unit, spec, site);
+  const std::vector<int64_t> buffer = trainee.before ? buffer_in(*trainee.before) : std::vector<int64_t>();
   TrainingHooks hooks;
   const TrainConfig& own = training_in(site.config.learners.er, site.config.train);
   if (!buffer.empty())
@@ -51,11 +50,8 @@ core::ArtefactPtr train_er(const Unit& unit, const LearnerSite& site) {
                       seed = core::derive_seed(spec.seed, "er/replayed")](int64_t step, int64_t first, int64_t count) {
       return data::batch_of(buffer, seed, step * batch_size + first, count);
     };
-  std::vector<int64_t> known = buffer;
-  for (const int64_t task : spec.tasks) {
-    const auto& rows = site.stream->tasks.at(static_cast<size_t>(task)).train;
-    known.insert(known.end(), rows.begin(), rows.end());
-  }
+  std::vector<int64_t> known = rows_of(spec, *site.stream);
+  known.insert(known.end(), buffer.begin(), buffer.end());
   std::vector<int64_t> kept = balanced_buffer(known, site.examples->set().train, spec.buffer_size, spec.buffer_seed);
   const auto size = static_cast<int64_t>(kept.size());
   const Extra extra = {{{"buffer", {{"examples", size}, {"bytes", site.examples->stored_bytes(kept)}}}},
@@ -92,7 +88,8 @@ std::vector<int64_t> balanced_buffer(const std::vector<int64_t>& rows, const std
                                      int64_t size, uint64_t seed) {
   std::map<int64_t, std::vector<std::pair<uint64_t, int64_t>>> by_class;
   for (const int64_t row : rows)
-    by_class[label_of[static_cast<size_t>(row)]].emplace_back(core::derive_seed(seed, fmt::format("row{}", row)), row);
+    by_class[label_of.at(static_cast<size_t>(row))].emplace_back(core::derive_seed(seed, fmt::format("row{}", row)),
+                                                                 row);
   const auto classes = static_cast<int64_t>(by_class.size());
   std::vector<int64_t> kept;
   int64_t place = 0;
@@ -106,15 +103,10 @@ std::vector<int64_t> balanced_buffer(const std::vector<int64_t>& rows, const std
 }
 
 State Er::walk_task(TaskPlan& plan, int64_t task, const State& before) const {
-  if (!before) return std::nullopt;
   TrainErSpec spec;
-  plan_task(spec, plan, task, *before);
   spec.buffer_size = plan.config.learners.er.value_or(ErOptions{}).buffer_size;
   spec.buffer_seed = core::derive_seed(static_cast<uint64_t>(plan.seed), "continual/buffer");
-  UnitRequest unit = request(plan, task, *before);
-  if (task > 0) unit.passes *= 2;
-  const auto id = plan.need(std::move(spec), std::move(unit));
-  return id ? State({*id}) : std::nullopt;
+  return after_training(plan, task, before, std::move(spec), /*local_logits=*/false, task > 0 ? 2 : 1);
 }
 
 std::vector<UnitKind> Er::unit_kinds() const { return {{TrainErSpec::kKind, train_er, problem_of_er}}; }

@@ -31,7 +31,6 @@ class Er final : public TrainedLearner {
   std::string title() const override { return "replay of a buffer of examples"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
-  std::string state_kind() const override { return "train_er"; }
   TrainingOptions options(const ContinualConfig& config) const override;
 };
 

@@ -87,17 +87,16 @@ models::NamedTensors alike(const models::NamedTensors& importance, const models:
 
 core::ArtefactPtr train_ewc(const Unit& unit, const LearnerSite& site) {
   const auto spec = core::from_spec(TrainEwcSpec::schema(), unit.spec);
-  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
-  Trainee trainee = Trainee::make(before, spec.lora, spec.lora_seed.value_or(0), /*head_only=*/false, site);
+  Trainee trainee = Trainee::of(unit, spec, site);
   TrainingHooks hooks;
   models::NamedTensors importance, anchors, parameters;
-  if (before) {
+  if (trainee.before) {
     importance = tensors_of(*site.context.artefact(unit.inputs.at(1)), site.context.device());
-    anchors = alike(importance, tensors_of(*before, site.context.device()));
+    anchors = alike(importance, tensors_of(*trainee.before, site.context.device()));
     hooks.adjust = [&](const TrainJob& job) { parameters = job.parameters; };
     hooks.extra_loss = [&](const StepBatch& batch) {
       const at::Tensor penalty = ewc_penalty(alike(importance, parameters), anchors, importance);
-      return spec.strength * static_cast<double>(batch.rows.size()) * penalty;
+      return spec.strength * static_cast<double>(batch.logits.size(0)) * penalty;
     };
   }
   return train_tasks(unit.kind, spec, trainee, site, training_in(site.config.learners.ewc, site.config.train), hooks);

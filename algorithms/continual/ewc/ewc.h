@@ -33,7 +33,13 @@ class Ewc final : public TrainedLearner {
   std::string title() const override { return "pulled back to the model before, by importance"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
-  std::string state_kind() const override { return "train_ewc"; }
+  size_t parts_scored(size_t parts) const override { return parts < 1 ? parts : 1; }  // not the importance
+  int64_t numbers_sent(const ContinualConfig& config, const models::ModelFacts& model) const override {
+    return 2 * trained_parameters(config, model);
+  }
+  int64_t numbers_per_class(const ContinualConfig&, const models::ModelFacts& model) const override {
+    return 2 * (model.width + 1);
+  }
   TrainingOptions options(const ContinualConfig& config) const override;
 };
 

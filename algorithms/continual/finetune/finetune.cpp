@@ -8,8 +8,7 @@ namespace {
 
 core::ArtefactPtr train_weights(const Unit& unit, const LearnerSite& site) {
   const auto spec = core::from_spec(TrainWeightsSpec::schema(), unit.spec);
-  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
-  Trainee trainee = Trainee::make(before, std::nullopt, 0, /*head_only=*/false, site);
+  Trainee trainee = Trainee::of(unit, spec, site);
   return train_tasks(unit.kind, spec, trainee, site, site.config.train);
 }
 
@@ -22,11 +21,7 @@ std::string Finetune::title() const {
 }
 
 State Finetune::walk_task(TaskPlan& plan, int64_t task, const State& before) const {
-  if (!before) return std::nullopt;
-  TrainWeightsSpec spec;
-  plan_task(spec, plan, task, *before, local_);
-  const auto id = plan.need(std::move(spec), request(plan, task, *before));
-  return id ? State({*id}) : std::nullopt;
+  return after_training<TrainWeightsSpec>(plan, task, before, {}, local_);
 }
 
 }  // namespace moraine::algorithms::continual

@@ -30,7 +30,6 @@ class Finetune final : public TrainedLearner {
   std::string title() const override;
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override { return {train_weights_units()}; }
-  std::string state_kind() const override { return TrainWeightsSpec::kKind; }
   TrainingOptions options(const ContinualConfig&) const override { return {}; }
 
  private:

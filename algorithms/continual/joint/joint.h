@@ -18,7 +18,6 @@ class Joint final : public TrainedLearner {
   std::string title() const override { return "joint training on all seen tasks"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override { return {train_weights_units()}; }
-  std::string state_kind() const override { return TrainWeightsSpec::kKind; }
   TrainingOptions options(const ContinualConfig&) const override { return {}; }
   bool chained() const override { return false; }
 };

@@ -14,8 +14,7 @@ struct TrainHeadSpec : TrainSpec {
 
 core::ArtefactPtr train_head(const Unit& unit, const LearnerSite& site) {
   const auto spec = core::from_spec(TrainHeadSpec::schema(), unit.spec);
-  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
-  Trainee trainee = Trainee::make(before, std::nullopt, 0, /*head_only=*/true, site);
+  Trainee trainee = Trainee::of(unit, spec, site, /*head_only=*/true);
   return train_tasks(unit.kind, spec, trainee, site, training_in(site.config.learners.linear_probe, site.config.train));
 }
 
@@ -29,11 +28,7 @@ const core::Schema<LinearProbeOptions>& linear_probe_schema() {
 }
 
 State LinearProbe::walk_task(TaskPlan& plan, int64_t task, const State& before) const {
-  if (!before) return std::nullopt;
-  TrainHeadSpec spec;
-  plan_task(spec, plan, task, *before);
-  const auto id = plan.need(std::move(spec), request(plan, task, *before));
-  return id ? State({*id}) : std::nullopt;
+  return after_training<TrainHeadSpec>(plan, task, before, {}, /*local_logits=*/false, 1.0 / 3);  // forward alone
 }
 
 std::vector<UnitKind> LinearProbe::unit_kinds() const {

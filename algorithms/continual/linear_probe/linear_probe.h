@@ -21,7 +21,6 @@ class LinearProbe final : public TrainedLearner {
   std::string title() const override { return "the head alone, frozen features"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
-  std::string state_kind() const override { return "train_head"; }
   TrainingOptions options(const ContinualConfig& config) const override;
   int64_t trained_parameters(const ContinualConfig&, const models::ModelFacts&) const override { return 0; }
 };

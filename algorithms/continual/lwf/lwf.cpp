@@ -33,12 +33,11 @@ struct TrainLwfSpec : TrainSpec {
 
 core::ArtefactPtr train_lwf(const Unit& unit, const LearnerSite& site) {
   const auto spec = core::from_spec(TrainLwfSpec::schema(), unit.spec);
-  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
-  const uint64_t adapter_seed = spec.lora_seed.value_or(0);
-  Trainee trainee = Trainee::make(before, spec.lora, adapter_seed, /*head_only=*/false, site);
+  Trainee trainee = Trainee::of(unit, spec, site);
   TrainingHooks hooks;
-  if (before) {
-    const std::shared_ptr<models::Backbone> teacher = fitted(before, spec.lora, adapter_seed, site).model;
+  if (trainee.before) {
+    const std::shared_ptr<models::Backbone> teacher =
+        fitted(trainee.before, spec.lora, spec.lora_seed.value_or(0), site).model;
     const Head head = trainee.head;
     const auto old = static_cast<int64_t>(head.labels.size());
     MORAINE_CHECK(std::equal(head.labels.begin(), head.labels.end(), spec.logits.begin()),
@@ -78,14 +77,12 @@ at::Tensor distillation(const at::Tensor& scores, const at::Tensor& old_scores, 
 }
 
 State Lwf::walk_task(TaskPlan& plan, int64_t task, const State& before) const {
-  if (!before) return std::nullopt;
   const LwfOptions own = plan.config.learners.lwf.value_or(LwfOptions{});
   TrainLwfSpec spec;
-  plan_task(spec, plan, task, *before);
   spec.strength = own.strength;
   spec.temperature = own.temperature;
-  const auto id = plan.need(std::move(spec), request(plan, task, *before));
-  return id ? State({*id}) : std::nullopt;
+  // The teacher's forward pass beside three.
+  return after_training(plan, task, before, std::move(spec), /*local_logits=*/false, task > 0 ? 4.0 / 3 : 1);
 }
 
 std::vector<UnitKind> Lwf::unit_kinds() const { return {{TrainLwfSpec::kKind, train_lwf, problem_of_trained}}; }

@@ -29,7 +29,6 @@ class Lwf final : public TrainedLearner {
   std::string title() const override { return "distillation from the model before the task"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
-  std::string state_kind() const override { return "train_lwf"; }
   TrainingOptions options(const ContinualConfig& config) const override;
 };
 

@@ -5,11 +5,13 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/matmul.h>
 
 #include "algorithms/continual/config.h"
 #include "core/error.h"
 #include "core/hash.h"
+#include "models/tensor_io.h"
 
 namespace moraine::algorithms::continual {
 namespace {
@@ -60,20 +62,22 @@ core::ArtefactPtr train_o_lora(const Unit& unit, const LearnerSite& site) {
   Parts parts;
   for (size_t i = 0; !spec.fresh && i < static_cast<size_t>(spec.tasks.front()); ++i)
     parts.push_back(site.context.artefact(unit.inputs.at(i)));
-  std::vector<models::NamedTensors> old;
-  for (const auto& part : parts)
-    old.push_back(factors_a(Trainee::make(part, spec.lora, 0, /*head_only=*/false, site).parameters));
   Trainee trainee = Trainee::make(nullptr, spec.lora, spec.lora_seed.value(), /*head_only=*/false,
                                   with_parts(parts, spec.lora.value(), site));
   if (!parts.empty()) trainee.head = Head::read(*parts.back(), site.context.device());
-  TrainingHooks hooks;
   const models::NamedTensors fresh = factors_a(trainee.parameters);
-  if (!parts.empty())
+  models::NamedTensors old;  // all tasks' below one another: |[A_1; A_2; ...] A^T| is the sum
+  TrainingHooks hooks;
+  if (!parts.empty()) {
+    for (const auto& [name, a] : fresh) {
+      std::vector<at::Tensor> rows;
+      for (const auto& part : parts) rows.push_back(models::copy_of(*part->file().find(name)).to(a.device()));
+      old.emplace_back(name, at::cat(rows));
+    }
     hooks.extra_loss = [&](const StepBatch& batch) {
-      at::Tensor sum;
-      for (const auto& each : old) sum = sum.defined() ? sum + overlap(each, fresh) : overlap(each, fresh);
-      return spec.strength * static_cast<double>(batch.rows.size()) * sum;
+      return spec.strength * static_cast<double>(batch.logits.size(0)) * overlap(old, fresh);
     };
+  }
   return train_tasks(unit.kind, spec, trainee, site, training_in(site.config.learners.o_lora, site.config.train),
                      hooks);
 }

@@ -33,7 +33,6 @@ class OLora final : public TrainedLearner {
   std::string title() const override { return "one LoRA per task in directions of its own"; }
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
-  std::string state_kind() const override { return "train_o_lora"; }
   std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                          const LearnerSite& site) const override;
   TrainingOptions options(const ContinualConfig& config) const override;

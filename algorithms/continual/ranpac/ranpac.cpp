@@ -135,6 +135,15 @@ std::optional<std::string> problem_of_sums(const Unit&, const core::Artefact& ar
   return std::nullopt;
 }
 
+std::optional<std::string> problem_of_class_sums(const Unit& unit, const core::Artefact& artefact, int64_t width) {
+  const core::Json& meta = artefact.meta();
+  const auto spec = core::from_spec(RanPacClassSpec::schema(), unit.spec);
+  if (meta.at("classes") != core::Json::array({spec.label}) || meta.at("random").at("features") != spec.features ||
+      meta.at("random").at("seed") != spec.projection_seed)
+    return "is not of the class and projection that were asked for";
+  return problem_of_sums(unit, artefact, width);
+}
+
 class RidgeClassifier final : public Classifier {
  public:
   RidgeClassifier(std::unique_ptr<models::Backbone> model, std::vector<int64_t> classes, at::Tensor random,
@@ -209,7 +218,7 @@ State RanPac::walk_task(TaskPlan& plan, int64_t task, const State& before) const
 }
 
 std::vector<UnitKind> RanPac::unit_kinds() const {
-  return {{RanPacClassSpec::kKind, sum_class, problem_of_sums},
+  return {{RanPacClassSpec::kKind, sum_class, problem_of_class_sums},
           {RanPacSumsSpec::kKind, add_sums, problem_of_sums, /*merges=*/true}};
 }
 
@@ -226,7 +235,8 @@ std::unique_ptr<Classifier> RanPac::classifier(const std::vector<core::ArtefactP
 }
 
 int64_t RanPac::numbers_per_class(const ContinualConfig& config, const models::ModelFacts&) const {
-  return config.learners.ranpac.value_or(RanPacOptions{}).features;
+  const int64_t m = config.learners.ranpac.value_or(RanPacOptions{}).features;
+  return 2 * m * (m + 1);  // gram and sums, of training and of held-out examples
 }
 
 }  // namespace moraine::algorithms::continual

@@ -7,8 +7,7 @@ namespace {
 
 core::ArtefactPtr train_lora(const Unit& unit, const LearnerSite& site) {
   const auto spec = core::from_spec(TrainLoraSpec::schema(), unit.spec);
-  const auto before = spec.fresh ? nullptr : site.context.artefact(unit.inputs.at(0));
-  Trainee trainee = Trainee::make(before, spec.lora, spec.lora_seed.value(), /*head_only=*/false, site);
+  Trainee trainee = Trainee::of(unit, spec, site);
   return train_tasks(unit.kind, spec, trainee, site, training_in(site.config.learners.seq_lora, site.config.train));
 }
 
@@ -27,11 +26,7 @@ const core::Schema<SeqLoraOptions>& seq_lora_schema() {
 std::string SeqLora::title() const { return local_ ? "one LoRA, logits of the task" : "one LoRA, logits of all seen"; }
 
 State SeqLora::walk_task(TaskPlan& plan, int64_t task, const State& before) const {
-  if (!before) return std::nullopt;
-  TrainLoraSpec spec;
-  plan_task(spec, plan, task, *before, local_);
-  const auto id = plan.need(std::move(spec), request(plan, task, *before));
-  return id ? State({*id}) : std::nullopt;
+  return after_training<TrainLoraSpec>(plan, task, before, {}, local_);
 }
 
 std::vector<UnitKind> SeqLora::unit_kinds() const { return {{TrainLoraSpec::kKind, train_lora, problem_of_trained}}; }

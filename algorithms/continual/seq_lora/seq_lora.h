@@ -36,7 +36,6 @@ class SeqLora final : public TrainedLearner {
   std::string title() const override;
   State walk_task(TaskPlan& plan, int64_t task, const State& before) const override;
   std::vector<UnitKind> unit_kinds() const override;
-  std::string state_kind() const override { return TrainLoraSpec::kKind; }
   TrainingOptions options(const ContinualConfig& config) const override;
 
  private:
