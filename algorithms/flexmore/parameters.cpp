@@ -57,13 +57,13 @@ ParameterTable FlexMore::parameters() const {
                   shared, ffn, a.router_parameters(1), a.low_rank_parameters(1)),
       fmt::format("break-even rank d h / (d + h) = {:.1f}: above it a factored expert is larger than a full-size one",
                   d * h / (d + h))};
-  for (const auto& d : members_)
-    if (d.adapter)
+  for (const auto& member : members_)
+    if (member.adapter)
       table.notes.push_back(fmt::format(
-          "expert {}: {} trains {} numbers; as an expert {} are sent ({}), beside {} of the router", d.name,
-          d.adapter->type, adapter_counts(*d.adapter, a).trained,
-          trains_factors(d) ? a.low_rank_parameters(trained_rank(d)) : ffn,
-          trains_factors(d) ? fmt::format("rank {}", trained_rank(d)) : "full-size", a.router_parameters(1)));
+          "expert {}: {} trains {} numbers; as an expert {} are sent ({}), beside {} of the router", member.name,
+          member.adapter->type, adapter_counts(*member.adapter, a).trained,
+          trains_factors(member) ? a.low_rank_parameters(trained_rank(member)) : ffn,
+          trains_factors(member) ? fmt::format("rank {}", trained_rank(member)) : "full-size", a.router_parameters(1)));
   return table;
 }
 
