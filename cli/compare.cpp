@@ -116,9 +116,22 @@ Facts facts_of(const coordinator::RunRecord& run) {
   return facts;
 }
 
+// What both summaries say they were measured on has to be the same where both name it.
+void require_same_data(const core::Json& a, const core::Json& b, const std::vector<std::string>& names) {
+  const core::Json first = a.value("measured_on", core::Json::object()),
+                   second = b.value("measured_on", core::Json::object());
+  for (const auto& [what, hash] : first.items())
+    if (second.contains(what) && second.at(what) != hash)
+      throw core::UserError(
+          fmt::format("cli: {} and {} were measured on different data: {} is {} and {}", names[0], names[1], what,
+                      hash.get<std::string>().substr(0, 16), second.at(what).get<std::string>().substr(0, 16)),
+          "their numbers are of other examples; compare runs of the same data, `stream` and `seed`");
+}
+
 void compare(const CompareArguments& arguments) {
   const auto first = coordinator::read_run(arguments.first), second = coordinator::read_run(arguments.second);
   const Facts a = facts_of(first), b = facts_of(second);
+  require_same_data(a.summary, b.summary, headings(arguments.first, arguments.second));
   const auto names = headings(arguments.first, arguments.second);
   const core::Json recipe = recipe_rows({{"recipe", first.recipe}, {"inputs", a.inputs}},
                                         {{"recipe", second.recipe}, {"inputs", b.inputs}}, names);

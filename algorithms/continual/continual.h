@@ -41,6 +41,10 @@ class Continual final : public Method {
   std::optional<std::string> missing_result(const RunState& state) const override;
   core::Json summary(const RunState& state) const override;
   void publish(const RunState& state, const std::filesystem::path& run_directory) const override;
+  /// `what`: "<learner>/order<order>/seed<seed>", the state after the last task, or with "/task<i>" behind it after
+  /// that one; the learner's name is enough where the run has one order and one seed. peft: adapter and head; hf: the
+  /// model with its head over the classes seen so far.
+  void export_as(const RunState& state, const ExportRequest& request) const override;
   ParameterTable parameters() const override;
 
  private:
@@ -89,6 +93,10 @@ class Continual final : public Method {
   std::shared_ptr<const ExampleSource> load_examples(const SiteSpec& spec, const models::ModelFacts& model,
                                                      WorkerContext& context) const;
   LearnerSite site_of(const Unit& unit, WorkerContext& context) const;
+
+  // export.cpp
+  struct Exported;
+  Exported find_exported(const Stages& stages, const std::string& what) const;
 
   // continual.cpp
   std::shared_ptr<const ExampleSource> open_examples() const;

@@ -10,6 +10,7 @@
 #include "algorithms/continual/ranpac/ranpac.h"
 #include "algorithms/continual/seq_lora/seq_lora.h"
 #include "algorithms/continual/simplecil/simplecil.h"
+#include "algorithms/continual/training.h"
 #include "core/error.h"
 #include "core/hash.h"
 
@@ -54,6 +55,12 @@ const UnitKind& find_unit_kind(const std::string& name) {
   for (const UnitKind& kind : all)
     if (kind.name == name) return kind;
   throw core::InternalError(fmt::format("no continual learner has units of kind '{}'", name));
+}
+
+Exportable Learner::exportable(const std::vector<core::ArtefactPtr>&, const EvaluateSpec&, const LearnerSite&) const {
+  throw core::UserError(
+      fmt::format("algorithms/continual: {} is {}, which is no model or adapter with a linear head", name(), title()),
+      "`moraine cp` takes its artefacts as they are");
 }
 
 std::vector<std::string> learner_names() {

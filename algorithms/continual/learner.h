@@ -94,6 +94,9 @@ struct UnitKind {
   bool merges = false;  // reads artefacts alone: runs on the coordinator, without examples and backbone
 };
 
+/// A state as other tools can hold it (training.h).
+struct Exportable;
+
 /// Scores of classes for examples; what an evaluation runs.
 class Classifier {
  public:
@@ -127,6 +130,12 @@ class Learner {
   virtual void describe(const ContinualConfig&, int64_t /*seed*/, EvaluateSpec&) const {}
   virtual std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                                  const LearnerSite& site) const = 0;
+  /// The state for other tools. Throws UserError if it is nothing they know, as by default. `site` has the backbone
+  /// alone.
+  virtual Exportable exportable(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
+                                const LearnerSite& site) const;
+  /// Forward passes of the backbone that one example's scores take after `tasks` tasks.
+  virtual int64_t forward_passes(const ContinualConfig&, int64_t /*tasks*/) const { return 1; }
   /// Whether a task's training starts from the state before it. For predicted costs and curves alone.
   virtual bool chained() const { return true; }
   /// Whether it has a head with initial rows, and so scores for classes that were never trained, and before all tasks.

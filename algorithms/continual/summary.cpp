@@ -35,6 +35,23 @@ Json text_of(const Values& values) {
                              : fmt::format("{:.1f} ± {:.1f}", mean, deviation.get<double>());
 }
 
+struct Kept {
+  int64_t bytes = 0, numbers = 0;
+};
+
+// What is stored for the model that a state is, beside the backbone.
+Kept kept_in(const std::vector<std::string>& ids, const RunState& state) {
+  Kept kept;
+  for (const auto& id : ids) {
+    const auto artefact = state.artefact(id);
+    kept.bytes += static_cast<int64_t>(artefact->bytes().size());
+    if (const auto buffer = artefact->meta().find("buffer"); buffer != artefact->meta().end())
+      kept.bytes += buffer->at("bytes").get<int64_t>();  // of the examples whose rows it holds
+    for (const auto& view : artefact->file().tensors()) kept.numbers += view.numel();
+  }
+  return kept;
+}
+
 Json column(const std::string& key, const std::string& label) { return {{"key", key}, {"label", label}}; }
 
 Json percent_column(const std::string& key, const std::string& label, const char* better) {
@@ -53,6 +70,7 @@ core::Json Continual::summary(const RunState& state) const {
               {"heatmaps", Json::array()},
               {"headline", ""},
               {"hash", stages.matrices.value_or("")}};
+  for (const auto& stream : streams_) out["measured_on"][fmt::format("stream of order {}", stream.order)] = stream.hash;
   add_tables(out, stages, state);
   add_pictures(out, stages, state);
   return out;
@@ -165,20 +183,13 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
   for (const Learner* learner : present)
     for (const auto& track : stages.tracks) {
       if (track.learner != learner || !track.states.back()) continue;
-      int64_t bytes = 0, numbers = 0;
-      for (const auto& id : *track.states.back()) {
-        const auto artefact = state.artefact(id);
-        bytes += static_cast<int64_t>(artefact->bytes().size());
-        if (const auto buffer = artefact->meta().find("buffer"); buffer != artefact->meta().end())
-          bytes += buffer->at("bytes").get<int64_t>();  // of the examples whose rows it holds
-        for (const auto& view : artefact->file().tensors()) numbers += view.numel();
-      }
+      const Kept kept = kept_in(*track.states.back(), state);
       costs.push_back({{"method", learner->name()},
                        {"what", learner->title()},
-                       {"numbers", numbers},
-                       {"share", 100.0 * static_cast<double>(numbers) / static_cast<double>(model_.parameters)},
-                       {"bytes", bytes},
-                       {"passes", 1}});
+                       {"numbers", kept.numbers},
+                       {"share", 100.0 * static_cast<double>(kept.numbers) / static_cast<double>(model_.parameters)},
+                       {"bytes", kept.bytes},
+                       {"passes", learner->forward_passes(config_, static_cast<int64_t>(track.states.size()))}});
       break;
     }
   if (!costs.empty())
@@ -208,7 +219,7 @@ void Continual::add_tables(Json& out, const Stages& stages, const RunState& stat
 }
 
 void Continual::add_pictures(Json& out, const Stages& stages, const RunState& state) const {
-  Json accuracy = Json::array(), training = Json::array();
+  Json accuracy = Json::array(), training = Json::array(), bytes = Json::array();
   if (stages.backbone && backbone_id_.empty())
     training.push_back({{"name", "backbone"}, {"points", state.artefact(*stages.backbone)->meta().at("curve")}});
   for (const Learner* learner : learners()) {
@@ -228,6 +239,11 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
       if (!pooled.empty()) points.push_back({i + 1, mean_of(pooled)});
     }
     if (!points.empty()) accuracy.push_back({{"name", learner->name()}, {"points", points}});
+
+    Json kept = Json::array();
+    for (const State& after : tracks.front()->states)
+      if (after) kept.push_back({kept.size() + 1, kept_in(*after, state).bytes});
+    if (!kept.empty()) bytes.push_back({{"name", learner->name()}, {"points", kept}});
 
     // The first run's tasks one after the other.
     Json losses = Json::array();
@@ -285,6 +301,12 @@ void Continual::add_pictures(Json& out, const Stages& stages, const RunState& st
          {"series", accuracy},
          {"notes",
           {fmt::format("mean over {} orders x {} seeds", config_.orders.size(), config_.all_seeds().size())}}});
+  if (!bytes.empty())
+    out["curves"].push_back({{"title", "What is kept beside the backbone"},
+                             {"x_label", "tasks trained"},
+                             {"y_label", "bytes"},
+                             {"series", bytes},
+                             {"notes", {"first order and seed; a buffer's examples count"}}});
   if (!training.empty())
     out["curves"].push_back({{"title", "Training loss"},
                              {"x_label", "step, tasks one after the other"},

@@ -188,6 +188,14 @@ std::unique_ptr<Classifier> TrainedLearner::classifier(const std::vector<core::A
   return std::make_unique<HeadClassifier>(std::move(model.model), std::move(head), spec.head_seed.value_or(0));
 }
 
+Exportable TrainedLearner::exportable(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
+                                      const LearnerSite& site) const {
+  Fitted of = fitted(state.front(), spec.lora, spec.lora_seed.value_or(0), site);
+  const bool changed = !of.adapter && !weights_in(*state.front(), *site.base).empty();
+  return {of.adapter ? site.base : std::shared_ptr<const models::Backbone>(std::move(of.model)), std::move(of.adapter),
+          Head::read(*state.front(), at::kCPU), !changed};
+}
+
 int64_t TrainedLearner::trained_parameters(const ContinualConfig& config, const models::ModelFacts& model) const {
   const auto adapter = options(config).adapter;
   if (!adapter) return model.parameters;

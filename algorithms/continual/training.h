@@ -97,6 +97,14 @@ struct TrainingHooks {
   std::function<void(TrainJob&)> adjust = nullptr;
 };
 
+/// A state as other tools can hold it: a model, an adapter on it or none, and a head over classes.
+struct Exportable {
+  std::shared_ptr<const models::Backbone> model;  // with all that the adapter does not say in its weights
+  std::optional<adapters::Adapter> adapter;
+  Head head;
+  bool on_backbone = true;  // the model is the run's backbone, so adapter and head say it all
+};
+
 /// What a unit trains: a model, by its adapter, all its weights or (neither) its head alone, and the head.
 struct Trainee {
   /// As `before` left it, or fresh: an adapter, or without one all weights, or with `head_only` neither.
@@ -139,6 +147,8 @@ class TrainedLearner : public Learner {
   void describe(const ContinualConfig& config, int64_t seed, EvaluateSpec& spec) const override;
   std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                          const LearnerSite& site) const override;
+  Exportable exportable(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
+                        const LearnerSite& site) const override;
   int64_t trained_parameters(const ContinualConfig& config, const models::ModelFacts& model) const override;
   void check(const ContinualConfig& config, const models::ModelFacts& model) const override;
 

@@ -5,11 +5,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include "algorithms/adapters/adapter.h"
-#include "algorithms/adapters/peft_files.h"
+#include "algorithms/classifier_files.h"
 #include "algorithms/language_model.h"
 #include "core/error.h"
 #include "core/registry.h"
-#include "models/checkpoint.h"
 
 namespace moraine::algorithms::finetune {
 
@@ -201,25 +200,8 @@ void Finetune::export_peft(const Result& result, const core::Artefact& artefact,
                            const std::string& base_model) const {
   const auto base = models::open_backbone(config_.model.path, std::nullopt, config_.model.size());
   const auto head = objectives::Head::read(artefact, at::kCPU);
-  adapters::PeftClassifier classifier;
-  if (head.weight.defined()) {
-    const models::ClassifierForm& form = classifier_form(result.name());
-    for (const auto& [name, tensor] : head.tensors())
-      classifier.tensors.emplace_back(form.module + name.substr(name.find('.')), tensor);
-    classifier.module = form.module;
-    classifier.prefix = form.prefix;
-    classifier.task_type = facts_->vocab_size > 0 ? "SEQ_CLS" : "";
-  }
-  adapters::Adapter::from_artefact(artefact, *base, at::kCPU).save(directory, base_model, classifier);
-}
-
-const models::ClassifierForm& Finetune::classifier_form(const std::string& result) const {
-  if (facts_->classifier.architecture.empty())
-    throw core::UserError(
-        fmt::format("algorithms/finetune: {} has a head, and transformers has no model of type {} with a classifier",
-                    result, facts_->config.at("model_type").get<std::string>()),
-        "`moraine cp` takes the artefact as it is");
-  return facts_->classifier;
+  adapters::Adapter::from_artefact(artefact, *base, at::kCPU)
+      .save(directory, base_model, peft_classifier({*facts_, head, {}, "finetune: " + result.name()}));
 }
 
 void Finetune::export_model(const std::string& result, const core::ArtefactPtr& artefact,
@@ -228,24 +210,8 @@ void Finetune::export_model(const std::string& result, const core::ArtefactPtr& 
   auto merged = fitted(*base, artefact);
   if (artefact->kind() == kAdapter)
     merged = base->changed_by(adapters::Adapter::from_artefact(*artefact, *base, at::kCPU).deltas(*base));
-  models::NamedTensors weights(merged->weights().begin(), merged->weights().end());
-  core::Json config = facts_->config;
   const auto head = objectives::Head::read(*artefact, at::kCPU);
-  if (head.weight.defined()) {
-    const models::ClassifierForm& form = classifier_form(result);
-    std::erase_if(weights, [](const auto& entry) { return entry.first == "lm_head.weight"; });
-    for (auto& [name, tensor] : weights) name.insert(0, form.prefix);
-    for (const auto& [name, tensor] : head.tensors())
-      weights.emplace_back(form.module + name.substr(name.find('.')), tensor.to(base->dtype()));
-    std::ranges::sort(weights, {}, &std::pair<std::string, at::Tensor>::first);
-    config["architectures"] = {form.architecture};
-    for (int64_t label = 0; label < head.weight.size(0); ++label) {
-      config["id2label"][std::to_string(label)] = fmt::format("LABEL_{}", label);
-      config["label2id"][fmt::format("LABEL_{}", label)] = label;
-    }
-  }
-  write_model_directory(directory, config, std::move(weights));
-  models::copy_companions(config_.model.path, directory);
+  write_fitted_model(*merged, {*facts_, head, {}, "finetune: " + result}, config_.model.path, directory);
 }
 
 void Finetune::export_as(const RunState& state, const ExportRequest& request) const {

@@ -123,7 +123,6 @@ class Finetune final : public Method {
                    const std::string& base_model) const;
   void export_model(const std::string& result, const core::ArtefactPtr& artefact,
                     const std::filesystem::path& directory) const;
-  const models::ClassifierForm& classifier_form(const std::string& result) const;
   std::string type_of(const EntryConfig& entry) const;
   adapters::Counts counts(const EntryConfig& entry) const;
 

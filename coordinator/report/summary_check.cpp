@@ -27,6 +27,7 @@ const Json& summary_pattern() {
   static const Json pattern = [] {
     Json json = Json::parse(R"({
       "format": "count", "name": "text", "method": "text", "complete": "flag", "headline?": "text", "hash?": "text",
+      "measured_on?": {"*": "text"},
       "curves?": [{"title": "text", "x_label": "text", "y_label": "text", "log_x?": "flag", "log_y?": "flag",
                    "series": [{"name": "text", "points": ["point"]}], "notes?": ["text"]}],
       "heatmaps?": [{"title": "text", "row_label": "text", "column_label": "text", "rows": ["text"], "columns": ["text"],

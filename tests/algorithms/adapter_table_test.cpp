@@ -113,14 +113,20 @@ std::vector<Case> cases() {
   return all;
 }
 
+adapters::AdapterConfig plain(const Parametrisation& type) {
+  adapters::AdapterConfig config;
+  config.type = type.name();
+  return config;
+}
+
 /// Why a procedure refuses a type, out of what the type says of itself; "" where it must not.
 std::string reason(const Parametrisation& type, const std::string& procedure) {
-  const Change change = type.change({.type = type.name()});
+  const Change change = type.change(plain(type));
   if (procedure.starts_with("flexmore")) {
     if (change == Change::kNone) return "is no change of weights";
     if (change == Change::kBias) return "changes biases, and experts have none";
   }
-  if (procedure.starts_with("seq_lora") && type.wants({.type = type.name()}) != adapters::Wants::kNothing)
+  if (procedure.starts_with("seq_lora") && type.wants(plain(type)) != adapters::Wants::kNothing)
     return "starts from examples";
   return "";
 }
@@ -181,7 +187,7 @@ std::map<std::string, std::string> trained_tensors(const TinyRun& run) {
 /// Why a result of the type has no such form, out of what the type says of itself; "" where it has it. Of the backbones
 /// the decoder has no biases.
 std::string no_form(const Parametrisation& type, const std::string& procedure, const std::string& format) {
-  const Change change = type.change({.type = type.name()});
+  const Change change = type.change(plain(type));
   const bool known = format == "peft" ? !type.peft_type().empty() : change != Change::kNone;
   if (!known) return "type " + type.name();
   const bool no_biases = procedure.ends_with("decoder");

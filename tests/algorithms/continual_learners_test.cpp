@@ -335,7 +335,9 @@ TEST_F(Learners, ALaterLoraStandsOnTheOnesBeforeIt) {
              second = result_of(units, "train/o_lora/order-1/seed1/task1");
   const at::NoGradGuard no_grad;
   const auto model = models::open_backbone(folder_ / "bert", at::kFloat, std::nullopt)->shared_on(at::kCPU);
-  const auto adapter = adapters::Adapter::create(adapters::AdapterConfig{.rank = 2}, *model, 1, at::kCPU);
+  adapters::AdapterConfig config;
+  config.rank = 2;
+  const auto adapter = adapters::Adapter::create(config, *model, 1, at::kCPU);
   for (const auto& [name, value] : adapter.parameters()) at::Tensor(value).copy_(tensor(*first, "lora." + name));
   adapter.attach(*model);
   const auto texts = data::ExampleDataset::open(folder_ / "texts.h5", "train");

@@ -31,7 +31,7 @@ struct Walk {
               return Evaluation{distance * distance * static_cast<double>(targets), targets, 0,
                                 targets / (1 + std::llround(std::abs(distance)))};
             },
-            [this](int64_t step, double score) { reported.emplace_back(step, score); }),
+            [this](int64_t at, double score) { reported.emplace_back(at, score); }),
         last(steps) {}
 
   /// Goes on until training ends or `until` steps are done.

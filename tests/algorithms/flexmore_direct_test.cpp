@@ -35,8 +35,11 @@ models::Decoder public_model() {
 
 std::vector<const adapters::Parametrisation*> types_with(const std::vector<Change>& changes) {
   std::vector<const adapters::Parametrisation*> types;
-  for (const auto* type : adapters::parametrisations())
-    if (std::ranges::count(changes, type->change({.type = type->name()}))) types.push_back(type);
+  for (const auto* type : adapters::parametrisations()) {
+    adapters::AdapterConfig config;
+    config.type = type->name();
+    if (std::ranges::count(changes, type->change(config))) types.push_back(type);
+  }
   return types;
 }
 

@@ -154,6 +154,10 @@ def tables_and_matrices_agree(world: World) -> None:
         assert abs(np.mean(forgetting) - row["forgetting"]) < 1e-9, row
     titles = [t["title"] for t in world.summary("run")["tables"]]
     assert "Class-incremental metrics, %" in titles and "Task-incremental metrics, %" in titles, titles
+    world.run("fewer", "methods=[simplecil]", "stream.train_per_class=5")
+    refused = subprocess.run([BINARY, "compare", world.directory / "run", world.directory / "fewer"], capture_output=True, text=True)
+    assert refused.returncode == 2, refused.stdout
+    expect_in(refused.stderr, "measured on different data: stream of order -1 is")
     again = world.run("run", "metrics=[last_pooled, bwt]", "--accept-changes")
     assert "unit starts" not in again.stderr, "metrics are made from what is stored"
     (world.directory / "images.h5").unlink()   # a report needs the run directory alone
@@ -194,6 +198,42 @@ def a_published_backbone_can_be_loaded(world: World) -> None:
     with h5py.File(world.directory / "run" / "metrics.h5") as one, h5py.File(world.directory / "from_directory" / "metrics.h5") as two:
         for name in ("finetune/order1993/seed1/task_incremental", "simplecil/order-1/seed1/class_incremental"):
             np.testing.assert_array_equal(one[name][:], two[name][:])
+
+
+def states_can_be_exported(world: World) -> None:
+    world.recipe.write_text(RECIPE.replace("STEPS", "8").replace("[-1, 1993]", "[-1]").replace("[joint, ", "[o_lora, linear_probe, ").replace("{rank: 2}}", "{rank: 2}}, o_lora: {adapter: {rank: 2}}"))
+    world.run("run")
+
+    def export(name: str, *arguments: str, expect: int = 0) -> str:
+        done = subprocess.run([BINARY, "export", world.directory / "run", world.directory / name, *arguments], capture_output=True, text=True)
+        assert done.returncode == expect, done.stderr
+        return done.stderr
+
+    export("peft", "--to", "peft", "--what", "seq_lora")
+    export("early", "--to", "hf", "--what", "seq_lora/order-1/seed1/task0")
+    for name in ("seq_lora", "o_lora", "linear_probe", "finetune"):
+        export(name, "--to", "hf", "--what", name)
+        config = json.loads((world.directory / name / "config.json").read_text())
+        assert config["architectures"] == ["ViTForImageClassification"] and len(config["id2label"]) == 6, config
+    assert len(json.loads((world.directory / "early" / "config.json").read_text())["id2label"]) == 2
+    # The exported model is the state: its logits give the accuracy that the run measured.
+    from safetensors.numpy import load_file
+    before = load_file(world.directory / "run" / "backbone" / "model.safetensors")
+    after, factors = load_file(world.directory / "seq_lora" / "model.safetensors"), load_file(world.directory / "peft" / "adapter_model.safetensors")
+    pairs = [name for name in factors if name.endswith("lora_A.weight")]
+    assert pairs and any(np.abs(factors[a.replace("lora_A", "lora_B")]).max() > 0 for a in pairs)
+    config = json.loads((world.directory / "peft" / "adapter_config.json").read_text())
+    for a in pairs:
+        module = a.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        change = config["lora_alpha"] / config["r"] * factors[a.replace("lora_A", "lora_B")] @ factors[a]
+        np.testing.assert_allclose(after[module + ".weight"] - before[module.removeprefix("vit.") + ".weight"], change, atol=1e-6)   # float32 sums of weights below 1
+    changed = [n for n, t in load_file(world.directory / "linear_probe" / "model.safetensors").items() if not n.startswith("classifier") and (t != before[n.removeprefix("vit.")]).any()]
+    assert not changed, changed
+    expect_in(export("no", "--to", "peft", "--what", "o_lora", expect=2), "more than one adapter", "--to hf")
+    expect_in(export("no", "--to", "hf", "--what", "simplecil", expect=2), "simplecil is", "moraine cp")
+    expect_in(export("no", "--to", "hf", expect=2), "several results", "--what")
+    expect_in(export("no", "--to", "hf", "--what", "seq_lra", expect=2), "no result 'seq_lra'")
+    assert not (world.directory / "no").exists()
 
 
 if __name__ == "__main__":

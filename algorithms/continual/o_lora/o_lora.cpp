@@ -129,6 +129,14 @@ std::unique_ptr<Classifier> OLora::classifier(const std::vector<core::ArtefactPt
   return TrainedLearner::classifier({state.back()}, spec, own);
 }
 
+Exportable OLora::exportable(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
+                             const LearnerSite& site) const {
+  const LearnerSite own = with_parts({state.begin(), state.end() - 1}, spec.lora.value(), site);
+  Exportable out = TrainedLearner::exportable({state.back()}, spec, own);
+  out.on_backbone = state.size() == 1;
+  return out;
+}
+
 TrainingOptions OLora::options(const ContinualConfig& config) const {
   const OLoraOptions own = config.learners.o_lora.value_or(OLoraOptions{});
   return {own.adapter, own.train};

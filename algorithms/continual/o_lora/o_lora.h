@@ -35,6 +35,8 @@ class OLora final : public TrainedLearner {
   std::vector<UnitKind> unit_kinds() const override;
   std::unique_ptr<Classifier> classifier(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
                                          const LearnerSite& site) const override;
+  Exportable exportable(const std::vector<core::ArtefactPtr>& state, const EvaluateSpec& spec,
+                        const LearnerSite& site) const override;
   TrainingOptions options(const ContinualConfig& config) const override;
   void check(const ContinualConfig& config, const models::ModelFacts& model) const override;
 };
