@@ -341,7 +341,7 @@ TEST_F(Learners, ALaterLoraStandsOnTheOnesBeforeIt) {
   for (const auto& [name, value] : adapter.parameters()) at::Tensor(value).copy_(tensor(*first, "lora." + name));
   adapter.attach(*model);
   const auto texts = data::ExampleDataset::open(folder_ / "texts.h5", "train");
-  const auto& rows = stream().tasks[1].train;
+  const auto rows = stream().tasks[1].train;
   ASSERT_EQ(rows.size(), 20u) << "one batch is the whole task, in whatever order";
   std::vector<data::Example> examples;
   std::vector<int64_t> labels;
