@@ -314,6 +314,7 @@ models::ModelFacts vit_shapes(const models::VitConfig& shapes) {
 models::ModelFacts vit_facts(const models::VitConfig& shapes) {
   models::ModelFacts facts = vit_shapes(shapes);
   facts.slots = models::Vit::from_config(shapes, 0, at::kFloat).slots();  // its values are never read
+  facts.classifier = {"ViTForImageClassification", "vit.", "classifier"};
   return facts;
 }
 
