@@ -131,8 +131,8 @@ void require_same_data(const core::Json& a, const core::Json& b, const std::vect
 void compare(const CompareArguments& arguments) {
   const auto first = coordinator::read_run(arguments.first), second = coordinator::read_run(arguments.second);
   const Facts a = facts_of(first), b = facts_of(second);
-  require_same_data(a.summary, b.summary, headings(arguments.first, arguments.second));
   const auto names = headings(arguments.first, arguments.second);
+  require_same_data(a.summary, b.summary, names);
   const core::Json recipe = recipe_rows({{"recipe", first.recipe}, {"inputs", a.inputs}},
                                         {{"recipe", second.recipe}, {"inputs", b.inputs}}, names);
   const core::Json results = result_rows(a.summary, b.summary, names, arguments.all);

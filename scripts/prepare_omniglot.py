@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Handwritten characters for continual streams: prepare_omniglot.py images_background_small1.zip DIRECTORY
+"""Handwritten characters for continual streams: .venv/bin/python scripts/prepare_omniglot.py images_background_small1.zip DIRECTORY
 
 The archive is Omniglot's own (Lake et al. 2015; 5 alphabets, 136 characters of 20 drawers). Writes DIRECTORY/omniglot.h5, the 100 characters of
 Korean, Greek, Early Aramaic and of Balinese from the 11th on, and DIRECTORY/omniglot_base.h5, Latin and the first 10 of Balinese, each turned
@@ -8,12 +8,17 @@ images; of every class 15 drawers are trained on and 5 tested, and of a base cla
 """
 import io
 import pathlib
-import shutil
 import sys
+import tempfile
 import zipfile
+import zlib
 
-import prepare_images
-from preparation import Missing, Refused, exit_code_of
+try:
+    import prepare_images
+    from preparation import Missing, Refused, exit_code_of
+except ImportError as error:
+    print(f"prepare_omniglot: {error}\n  hint: run scripts/setup once, then .venv/bin/python {sys.argv[0]}", file=sys.stderr)
+    sys.exit(3)
 
 SIDE = 28
 BASE = [("Latin", n) for n in range(1, 27)] + [("Balinese", n) for n in range(1, 11)]
@@ -29,7 +34,10 @@ def drawings(archive, alphabet, number):
     if len(names) != 20:
         raise Refused(f"{archive.filename} has {len(names)} drawings in {folder}, not 20", "take Omniglot's images_background_small1.zip")
     for name in names:
-        picture = Image.open(io.BytesIO(archive.read(name)), formats=("PNG",)).convert("L")
+        try:
+            picture = Image.open(io.BytesIO(archive.read(name)), formats=("PNG",)).convert("L")
+        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+            raise Refused(f"{archive.filename} is damaged at {name}", "fetch it again") from error
         yield pathlib.Path(name).name, picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
@@ -44,15 +52,16 @@ def lay_out(archive, characters, quarters, folder):
 
 
 def prepare(source, directory):
-    if not zipfile.is_zipfile(source):
-        raise Refused(f"{source} is no zip archive", "give Omniglot's images_background_small1.zip")
+    with open(source, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise Refused(f"{source} is no zip archive", "give Omniglot's images_background_small1.zip")
+    directory.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(source) as archive:
         for name, characters, quarters, share in (("omniglot", STREAM, 1, "0.25"), ("omniglot_base", BASE, 4, "0.1")):
-            folder = directory / f"{name}_images"
-            shutil.rmtree(folder, ignore_errors=True)
-            lay_out(archive, characters, quarters, folder)
-            code = prepare_images.main(["--name", name, "--out", str(directory / f"{name}.h5"), "--folder", str(folder), "--test-share", share])
-            shutil.rmtree(folder)
+            with tempfile.TemporaryDirectory(dir=directory) as folder:
+                lay_out(archive, characters, quarters, pathlib.Path(folder))
+                code = prepare_images.main(["--name", name, "--out", str(directory / f"{name}.h5"), "--folder", folder, "--test-share", share,
+                                            "--note", f"of {pathlib.Path(source).name}"])
             if code:
                 raise Missing(f"{directory / name}.h5 was not written", "see above")
 

@@ -1,6 +1,6 @@
-// What workers and the coordinator do in a federation: make the start, train a client, aggregate, cut what is
-// sent, evaluate. A unit's
-// specification says what; of the worker's own recipe only paths count, and how often to save and to log.
+// What workers and the coordinator do in a federation: make the start, train a client, aggregate, cut what is sent,
+// evaluate. A unit's specification says what; of the worker's own recipe only paths count, and how often to save and to
+// log.
 #include <algorithm>
 
 #include <ATen/TensorOperators.h>
